@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The field filters: the one value of the map `config`, pinned as
+ * /sys/fs/bpf/netprobe/<tool>-<pid>/config. Another process may change it while
+ * the probes stay attached (netprobe ctl): BPF reads it on every hit.
+ */
+#ifndef NETPROBE_CONFIG_H
+#define NETPROBE_CONFIG_H
+
+#define NP_CONFIG_VERSION 1
+
+/* Bits of np_config.fields: which of the fields below filter. All hold (AND). */
+#define NP_FIELD_MARK (1U << 0)
+#define NP_FIELD_NETNS (1U << 1)
+#define NP_FIELD_IFINDEX (1U << 2)
+#define NP_FIELD_PROTO (1U << 3)
+#define NP_FIELD_SADDR (1U << 4)
+#define NP_FIELD_DADDR (1U << 5)
+#define NP_FIELD_SPORT (1U << 6)
+#define NP_FIELD_DPORT (1U << 7)
+
+/* The fields that are read from the packet, and those from the sk_buff. */
+#define NP_FIELDS_PACKET \
+	(NP_FIELD_PROTO | NP_FIELD_SADDR | NP_FIELD_DADDR | NP_FIELD_SPORT | NP_FIELD_DPORT)
+
+struct np_config {
+	__u32 version; /* NP_CONFIG_VERSION */
+	__u32 fields; /* NP_FIELD_* */
+	__u32 mark;
+	__u32 mark_mask; /* matches when (skb->mark & mark_mask) == mark */
+	__u32 netns; /* inode of the network namespace */
+	__u32 ifindex;
+	__u64 saddr[2]; /* network byte order; IPv4 as ::ffff:a.b.c.d */
+	__u64 saddr_mask[2]; /* matches when (address & mask) == saddr */
+	__u64 daddr[2];
+	__u64 daddr_mask[2];
+	__u16 sport; /* host byte order */
+	__u16 dport; /* host byte order */
+	__u8 l4_proto; /* IPPROTO_*; 58 for ICMPv6 */
+	__u8 pad[3];
+};
+
+_Static_assert(sizeof(struct np_config) == 96, "np_config is part of the contract");
+
+#endif

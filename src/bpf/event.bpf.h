@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The way of an event out of the kernel: the perf buffers, the counters of
+ * loss, the common head. Included by every tool's program; needs vmlinux.h
+ * and bpf_helpers.h before it.
+ */
+#ifndef NETPROBE_EVENT_BPF_H
+#define NETPROBE_EVENT_BPF_H
+
+#include "event.h"
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+} events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct np_stats);
+} stats SEC(".maps");
+
+/* The counters of this CPU; never NULL in practice, but the verifier asks. */
+static __always_inline struct np_stats *np_stats_get(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&stats, &zero);
+}
+
+/* Fills the head but for `len`, which np_output() sets. */
+static __always_inline void np_head_fill(struct np_head *head, __u16 kind)
+{
+	__u64 id = bpf_get_current_pid_tgid();
+
+	head->ts = bpf_ktime_get_ns();
+	head->kind = kind;
+	head->cpu = bpf_get_smp_processor_id();
+	head->tgid = id >> 32;
+	head->pid = (__u32)id;
+	bpf_get_current_comm(head->comm, sizeof(head->comm));
+}
+
+/*
+ * Sends `len` bytes (the verifier must know bounds: 1 <= len) that begin with
+ * a head, and counts the event as sent and, where the buffer is full, as lost.
+ */
+static __always_inline long np_output(void *ctx, struct np_head *head,
+				      __u64 len)
+{
+	struct np_stats *count = np_stats_get();
+	long err;
+
+	head->len = len;
+	err = bpf_perf_event_output(ctx, &events, BPF_F_CURRENT_CPU, head, len);
+	if (count) {
+		count->sent++;
+		if (err)
+			count->lost++;
+	}
+	return err;
+}
+
+#endif
