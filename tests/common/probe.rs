@@ -74,7 +74,10 @@ impl<'a> Netprobe<'a> {
         let dir = tempfile::tempdir()?;
         let ready = dir.path().join("ready");
         // First, so that it stays an option whatever follows (`-- COMMAND`).
-        self.args.splice(1..1, ["--ready-file".into(), ready.clone().into_os_string()]);
+        self.args.splice(
+            1..1,
+            ["--ready-file".into(), ready.clone().into_os_string()],
+        );
         let run = self.spawn()?;
         wait_for("the ready file", || {
             if ready.exists() {

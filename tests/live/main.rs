@@ -1,7 +1,7 @@
 //! The live tests: netprobe on a running kernel, as root, in network namespaces of their own.
 //!
 //! They run on the host as far as it allows (`cargo test --test live`) and whole in a virtual machine
-//! (`tests/vm/run 6.12 --live`); what cannot run is ignored with the reason. `cargo test --test live -- NAME` picks by
+//! (`tests/vm/live 6.12`); what cannot run is ignored with the reason. `cargo test --test live -- NAME` picks by
 //! name. Each tool's cases are a module here with a `cases()`; how to write one is told in tests/common/mod.rs.
 
 #[path = "../common/mod.rs"]
