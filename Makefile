@@ -1,0 +1,68 @@
+# netprobe's everyday commands. `make demo` and `make test` work from a fresh clone on a fresh Debian machine, as root, with a Rust
+# toolchain installed: whatever else is missing they install first (deps), saying so.
+
+# Debian packages: to build, to check, to run the live tests here and in virtual machines.
+PACKAGES = clang llvm gcc make pkg-config libelf-dev zlib1g-dev libpcap-dev bpftool clang-format \
+	iproute2 iptables nftables iputils-ping tcpdump tshark \
+	qemu-system-x86 busybox-static kmod cpio xz-utils zstd lz4 python3
+KERNELS = 5.10 6.1 6.12 newest
+C_FILES = $(wildcard src/bpf/*.[ch] examples/*.[ch] tests/data/*.[ch])
+STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
+
+.DEFAULT_GOAL := build
+.PHONY: build release static deps test check fmt unit live demo clean
+
+build: deps ## debug build
+	cargo build --locked
+
+release: deps ## release build: target/release/netprobe (glibc stays dynamic)
+	cargo build --locked --release
+
+static: deps ## one file that runs anywhere: target/ARCH-unknown-linux-gnu/release/netprobe
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(STATIC_TARGET)
+	@file -L target/$(STATIC_TARGET)/release/netprobe 2>/dev/null || true
+
+# Installs what is missing, and nothing the next time.
+deps: ## the Debian packages that everything here needs
+	@missing=; \
+	for package in $(PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
+	done; \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { echo "deps: no apt-get here; install what these Debian packages have:$$missing" >&2; exit 1; }; \
+	[ "$$(id -u)" = 0 ] || { echo "deps: not root; run: sudo apt-get install --no-install-recommends$$missing" >&2; exit 1; }; \
+	echo "deps: installing$$missing"; \
+	log=$$(mktemp); \
+	export DEBIAN_FRONTEND=noninteractive; \
+	if ! { apt-get -q -o Acquire::Retries=3 update && apt-get -q -y -o Acquire::Retries=3 install --no-install-recommends $$missing; } \
+		>"$$log" 2>&1 </dev/null; then \
+		tail -n 40 "$$log" >&2; rm -f "$$log"; echo "deps: installing failed" >&2; exit 1; \
+	fi; \
+	rm -f "$$log"
+
+test: deps check unit live ## everything: checks, unit tests, live tests here and on four kernels
+
+check: ## formatting and lints, warnings denied
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	clang-format --dry-run --Werror $(C_FILES)
+
+fmt: ## formats Rust and C
+	cargo fmt
+	clang-format -i $(C_FILES)
+
+unit: ## unit, command line and live tests on this machine; what it cannot do is ignored with the reason
+	cargo test --locked
+
+live: ## the live tests in a virtual machine for each kernel
+	tests/vm/live $(KERNELS)
+
+demo: deps ## the main job, shown: a connection before and after an iptables rule drops it
+	demo/run
+
+clean: ## removes the build (the kernels for the virtual machines stay in ~/.cache/netprobe/vm)
+	cargo clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
+.PHONY: help
