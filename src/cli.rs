@@ -1,2 +1,69 @@
-//! x
-pub fn main() -> std::process::ExitCode { std::process::ExitCode::SUCCESS }
+//! The command line: the subcommands, and how their results become exit codes.
+//!
+//! 0: the run ended as asked (also by a signal, a limit or a closed pipe). 1: it failed. 2: wrong usage.
+
+use std::io;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::engine::{UsageError, signals};
+use crate::tools;
+
+/// Where did my packet go, why, and how slowly? Answers from a live Linux kernel, by eBPF.
+#[derive(Debug, Parser)]
+#[command(name = "netprobe", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Follow packets through the kernel, function by function
+    Skb(Box<tools::skb::args::Args>),
+    /// Say what this kernel can do, and what that means for each subcommand
+    Features(tools::features::Args),
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) if is_closed_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("netprobe: {e:#}");
+            ExitCode::from(if e.is::<UsageError>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    signals::block()?;
+    match command {
+        Command::Skb(args) => tools::skb::run(&args),
+        Command::Features(args) => tools::features::run(&args),
+    }
+}
+
+/// The reader of our output went away: an end as any other (`netprobe skb | head`).
+fn is_closed_pipe(e: &anyhow::Error) -> bool {
+    e.chain().any(|cause| {
+        cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

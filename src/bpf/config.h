@@ -18,10 +18,13 @@
 #define NP_FIELD_DADDR (1U << 5)
 #define NP_FIELD_SPORT (1U << 6)
 #define NP_FIELD_DPORT (1U << 7)
+/* Nothing matches: the session has ended and is detaching. */
+#define NP_PAUSED (1U << 31)
 
 /* The fields that are read from the packet, and those from the sk_buff. */
-#define NP_FIELDS_PACKET \
-	(NP_FIELD_PROTO | NP_FIELD_SADDR | NP_FIELD_DADDR | NP_FIELD_SPORT | NP_FIELD_DPORT)
+#define NP_FIELDS_PACKET                                                     \
+	(NP_FIELD_PROTO | NP_FIELD_SADDR | NP_FIELD_DADDR | NP_FIELD_SPORT | \
+	 NP_FIELD_DPORT)
 
 struct np_config {
 	__u32 version; /* NP_CONFIG_VERSION */
@@ -40,6 +43,7 @@ struct np_config {
 	__u8 pad[3];
 };
 
-_Static_assert(sizeof(struct np_config) == 96, "np_config is part of the contract");
+_Static_assert(sizeof(struct np_config) == 96,
+	       "np_config is part of the contract");
 
 #endif

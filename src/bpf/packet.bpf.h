@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The headers of the packet in an sk_buff: addresses, ports, protocol. Needs
+ * compat.bpf.h and packet.h before it.
+ */
+#ifndef NETPROBE_PACKET_BPF_H
+#define NETPROBE_PACKET_BPF_H
+
+#define NP_IPV6_EXTENSIONS 6 /* extension headers followed at most */
+#define NP_FRAGMENT_OFFSET 0x1fff
+
+/* Offset 0 of `mapped` is 10 zero bytes and ff ff: IPv4 in IPv6 form. */
+static __always_inline void np_map_v4(__u64 *to, __be32 addr)
+{
+	to[0] = 0;
+	to[1] = ((__u64)addr << 32) | bpf_htonl(0xffff);
+}
+
+/* Ports, TCP flags or ICMP type and code, at `l4`. */
+static __always_inline void np_read_l4(const __u8 *l4, struct np_tuple *t)
+{
+	__u8 bytes[14] = {};
+
+	if (bpf_probe_read_kernel(bytes, sizeof(bytes), l4) < 0 &&
+	    bpf_probe_read_kernel(bytes, 4, l4) < 0)
+		return;
+	switch (t->l4_proto) {
+	case IPPROTO_TCP:
+		t->tcp_flags = bytes[13];
+		/* fall through */
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
+	case 136: /* UDP-Lite, RFC 3828 */
+		t->sport = ((__u16)bytes[0] << 8) | bytes[1];
+		t->dport = ((__u16)bytes[2] << 8) | bytes[3];
+		break;
+	case IPPROTO_ICMP:
+	case 58: /* ICMPv6 */
+		t->icmp_type = bytes[0];
+		t->icmp_code = bytes[1];
+		break;
+	}
+}
+
+static __always_inline void np_read_v4(const __u8 *l3, struct np_tuple *t)
+{
+	struct iphdr ip;
+
+	if (bpf_probe_read_kernel(&ip, sizeof(ip), l3) < 0 || ip.ihl < 5)
+		return;
+	t->l3_version = 4;
+	t->l4_proto = ip.protocol;
+	np_map_v4(t->saddr, ip.saddr);
+	np_map_v4(t->daddr, ip.daddr);
+	if (ip.frag_off & bpf_htons(NP_FRAGMENT_OFFSET))
+		t->fragment = 1;
+	else
+		np_read_l4(l3 + ip.ihl * 4, t);
+}
+
+/* Follows extension headers (RFC 8200 section 4) to the upper layer. */
+static __always_inline void np_read_v6(const __u8 *l3, struct np_tuple *t)
+{
+	struct ipv6hdr ip;
+	const __u8 *next = l3 + sizeof(ip);
+	__u8 proto, ext[4];
+
+	if (bpf_probe_read_kernel(&ip, sizeof(ip), l3) < 0)
+		return;
+	t->l3_version = 6;
+	__builtin_memcpy(t->saddr, &ip.saddr, 16);
+	__builtin_memcpy(t->daddr, &ip.daddr, 16);
+	proto = ip.nexthdr;
+	for (int i = 0; i < NP_IPV6_EXTENSIONS; i++) {
+		if (proto != 0 && proto != 43 && proto != 44 && proto != 51 &&
+		    proto != 60)
+			break;
+		if (bpf_probe_read_kernel(ext, sizeof(ext), next) < 0)
+			break;
+		if (proto ==
+		    44) { /* fragment: 8 bytes, offset in bytes 2 and 3 */
+			if (((__u16)ext[2] << 8 | ext[3]) & 0xfff8)
+				t->fragment = 1;
+			next += 8;
+		} else if (proto == 51) { /* authentication: in units of 4 */
+			next += (ext[1] + 2) * 4;
+		} else {
+			next += (ext[1] + 1) * 8;
+		}
+		proto = ext[0];
+		if (t->fragment)
+			break;
+	}
+	t->l4_proto = proto;
+	if (!t->fragment)
+		np_read_l4(next, t);
+}
+
+/*
+ * Fills the tuple (zeroed by the caller) from the skb's network header, or
+ * from its data where the network header is not set yet (received, before
+ * __netif_receive_skb_core). l3_version stays 0 where there is no IP.
+ */
+static __always_inline void np_read_tuple(struct sk_buff *skb,
+					  struct np_tuple *t)
+{
+	__u16 offset = NP_READ(skb, network_header);
+	const __u8 *l3;
+	__u8 version = 0;
+
+	if (offset && offset != 0xffff)
+		l3 = NP_READ(skb, head) + offset;
+	else
+		l3 = NP_READ(skb, data);
+	if (use_cast)
+		version = NP_CAST(struct ipv6hdr, l3)->version;
+	else {
+		bpf_probe_read_kernel(&version, 1, l3);
+		version >>= 4;
+	}
+	if (version == 4)
+		np_read_v4(l3, t);
+	else if (version == 6)
+		np_read_v6(l3, t);
+}
+
+/* Inode of the network namespace: of the device, else of the socket. */
+static __always_inline __u32 np_read_netns(struct sk_buff *skb)
+{
+	struct net_device *dev = NP_READ(skb, dev);
+	struct net *net = NULL;
+	struct sock *sk;
+
+	/* skb->dev shares its place with dev_scratch (UDP): not a pointer then. */
+	if (dev)
+		net = NP_READ(dev, nd_net.net);
+	if (!net) {
+		sk = NP_READ(skb, sk);
+		if (sk)
+			net = NP_READ(sk, __sk_common.skc_net.net);
+	}
+	return net ? NP_READ(net, ns.inum) : 0;
+}
+
+#endif

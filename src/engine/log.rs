@@ -1,0 +1,49 @@
+//! libbpf's messages: kept back, and shown when something failed or when the user asked for them.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use libbpf_rs::PrintLevel;
+
+/// Lines kept for the report of a failure.
+const KEEP: usize = 40;
+
+static LINES: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+static VERBOSE: AtomicBool = AtomicBool::new(false);
+
+/// Routes libbpf's log here. `verbose` prints it on stderr as it comes.
+pub fn init(verbose: bool) {
+    VERBOSE.store(verbose, Ordering::Relaxed);
+    libbpf_rs::set_print(Some((
+        if verbose {
+            PrintLevel::Debug
+        } else {
+            PrintLevel::Warn
+        },
+        print,
+    )));
+}
+
+fn print(_level: PrintLevel, text: String) {
+    if VERBOSE.load(Ordering::Relaxed) {
+        eprint!("{text}");
+        return;
+    }
+    if let Ok(mut lines) = LINES.lock() {
+        for line in text.lines() {
+            if lines.len() == KEEP {
+                lines.pop_front();
+            }
+            lines.push_back(line.to_string());
+        }
+    }
+}
+
+/// The last lines since the start or the last call, for an error's context; empty where there are none.
+pub fn take() -> String {
+    LINES
+        .lock()
+        .map(|mut l| l.drain(..).collect::<Vec<_>>().join("\n"))
+        .unwrap_or_default()
+}

@@ -1,0 +1,164 @@
+//! What a run lost, by cause. Told on stderr at the end whenever any of it is not 0, and as a record in JSON output.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use libbpf_rs::{MapCore, MapFlags};
+use serde::Serialize;
+
+/// `struct np_stats` of src/bpf/event.h: one CPU's counters since the start of the run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct CpuStats {
+    /// events handed to the buffer, lost ones included
+    pub sent: u64,
+    /// events that the full buffer refused
+    pub lost: u64,
+    /// insertions that a full map refused
+    pub map_full: u64,
+    pub hits: u64,
+}
+
+// SAFETY: four u64, no padding, valid for any bits.
+unsafe impl plain::Plain for CpuStats {}
+
+/// Everything that a run can lose.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Loss {
+    /// events that the BPF programs handed to the buffers
+    pub sent: u64,
+    /// events that reached user space
+    pub received: u64,
+    /// events that a full buffer refused
+    pub lost: u64,
+    /// the same by CPU, those with a loss only
+    pub lost_by_cpu: BTreeMap<usize, u64>,
+    /// hits of a probe while another ran on the same CPU: the kernel skips those
+    pub missed: u64,
+    /// insertions that a full map refused
+    pub map_full: u64,
+    /// printed, but out of the order of time
+    pub late: u64,
+    /// events that could not be decoded
+    pub undecodable: u64,
+}
+
+impl Loss {
+    /// Adds the counters of the map `stats`.
+    pub fn add_stats(&mut self, stats: &impl MapCore) -> Result<()> {
+        let per_cpu = stats
+            .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)
+            .context("failed to read the counters of the run")?
+            .unwrap_or_default();
+        for (cpu, bytes) in per_cpu.iter().enumerate() {
+            let mut s = CpuStats::default();
+            if plain::copy_from_bytes(&mut s, bytes).is_ok() {
+                self.add_cpu(cpu, s);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_cpu(&mut self, cpu: usize, s: CpuStats) {
+        self.sent += s.sent;
+        self.lost += s.lost;
+        self.map_full += s.map_full;
+        if s.lost > 0 {
+            *self.lost_by_cpu.entry(cpu).or_default() += s.lost;
+        }
+    }
+
+    /// Anything to tell?
+    pub fn any(&self) -> bool {
+        self.lost + self.missed + self.map_full + self.late + self.undecodable > 0
+    }
+
+    /// One line a cause, for stderr.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if self.lost > 0 {
+            let cpus: Vec<String> = self
+                .lost_by_cpu
+                .iter()
+                .map(|(cpu, n)| format!("cpu {cpu}: {n}"))
+                .collect();
+            lines.push(format!(
+                "lost {} of {} events, the perf buffers were full ({}); a larger --buffer-pages or a narrower filter helps",
+                self.lost,
+                self.sent,
+                cpus.join(", ")
+            ));
+        }
+        if self.missed > 0 {
+            lines.push(format!(
+                "missed {} hits: the kernel skips a probe that is hit while another runs on the same CPU",
+                self.missed
+            ));
+        }
+        if self.map_full > 0 {
+            lines.push(format!(
+                "{} insertions into a full map refused",
+                self.map_full
+            ));
+        }
+        if self.late > 0 {
+            lines.push(format!(
+                "{} events came late and stand out of the order of time",
+                self.late
+            ));
+        }
+        if self.undecodable > 0 {
+            lines.push(format!("{} events could not be decoded", self.undecodable));
+        }
+        lines
+    }
+
+    /// Writes [`Loss::lines`] to stderr.
+    pub fn tell(&self) {
+        for line in self.lines() {
+            eprintln!("netprobe: {line}");
+        }
+    }
+}
+
+/// Hits of the program `fd` that the kernel skipped, since another BPF program ran on the same CPU (counted from 5.12).
+pub fn missed(fd: i32) -> u64 {
+    let mut info = libbpf_sys::bpf_prog_info::default();
+    let mut len = size_of::<libbpf_sys::bpf_prog_info>() as u32;
+    // SAFETY: info and len are valid for the call, len is the size of info.
+    let err = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(fd, &mut info, &mut len) };
+    if err == 0 { info.recursion_misses } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silent_without_loss_and_one_line_a_cause() {
+        let mut loss = Loss {
+            sent: 10,
+            received: 10,
+            ..Loss::default()
+        };
+        assert!(!loss.any());
+        assert!(loss.lines().is_empty());
+        loss.add_cpu(
+            3,
+            CpuStats {
+                sent: 5,
+                lost: 2,
+                map_full: 1,
+                hits: 0,
+            },
+        );
+        loss.late = 1;
+        loss.missed = 4;
+        loss.undecodable = 1;
+        assert!(loss.any());
+        let text = loss.lines().join("\n");
+        assert!(text.contains("lost 2 of 15 events"), "{text}");
+        assert!(text.contains("cpu 3: 2"), "{text}");
+        assert_eq!(loss.lines().len(), 5);
+    }
+}

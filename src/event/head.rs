@@ -1,0 +1,25 @@
+//! The head of every event: when, where, and who was current.
+
+use crate::output::escape::push_escaped;
+
+/// `struct np_head` of src/bpf/event.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Head {
+    /// ns of CLOCK_MONOTONIC
+    pub ts: u64,
+    pub kind: u16,
+    pub cpu: u16,
+    pub tgid: u32,
+    pub pid: u32,
+    /// name of the current thread as it was in the kernel then, NUL-padded
+    pub comm: [u8; 16],
+}
+
+impl Head {
+    /// `comm:pid`, escaped.
+    pub fn push_process(&self, out: &mut Vec<u8>) {
+        push_escaped(out, &self.comm);
+        out.push(b':');
+        out.extend_from_slice(self.tgid.to_string().as_bytes());
+    }
+}

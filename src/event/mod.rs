@@ -1,0 +1,4 @@
+//! What events carry, as owned, pure types. Knows neither libbpf nor any tool.
+
+pub mod head;
+pub mod tuple;

@@ -1,0 +1,122 @@
+//! Addresses, ports and protocol of a packet.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// What `struct np_tuple` of src/bpf/packet.h says; only for IP packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuple {
+    pub saddr: IpAddr,
+    pub daddr: IpAddr,
+    /// 0 where the protocol has no ports, or in a later fragment
+    pub sport: u16,
+    pub dport: u16,
+    /// IPPROTO_*
+    pub proto: u8,
+    /// byte 13 of the TCP header
+    pub tcp_flags: u8,
+    pub icmp_type: u8,
+    pub icmp_code: u8,
+    /// not the first fragment
+    pub fragment: bool,
+}
+
+impl Tuple {
+    pub fn has_ports(&self) -> bool {
+        !self.fragment && matches!(self.proto, 6 | 17 | 132 | 136)
+    }
+}
+
+/// `10.0.0.1:1234->10.0.0.2:80(tcp)`, `[2001:db8::1]:1234->[2001:db8::2]:80(tcp)`, without ports where there are none.
+impl fmt::Display for Tuple {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end =
+            |f: &mut fmt::Formatter<'_>, addr: IpAddr, port: u16| match (addr, self.has_ports()) {
+                (IpAddr::V4(a), true) => write!(f, "{a}:{port}"),
+                (IpAddr::V6(a), true) => write!(f, "[{a}]:{port}"),
+                (a, false) => write!(f, "{a}"),
+            };
+        end(f, self.saddr, self.sport)?;
+        f.write_str("->")?;
+        end(f, self.daddr, self.dport)?;
+        match proto_name(self.proto) {
+            Some(name) => write!(f, "({name}"),
+            None => write!(f, "({}", self.proto),
+        }?;
+        f.write_str(if self.fragment { ",frag)" } else { ")" })
+    }
+}
+
+/// An address from 16 bytes in network order (IPv4 as ::ffff:a.b.c.d where `version` is 4).
+pub fn address(bytes: [u8; 16], version: u8) -> IpAddr {
+    match version {
+        4 => Ipv4Addr::new(bytes[12], bytes[13], bytes[14], bytes[15]).into(),
+        _ => Ipv6Addr::from(bytes).into(),
+    }
+}
+
+/// Names of the protocols that users filter by.
+pub const PROTOCOLS: [(&str, u8); 10] = [
+    ("tcp", 6),
+    ("udp", 17),
+    ("icmp", 1),
+    ("icmp6", 58),
+    ("sctp", 132),
+    ("gre", 47),
+    ("esp", 50),
+    ("ah", 51),
+    ("ipip", 4),
+    ("igmp", 2),
+];
+
+/// The name of an IP protocol number.
+pub fn proto_name(proto: u8) -> Option<&'static str> {
+    PROTOCOLS
+        .iter()
+        .find(|(_, n)| *n == proto)
+        .map(|(name, _)| *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms() {
+        let t = Tuple {
+            saddr: "10.0.0.1".parse().unwrap(),
+            daddr: "10.0.0.2".parse().unwrap(),
+            sport: 1234,
+            dport: 80,
+            proto: 6,
+            tcp_flags: 2,
+            icmp_type: 0,
+            icmp_code: 0,
+            fragment: false,
+        };
+        assert_eq!(t.to_string(), "10.0.0.1:1234->10.0.0.2:80(tcp)");
+        let v6 = Tuple {
+            saddr: "2001:db8::1".parse().unwrap(),
+            daddr: "::1".parse().unwrap(),
+            ..t
+        };
+        assert_eq!(v6.to_string(), "[2001:db8::1]:1234->[::1]:80(tcp)");
+        assert_eq!(
+            Tuple { proto: 1, ..t }.to_string(),
+            "10.0.0.1->10.0.0.2(icmp)"
+        );
+        assert_eq!(
+            Tuple {
+                fragment: true,
+                proto: 17,
+                ..t
+            }
+            .to_string(),
+            "10.0.0.1->10.0.0.2(udp,frag)"
+        );
+        assert_eq!(
+            Tuple { proto: 200, ..t }.to_string(),
+            "10.0.0.1->10.0.0.2(200)"
+        );
+    }
+}

@@ -1,0 +1,97 @@
+//! Ways to attach and detach that libbpf-rs does not have.
+
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+use anyhow::{Context, Result, anyhow};
+use libbpf_rs::{AsRawLibbpf, Link, ProgramMut};
+use libbpf_sys as sys;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+/// One kprobe.multi link on the functions at `addrs`. The kernel refuses all of them if it refuses one.
+pub fn kprobe_multi_addrs(program: &ProgramMut<'_>, addrs: &[u64]) -> Result<Link> {
+    let opts = sys::bpf_kprobe_multi_opts {
+        sz: size_of::<sys::bpf_kprobe_multi_opts>() as _,
+        addrs: addrs.as_ptr().cast(),
+        cnt: addrs.len() as _,
+        ..Default::default()
+    };
+    multi(program, &opts)
+}
+
+/// The same by name, where addresses are hidden.
+pub fn kprobe_multi_names(program: &ProgramMut<'_>, names: &[&str]) -> Result<Link> {
+    let owned: Vec<CString> = names
+        .iter()
+        .map(|n| CString::new(*n))
+        .collect::<Result<_, _>>()
+        .context("a function name with a NUL byte")?;
+    let mut pointers: Vec<_> = owned.iter().map(|n| n.as_ptr()).collect();
+    let opts = sys::bpf_kprobe_multi_opts {
+        sz: size_of::<sys::bpf_kprobe_multi_opts>() as _,
+        syms: pointers.as_mut_ptr(),
+        cnt: pointers.len() as _,
+        ..Default::default()
+    };
+    multi(program, &opts)
+}
+
+fn multi(program: &ProgramMut<'_>, opts: &sys::bpf_kprobe_multi_opts) -> Result<Link> {
+    // SAFETY: the program is loaded and valid; opts and the arrays that it points to outlive the call.
+    let link = unsafe {
+        sys::bpf_program__attach_kprobe_multi_opts(
+            program.as_libbpf_object().as_ptr(),
+            std::ptr::null(),
+            opts,
+        )
+    };
+    let link = NonNull::new(link).ok_or_else(|| {
+        anyhow!(
+            "failed to attach kprobe.multi to {} functions: {}",
+            opts.cnt,
+            std::io::Error::last_os_error()
+        )
+    })?;
+    // SAFETY: a valid link that nothing else owns.
+    Ok(unsafe { Link::from_ptr(link) })
+}
+
+/// Leaves the closing of `links` to a child process, which outlives this one and holds the last references; so this process can
+/// end at once. Falls back to closing them here.
+pub fn close_in_child(links: Vec<Link>) {
+    // SAFETY: no pointers; gives an fd or a negative number.
+    let parent = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
+    if parent < 0 {
+        return;
+    }
+    // SAFETY: a fresh fd that nothing else owns.
+    let parent = unsafe { OwnedFd::from_raw_fd(parent as i32) };
+    // SAFETY: the child calls only async-signal-safe functions (setsid, dup2, poll, _exit).
+    match unsafe { libc::fork() } {
+        0 => {
+            let mut fds = [PollFd::new(
+                std::os::fd::AsFd::as_fd(&parent),
+                PollFlags::POLLIN,
+            )];
+            // SAFETY: plain system calls on fds of this process. The standard streams go, so that no reader of a pipe waits for this
+            // child.
+            unsafe {
+                libc::setsid();
+                for fd in 0..3 {
+                    libc::close(fd);
+                }
+            }
+            // Readable once the parent has ended and closed its files (do_exit: exit_files comes before exit_notify).
+            let _ = nix::poll::poll(&mut fds, PollTimeout::NONE);
+            // SAFETY: ends the child; the kernel closes its files.
+            unsafe { libc::_exit(0) }
+        }
+        -1 => {}
+        _ => {
+            // The child has its own references; what libbpf would do to ours (disable, close) takes the time that we mean to save.
+            std::mem::forget(links);
+            let _ = parent.as_raw_fd();
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! The kernel's own type information: which function takes which argument where, and the names of enum values.
+//!
+//! Reads BTF through libbpf (vmlinux and, by split BTF, modules). Kind numbers and layouts: include/uapi/linux/btf.h.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+use std::path::Path;
+use std::ptr::NonNull;
+
+use anyhow::{Context, Result, anyhow};
+use libbpf_sys as sys;
+
+const KIND_PTR: u32 = 2;
+const KIND_STRUCT: u32 = 4;
+const KIND_UNION: u32 = 5;
+const KIND_ENUM: u32 = 6;
+const KIND_TYPEDEF: u32 = 8;
+const KIND_VOLATILE: u32 = 9;
+const KIND_CONST: u32 = 10;
+const KIND_RESTRICT: u32 = 11;
+const KIND_FUNC: u32 = 12;
+const KIND_FUNC_PROTO: u32 = 13;
+const KIND_TYPE_TAG: u32 = 18;
+
+/// Where vmlinux and the modules show their BTF.
+const SYSFS: &str = "/sys/kernel/btf";
+
+/// A function that takes a pointer to a struct.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Function {
+    pub name: String,
+    /// the module it is in; `None` for vmlinux
+    pub module: Option<String>,
+    /// position of the struct's pointer among the argument registers, from 1
+    pub arg: u8,
+    /// position of an `enum skb_drop_reason`, where it has one
+    pub reason_arg: Option<u8>,
+}
+
+/// BTF of vmlinux, or of a module on top of it.
+#[derive(Debug)]
+pub struct Btf {
+    raw: NonNull<sys::btf>,
+    /// first type id that is not the base's
+    first: u32,
+    module: Option<String>,
+}
+
+impl Btf {
+    /// The running kernel's, or that of `file` (--kernel-btf).
+    pub fn vmlinux(file: Option<&Path>) -> Result<Self> {
+        let raw = match file {
+            None => {
+                // SAFETY: takes no argument; the result is owned by the value made below.
+                unsafe { sys::btf__load_vmlinux_btf() }
+            }
+            Some(path) => {
+                let c = CString::new(path.as_os_str().as_encoded_bytes())
+                    .context("a path with a NUL byte")?;
+                // SAFETY: `c` is a NUL-terminated string that outlives the call.
+                unsafe { sys::btf__parse(c.as_ptr(), std::ptr::null_mut()) }
+            }
+        };
+        let shown = file.map_or_else(|| format!("{SYSFS}/vmlinux"), |p| p.display().to_string());
+        Ok(Self {
+            raw: NonNull::new(raw).ok_or_else(|| {
+                anyhow!(
+                    "no BTF of the kernel ({shown}: {}): it needs CONFIG_DEBUG_INFO_BTF=y",
+                    std::io::Error::last_os_error()
+                )
+            })?,
+            first: 1,
+            module: None,
+        })
+    }
+
+    /// BTF of the loaded module `name`; `self` is vmlinux's. Kernels from 5.11.
+    fn module(&self, name: &str) -> Result<Self> {
+        let c = CString::new(name).context("a module name with a NUL byte")?;
+        // SAFETY: `c` and the base are valid; functions_taking, the only caller, drops the result before `self` can go.
+        let raw = unsafe { sys::btf__load_module_btf(c.as_ptr(), self.raw.as_ptr()) };
+        Ok(Self {
+            raw: NonNull::new(raw).ok_or_else(|| {
+                anyhow!(
+                    "no BTF of the module {name}: {}",
+                    std::io::Error::last_os_error()
+                )
+            })?,
+            first: self.count(),
+            module: Some(name.to_string()),
+        })
+    }
+
+    /// Functions of vmlinux and of `modules` that take a pointer to `struct NAME` (`const` or not) in one of the first five
+    /// argument registers.
+    pub fn functions_taking(&self, name: &str, modules: &[String]) -> Result<Vec<Function>> {
+        let mut found = self.own_functions_taking(name);
+        for module in modules {
+            found.extend(self.module(module)?.own_functions_taking(name));
+        }
+        Ok(found)
+    }
+
+    fn own_functions_taking(&self, name: &str) -> Vec<Function> {
+        let wanted = self.struct_ids(name);
+        let reasons = self.ids(KIND_ENUM, "skb_drop_reason");
+        let mut protos: HashMap<u32, Option<(u8, Option<u8>)>> = HashMap::new();
+        let mut found = Vec::new();
+        for id in self.first..self.count() {
+            let Some(func) = self.get(id).filter(|t| t.kind() == KIND_FUNC) else {
+                continue;
+            };
+            let place = *protos
+                .entry(func.size_or_type)
+                .or_insert_with(|| self.argument(func.size_or_type, &wanted, &reasons));
+            if let Some((arg, reason_arg)) = place {
+                found.push(Function {
+                    name: self.name(func),
+                    module: self.module.clone(),
+                    arg,
+                    reason_arg,
+                });
+            }
+        }
+        found
+    }
+
+    /// Values and names of an enum of vmlinux; empty where there is none.
+    pub fn enum_values(&self, name: &str) -> Vec<(i64, String)> {
+        let Some(&id) = self.ids(KIND_ENUM, name).first() else {
+            return Vec::new();
+        };
+        let Some(t) = self.get(id) else {
+            return Vec::new();
+        };
+        // struct btf_enum { __u32 name_off; __s32 val; } behind the type
+        (0..t.vlen())
+            .map(|i| {
+                let name = self.string(t.word(2 * i));
+                (i64::from(t.word(2 * i + 1) as i32), name)
+            })
+            .collect()
+    }
+
+    /// vmlinux has a function of this name.
+    pub fn has_function(&self, name: &str) -> bool {
+        !self.ids(KIND_FUNC, name).is_empty()
+    }
+
+    /// Registers that the arguments of a prototype take: the place of the wanted pointer, and of a drop reason.
+    fn argument(&self, proto: u32, wanted: &[u32], reasons: &[u32]) -> Option<(u8, Option<u8>)> {
+        let proto = self.get(proto).filter(|t| t.kind() == KIND_FUNC_PROTO)?;
+        let (mut register, mut arg, mut reason) = (1u8, None, None);
+        // struct btf_param { __u32 name_off; __u32 type; } behind the type
+        for i in 0..proto.vlen() {
+            let id = self.skip_modifiers(proto.word(2 * i + 1));
+            let Some(t) = self.get(id) else {
+                break; // `...`
+            };
+            if arg.is_none() && t.kind() == KIND_PTR {
+                let target = self.skip_modifiers(t.size_or_type);
+                if wanted.contains(&target) {
+                    arg = Some(register);
+                }
+            }
+            if reason.is_none() && reasons.contains(&id) {
+                reason = Some(register);
+            }
+            register += match t.kind() {
+                // By value: in one or two registers, or on the stack (System V ABI, AAPCS64).
+                KIND_STRUCT | KIND_UNION => match t.size_or_type {
+                    0..=8 => 1,
+                    9..=16 => 2,
+                    _ => 0,
+                },
+                _ => 1,
+            };
+            if register > 5 {
+                break;
+            }
+        }
+        arg.map(|arg| (arg, reason))
+    }
+
+    fn skip_modifiers(&self, mut id: u32) -> u32 {
+        // A chain of modifiers has no loops in valid BTF; the bound keeps a broken one finite.
+        for _ in 0..32 {
+            match self.get(id) {
+                Some(t)
+                    if matches!(
+                        t.kind(),
+                        KIND_TYPEDEF | KIND_VOLATILE | KIND_CONST | KIND_RESTRICT | KIND_TYPE_TAG
+                    ) =>
+                {
+                    id = t.size_or_type;
+                }
+                _ => break,
+            }
+        }
+        id
+    }
+
+    /// Ids of all structs (and forward declarations of one, in a module) called `name`.
+    fn struct_ids(&self, name: &str) -> Vec<u32> {
+        self.ids_where(name, |kind| kind == KIND_STRUCT || kind == 7)
+    }
+
+    fn ids(&self, kind: u32, name: &str) -> Vec<u32> {
+        self.ids_where(name, |k| k == kind)
+    }
+
+    fn ids_where(&self, name: &str, kind: impl Fn(u32) -> bool) -> Vec<u32> {
+        (1..self.count())
+            .filter(|&id| {
+                self.get(id).is_some_and(|t| {
+                    kind(t.kind()) && self.str(t.name_off).to_bytes() == name.as_bytes()
+                })
+            })
+            .collect()
+    }
+
+    fn count(&self) -> u32 {
+        // SAFETY: the BTF is valid as long as self.
+        unsafe { sys::btf__type_cnt(self.raw.as_ptr()) }
+    }
+
+    fn get(&self, id: u32) -> Option<&Type> {
+        // SAFETY: the BTF is valid; libbpf gives NULL for an id that is not there, else a pointer into memory that lives as long as
+        // the BTF. `struct btf_type` begins with the three words of Type, in this order.
+        unsafe {
+            sys::btf__type_by_id(self.raw.as_ptr(), id)
+                .cast::<Type>()
+                .as_ref()
+        }
+    }
+
+    fn str(&self, offset: u32) -> &CStr {
+        // SAFETY: as above; libbpf gives NULL for an offset out of bounds, else a NUL-terminated string of the BTF.
+        unsafe {
+            let s = sys::btf__str_by_offset(self.raw.as_ptr(), offset);
+            if s.is_null() { c"" } else { CStr::from_ptr(s) }
+        }
+    }
+
+    fn string(&self, offset: u32) -> String {
+        self.str(offset).to_string_lossy().into_owned()
+    }
+
+    fn name(&self, t: &Type) -> String {
+        self.string(t.name_off)
+    }
+}
+
+impl Drop for Btf {
+    fn drop(&mut self) {
+        // SAFETY: owned, freed once. A split BTF does not own its base.
+        unsafe { sys::btf__free(self.raw.as_ptr()) };
+    }
+}
+
+/// `struct btf_type`: what follows it in memory depends on its kind.
+#[repr(C)]
+struct Type {
+    name_off: u32,
+    info: u32,
+    size_or_type: u32,
+}
+
+impl Type {
+    fn kind(&self) -> u32 {
+        (self.info >> 24) & 0x1f
+    }
+
+    fn vlen(&self) -> usize {
+        (self.info & 0xffff) as usize
+    }
+
+    /// The `i`th 32-bit word behind the type.
+    fn word(&self, i: usize) -> u32 {
+        debug_assert!(i < 2 * self.vlen());
+        // SAFETY: callers ask for words below 2 * vlen of an enum or a prototype, which has vlen entries of two words behind
+        // it; libbpf checked that they are within the BTF when it loaded it.
+        unsafe { std::ptr::from_ref(self).add(1).cast::<u32>().add(i).read() }
+    }
+}
+
+/// Loaded modules that have BTF.
+pub fn modules() -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(SYSFS)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().into_string().ok())
+        .filter(|n| n != "vmlinux")
+        .collect();
+    names.sort();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Any Linux with BTF: these have been so in every kernel that netprobe supports.
+    #[test]
+    fn places_of_the_skb_in_well_known_functions() {
+        let Ok(btf) = Btf::vmlinux(None) else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let found = btf.functions_taking("sk_buff", &[]).unwrap();
+        let arg = |name: &str| found.iter().find(|f| f.name == name).map(|f| f.arg);
+        assert_eq!(arg("ip_rcv"), Some(1));
+        assert_eq!(arg("tcp_v4_do_rcv"), Some(2));
+        assert_eq!(arg("ip_queue_xmit"), Some(2));
+        assert_eq!(arg("ip_local_out"), Some(3));
+        assert_eq!(arg("printk"), None);
+        assert!(found.len() > 1000, "{}", found.len());
+        // `const struct sk_buff *`
+        assert_eq!(arg("skb_checksum"), Some(1));
+    }
+
+    #[test]
+    fn drop_reasons_and_their_place() {
+        let Ok(btf) = Btf::vmlinux(None) else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let reasons = btf.enum_values("skb_drop_reason");
+        if reasons.is_empty() {
+            println!("skipped: this kernel has no drop reasons");
+            return;
+        }
+        assert!(
+            reasons
+                .iter()
+                .any(|(_, n)| n == "SKB_DROP_REASON_NETFILTER_DROP")
+        );
+        let found = btf.functions_taking("sk_buff", &[]).unwrap();
+        assert!(found.iter().any(|f| f.reason_arg == Some(f.arg + 1)));
+        assert!(btf.enum_values("no_such_enum").is_empty());
+    }
+
+    #[test]
+    fn a_file_without_btf_is_named() {
+        let e = Btf::vmlinux(Some(Path::new("/dev/null"))).unwrap_err();
+        assert!(format!("{e:#}").contains("/dev/null"), "{e:#}");
+    }
+}

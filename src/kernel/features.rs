@@ -1,0 +1,303 @@
+//! Preflight: what this kernel and this process can do. Detected, not guessed from the version.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+use libbpf_sys as sys;
+use serde::Serialize;
+
+use super::btf::Btf;
+
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_PERFMON: u32 = 38;
+const CAP_BPF: u32 = 39;
+
+/// What was found. Where something is missing, [`Features::require_tracing`] and its like say what to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Features {
+    /// uname -r
+    pub release: String,
+    /// capabilities that tracing needs and this process lacks
+    pub missing_caps: Vec<&'static str>,
+    /// /sys/kernel/btf/vmlinux
+    pub btf: bool,
+    /// the kernel's BTF of modules
+    pub module_btf: bool,
+    /// perf_event_open knows the kprobe PMU
+    pub kprobe: bool,
+    /// links over many kprobes at once (5.18, with CONFIG_FPROBE)
+    pub kprobe_multi: bool,
+    /// perf_event_open exists
+    pub perf: bool,
+    /// bpffs is mounted at /sys/fs/bpf
+    pub bpffs: bool,
+    /// `none`, `integrity`, `confidentiality`; `None` where the kernel does not say
+    pub lockdown: Option<String>,
+    /// the list of traceable functions can be read
+    pub tracefs: bool,
+    /// kernel function bpf_rdonly_cast (6.2): typed loads without a helper call
+    pub rdonly_cast: bool,
+    /// helper bpf_get_func_ip (5.15)
+    pub func_ip: bool,
+    /// enum skb_drop_reason (5.17)
+    pub drop_reasons: bool,
+}
+
+impl Features {
+    pub fn detect() -> Self {
+        let btf = Btf::vmlinux(None).ok();
+        let has = |f: &str| btf.as_ref().is_some_and(|b| b.has_function(f));
+        Self {
+            release: nix::sys::utsname::uname()
+                .map(|u| u.release().to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            missing_caps: missing_caps(effective_caps()),
+            btf: btf.is_some(),
+            module_btf: !super::btf::modules().is_empty(),
+            kprobe: Path::new("/sys/bus/event_source/devices/kprobe/type").exists(),
+            kprobe_multi: kprobe_multi(),
+            perf: Path::new("/proc/sys/kernel/perf_event_paranoid").exists(),
+            bpffs: nix::sys::statfs::statfs("/sys/fs/bpf")
+                .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC),
+            lockdown: fs::read_to_string("/sys/kernel/security/lockdown")
+                .ok()
+                .and_then(|t| parse_lockdown(&t)),
+            tracefs: ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
+                .iter()
+                .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
+            rdonly_cast: has("bpf_rdonly_cast"),
+            func_ip: helper(sys::BPF_FUNC_get_func_ip),
+            drop_reasons: btf
+                .as_ref()
+                .is_some_and(|b| !b.enum_values("skb_drop_reason").is_empty()),
+        }
+    }
+
+    /// One line that says why kprobes cannot be used, and what to do.
+    pub fn require_tracing(&self, tool: &str) -> Result<()> {
+        match self.why_no_tracing() {
+            None => Ok(()),
+            Some(why) => Err(anyhow!("{tool} cannot run here: {why}")),
+        }
+    }
+
+    /// One line that says why XDP programs cannot be used, and what to do.
+    pub fn require_xdp(&self, tool: &str) -> Result<()> {
+        match self.why_no_bpf() {
+            None => Ok(()),
+            Some(why) => Err(anyhow!("{tool} cannot run here: {why}")),
+        }
+    }
+
+    /// The first thing that keeps BPF programs from being loaded; `None` where nothing does.
+    pub fn why_no_bpf(&self) -> Option<String> {
+        if !self.missing_caps.is_empty() {
+            return Some(format!(
+                "not permitted, {} missing: run it as root",
+                self.missing_caps.join(", ")
+            ));
+        }
+        if !self.btf {
+            return Some(
+                "the kernel has no BTF (/sys/kernel/btf/vmlinux): it needs CONFIG_DEBUG_INFO_BTF=y"
+                    .into(),
+            );
+        }
+        if !self.perf {
+            return Some("the kernel has no perf events: it needs CONFIG_PERF_EVENTS=y".into());
+        }
+        None
+    }
+
+    /// The first thing that keeps kprobes from being attached; `None` where nothing does.
+    pub fn why_no_tracing(&self) -> Option<String> {
+        if let Some(why) = self.why_no_bpf() {
+            return Some(why);
+        }
+        if self.lockdown.as_deref() == Some("confidentiality") {
+            return Some(
+                "kernel lockdown is in confidentiality mode, which refuses kprobes: boot with lockdown=integrity or none"
+                    .into(),
+            );
+        }
+        if !self.kprobe && !self.kprobe_multi {
+            let lockdown = match self.lockdown.as_deref() {
+                Some(mode) if mode != "none" => format!(", and lockdown is in {mode} mode"),
+                _ => String::new(),
+            };
+            return Some(format!(
+                "kernel {} has no kprobes (CONFIG_KPROBES is off{lockdown}): use a kernel built with CONFIG_KPROBES=y",
+                self.release
+            ));
+        }
+        None
+    }
+}
+
+/// `none [integrity] confidentiality`: the mode in brackets.
+fn parse_lockdown(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once('[')?;
+    let (mode, _) = rest.split_once(']')?;
+    Some(mode.to_string())
+}
+
+fn effective_caps() -> u64 {
+    fs::read_to_string("/proc/self/status")
+        .unwrap_or_default()
+        .lines()
+        .find_map(|l| l.strip_prefix("CapEff:"))
+        .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+fn missing_caps(effective: u64) -> Vec<&'static str> {
+    let has = |cap: u32| effective & (1 << cap) != 0;
+    // CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7)).
+    [
+        (CAP_BPF, "CAP_BPF"),
+        (CAP_PERFMON, "CAP_PERFMON"),
+        (CAP_NET_ADMIN, "CAP_NET_ADMIN"),
+    ]
+    .into_iter()
+    .filter(|&(cap, _)| !(has(cap) || cap != CAP_NET_ADMIN && has(CAP_SYS_ADMIN)))
+    .map(|(_, name)| name)
+    .collect()
+}
+
+/// The kernel knows this helper in kprobe programs.
+fn helper(id: u32) -> bool {
+    // SAFETY: plain numbers; opts may be NULL.
+    unsafe { sys::libbpf_probe_bpf_helper(sys::BPF_PROG_TYPE_KPROBE, id, std::ptr::null()) == 1 }
+}
+
+/// Asks for a kprobe.multi link without any function: EINVAL where the kernel knows such links, EOPNOTSUPP or a refused load where not.
+fn kprobe_multi() -> bool {
+    // r0 = 0; exit
+    let insns = [
+        sys::bpf_insn {
+            code: 0xb7,
+            ..Default::default()
+        },
+        sys::bpf_insn {
+            code: 0x95,
+            ..Default::default()
+        },
+    ];
+    let load = sys::bpf_prog_load_opts {
+        sz: size_of::<sys::bpf_prog_load_opts>() as _,
+        expected_attach_type: sys::BPF_TRACE_KPROBE_MULTI,
+        ..Default::default()
+    };
+    // SAFETY: all pointers are valid for the call, the count is that of `insns`.
+    let prog = unsafe {
+        sys::bpf_prog_load(
+            sys::BPF_PROG_TYPE_KPROBE,
+            c"np_probe".as_ptr(),
+            c"GPL".as_ptr(),
+            insns.as_ptr(),
+            insns.len() as _,
+            (&raw const load).cast_mut(),
+        )
+    };
+    if prog < 0 {
+        return false;
+    }
+    let mut opts = sys::bpf_link_create_opts {
+        sz: size_of::<sys::bpf_link_create_opts>() as _,
+        ..Default::default()
+    };
+    opts.__bindgen_anon_1.kprobe_multi.cnt = 1;
+    // SAFETY: prog is a valid fd, opts valid for the call; addresses and symbols are NULL, which the kernel refuses.
+    let link = unsafe { sys::bpf_link_create(prog, 0, sys::BPF_TRACE_KPROBE_MULTI, &opts) };
+    // SAFETY: fds owned here, closed once; `link` is an fd only if not negative.
+    unsafe {
+        libc::close(prog);
+        if link >= 0 {
+            libc::close(link);
+        }
+    }
+    link >= 0 || link == -libc::EINVAL
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all() -> Features {
+        Features {
+            release: "6.12.0".into(),
+            missing_caps: vec![],
+            btf: true,
+            module_btf: true,
+            kprobe: true,
+            kprobe_multi: true,
+            perf: true,
+            bpffs: true,
+            lockdown: Some("none".into()),
+            tracefs: true,
+            rdonly_cast: true,
+            func_ip: true,
+            drop_reasons: true,
+        }
+    }
+
+    #[test]
+    fn lockdown_modes() {
+        assert_eq!(
+            parse_lockdown("none [integrity] confidentiality\n").as_deref(),
+            Some("integrity")
+        );
+        assert_eq!(parse_lockdown(""), None);
+    }
+
+    #[test]
+    fn capabilities() {
+        assert!(missing_caps(u64::MAX).is_empty());
+        assert_eq!(missing_caps(0), ["CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"]);
+        assert_eq!(missing_caps(1 << CAP_SYS_ADMIN), ["CAP_NET_ADMIN"]);
+    }
+
+    #[test]
+    fn each_refusal_says_what_is_missing() {
+        assert!(all().require_tracing("skb").is_ok());
+        let why = |f: Features| f.require_tracing("skb").unwrap_err().to_string();
+        assert!(
+            why(Features {
+                btf: false,
+                ..all()
+            })
+            .contains("CONFIG_DEBUG_INFO_BTF")
+        );
+        assert!(
+            why(Features {
+                missing_caps: vec!["CAP_BPF"],
+                ..all()
+            })
+            .contains("as root")
+        );
+        assert!(
+            why(Features {
+                lockdown: Some("confidentiality".into()),
+                ..all()
+            })
+            .contains("lockdown")
+        );
+        assert!(
+            why(Features {
+                kprobe: false,
+                kprobe_multi: false,
+                lockdown: Some("integrity".into()),
+                ..all()
+            })
+            .contains("integrity")
+        );
+        let no_kprobes = Features {
+            kprobe: false,
+            kprobe_multi: false,
+            ..all()
+        };
+        assert!(no_kprobes.require_xdp("xdpdump").is_ok());
+    }
+}

@@ -1,0 +1,141 @@
+//! Which functions a kprobe can be put on, and at which address: tracefs where it can be read, else kallsyms.
+
+use std::collections::HashMap;
+use std::fs;
+
+/// A traceable function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Traceable {
+    /// 0 where the kernel does not tell
+    pub addr: u64,
+    pub module: Option<String>,
+}
+
+/// Traceable functions by name; several where static functions share one.
+#[derive(Debug, Default)]
+pub struct TraceableSet {
+    by_name: HashMap<String, Vec<Traceable>>,
+    /// the list is the kernel's own; else it is a guess, and an attach may be refused
+    pub exact: bool,
+}
+
+const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+
+impl TraceableSet {
+    /// Reads the list; keeps only the names that `wanted` says yes to.
+    pub fn load(wanted: impl Fn(&str) -> bool) -> Self {
+        // available_filter_functions_addrs: kernels from 6.5.
+        for file in [
+            "available_filter_functions_addrs",
+            "available_filter_functions",
+        ] {
+            for dir in TRACEFS {
+                if let Ok(text) = fs::read_to_string(format!("{dir}/{file}")) {
+                    let set = Self::parse(&text, file.ends_with("addrs"), &wanted);
+                    if !set.by_name.is_empty() {
+                        return set;
+                    }
+                }
+            }
+        }
+        Self::kallsyms(
+            &fs::read_to_string("/proc/kallsyms").unwrap_or_default(),
+            &wanted,
+        )
+    }
+
+    /// `[ADDRESS ]NAME[ [MODULE]]`
+    fn parse(text: &str, addrs: bool, wanted: &impl Fn(&str) -> bool) -> Self {
+        let mut set = Self {
+            exact: true,
+            ..Self::default()
+        };
+        for line in text.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let addr = if addrs {
+                words
+                    .next()
+                    .and_then(|w| u64::from_str_radix(w, 16).ok())
+                    .unwrap_or(0)
+            } else {
+                0
+            };
+            if let Some(name) = words.next().filter(|n| wanted(n)) {
+                set.add(name, addr, words.next());
+            }
+        }
+        set
+    }
+
+    /// `ADDRESS TYPE NAME[ [MODULE]]`; text symbols only.
+    fn kallsyms(text: &str, wanted: &impl Fn(&str) -> bool) -> Self {
+        let mut set = Self::default();
+        for line in text.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let (Some(addr), Some("t" | "T" | "w" | "W"), Some(name)) =
+                (words.next(), words.next(), words.next())
+            else {
+                continue;
+            };
+            if wanted(name) {
+                let addr = u64::from_str_radix(addr, 16).unwrap_or(0);
+                set.add(name, addr, words.next());
+            }
+        }
+        set
+    }
+
+    fn add(&mut self, name: &str, addr: u64, module: Option<&str>) {
+        self.by_name
+            .entry(name.to_string())
+            .or_default()
+            .push(Traceable {
+                addr,
+                module: module.map(|m| m.trim_matches(['[', ']']).to_string()),
+            });
+    }
+
+    /// All functions called `name` in `module`.
+    pub fn get(&self, name: &str, module: Option<&str>) -> Vec<&Traceable> {
+        self.by_name
+            .get(name)
+            .into_iter()
+            .flatten()
+            .filter(|t| t.module.as_deref() == module)
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_of_the_tracefs_list() {
+        let set = TraceableSet::parse(
+            "ffffffff81000010 ip_rcv\nffffffffc0000020 nft_do_chain [nf_tables]\nffffffff81000030 dup\nffffffff81000040 dup\n",
+            true,
+            &|_| true,
+        );
+        assert!(set.exact);
+        assert_eq!(set.get("ip_rcv", None)[0].addr, 0xffff_ffff_8100_0010);
+        assert_eq!(set.get("nft_do_chain", None).len(), 0);
+        assert_eq!(set.get("nft_do_chain", Some("nf_tables")).len(), 1);
+        assert_eq!(set.get("dup", None).len(), 2);
+        let set = TraceableSet::parse("ip_rcv\nother\n", false, &|n| n == "ip_rcv");
+        assert_eq!(set.get("ip_rcv", None)[0].addr, 0);
+        assert!(set.get("other", None).is_empty());
+    }
+
+    #[test]
+    fn kallsyms_gives_text_symbols() {
+        let set = TraceableSet::kallsyms(
+            "ffffffff81000010 T ip_rcv\nffffffff82000000 D ip_data\nffffffffc0000020 t f\t[m]\n",
+            &|_| true,
+        );
+        assert!(!set.exact);
+        assert_eq!(set.get("ip_rcv", None).len(), 1);
+        assert!(set.get("ip_data", None).is_empty());
+        assert_eq!(set.get("f", Some("m")).len(), 1);
+    }
+}

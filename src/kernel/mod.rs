@@ -1,0 +1,8 @@
+//! What the running kernel has and knows. No tool's knowledge here.
+
+pub mod attach;
+pub mod btf;
+pub mod features;
+pub mod functions;
+pub mod ksyms;
+pub mod netns;

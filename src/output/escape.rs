@@ -1,0 +1,74 @@
+//! Makes bytes of the kernel or the network fit for a terminal: a name may hold escape sequences.
+
+/// Appends `bytes` (up to the first NUL), control characters, backslashes and what is not UTF-8 as `\xNN`.
+pub fn push_escaped(out: &mut Vec<u8>, bytes: &[u8]) {
+    let bytes = bytes.split(|&b| b == 0).next().unwrap_or_default();
+    // The common case: plain printable ASCII.
+    if bytes
+        .iter()
+        .all(|&b| (0x20..0x7f).contains(&b) && b != b'\\')
+    {
+        out.extend_from_slice(bytes);
+        return;
+    }
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if c.is_control() || c == '\\' || is_invisible(c) {
+                let mut utf8 = [0; 4];
+                for b in c.encode_utf8(&mut utf8).bytes() {
+                    push_hex(out, b);
+                }
+            } else {
+                out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
+            }
+        }
+        for &b in chunk.invalid() {
+            push_hex(out, b);
+        }
+    }
+}
+
+/// The same as a string.
+pub fn escaped(bytes: &[u8]) -> String {
+    let mut out = Vec::with_capacity(bytes.len());
+    push_escaped(&mut out, bytes);
+    String::from_utf8(out).unwrap_or_default()
+}
+
+/// Characters that reorder or hide text (bidirectional controls, zero width).
+fn is_invisible(c: char) -> bool {
+    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
+fn push_hex(out: &mut Vec<u8>, b: u8) {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    out.extend_from_slice(&[
+        b'\\',
+        b'x',
+        HEX[usize::from(b >> 4)],
+        HEX[usize::from(b & 15)],
+    ]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn names() {
+        assert_eq!(escaped(b"curl\0\0"), "curl");
+        assert_eq!(escaped(b"a\x1b[31mb"), "a\\x1b[31mb");
+        assert_eq!(escaped(b"a\\x1b"), "a\\x5cx1b");
+        assert_eq!(escaped("näme".as_bytes()), "näme");
+        assert_eq!(escaped(b"\xff\xfe"), "\\xff\\xfe");
+        assert_eq!(escaped("a\u{202e}b".as_bytes()), "a\\xe2\\x80\\xaeb");
+    }
+
+    proptest! {
+        #[test]
+        fn never_a_control_character(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            prop_assert!(escaped(&bytes).chars().all(|c| !c.is_control()));
+        }
+    }
+}

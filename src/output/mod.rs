@@ -1,0 +1,197 @@
+//! Where a tool's lines go: stdout or a file, text or JSON lines; the limit and the ready file. It knows no tool.
+
+pub mod escape;
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use serde::Serialize;
+
+use crate::engine::session::Flow;
+
+/// Bytes gathered before a write; a tick writes what there is.
+const BUFFER: usize = 64 * 1024;
+
+/// Flags of every tool that prints events.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Print one JSON object a line in place of text
+    #[arg(long)]
+    pub output_json: bool,
+
+    /// Write to FILE in place of stdout
+    #[arg(long, value_name = "FILE")]
+    pub output_file: Option<PathBuf>,
+
+    /// End after N events (0: no limit)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub output_limit_lines: u64,
+
+    /// Create FILE once everything is attached
+    #[arg(long, value_name = "FILE")]
+    pub ready_file: Option<PathBuf>,
+}
+
+/// A buffered writer of whole lines that counts events against the limit.
+pub struct Output {
+    to: Box<dyn Write>,
+    name: String,
+    /// stdout is a pipe whose other end may go away while nothing is printed
+    watch_stdout: bool,
+    buffer: Vec<u8>,
+    json: bool,
+    limit: u64,
+    events: u64,
+}
+
+impl Output {
+    pub fn open(args: &OutputArgs) -> Result<Self> {
+        let (to, name): (Box<dyn Write>, String) = match &args.output_file {
+            Some(path) => (
+                Box::new(
+                    File::create(path)
+                        .with_context(|| format!("failed to create {}", path.display()))?,
+                ),
+                path.display().to_string(),
+            ),
+            None => (Box::new(Stdout), "stdout".to_string()),
+        };
+        Ok(Self {
+            to,
+            name,
+            watch_stdout: args.output_file.is_none() && !io::stdout().is_terminal(),
+            buffer: Vec::with_capacity(BUFFER + 4096),
+            json: args.output_json,
+            limit: args.output_limit_lines,
+            events: 0,
+        })
+    }
+
+    /// JSON lines were asked for.
+    pub fn json(&self) -> bool {
+        self.json
+    }
+
+    /// The line of an event: `write` appends it, without the newline. `Flow::Stop` with the last event of the limit, and, without
+    /// writing anything, from then on.
+    pub fn event(&mut self, write: impl FnOnce(&mut Vec<u8>)) -> Result<Flow> {
+        if self.limit > 0 && self.events >= self.limit {
+            return Ok(Flow::Stop);
+        }
+        self.events += 1;
+        self.line(write)?;
+        Ok(if self.limit > 0 && self.events >= self.limit {
+            Flow::Stop
+        } else {
+            Flow::Continue
+        })
+    }
+
+    /// An event as one JSON object.
+    pub fn json_event(&mut self, value: &impl Serialize) -> Result<Flow> {
+        let mut error = None;
+        let flow = self.event(|b| error = serde_json::to_writer(b, value).err())?;
+        error.map_or(Ok(flow), |e| Err(e).context("failed to write JSON"))
+    }
+
+    /// A line that is no event (a header, a record of loss).
+    pub fn line(&mut self, write: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
+        write(&mut self.buffer);
+        self.buffer.push(b'\n');
+        if self.buffer.len() >= BUFFER {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is gathered. Fails with a broken pipe where stdout's reader has gone, even when there is nothing to write.
+    pub fn flush(&mut self) -> Result<()> {
+        if self.buffer.is_empty() {
+            if self.watch_stdout && reader_gone() {
+                return Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
+            }
+            return Ok(());
+        }
+        let result = self
+            .to
+            .write_all(&self.buffer)
+            .and_then(|()| self.to.flush());
+        self.buffer.clear();
+        result.with_context(|| format!("failed to write to {}", self.name))
+    }
+}
+
+/// stdout without the standard library's line buffer.
+struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        nix::unistd::write(io::stdout(), bytes).map_err(io::Error::from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The reading end of the pipe behind stdout is closed.
+fn reader_gone() -> bool {
+    let stdout = io::stdout();
+    let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+    nix::poll::poll(&mut fds, PollTimeout::ZERO).is_ok()
+        && fds[0]
+            .revents()
+            .is_some_and(|r| r.contains(PollFlags::POLLERR))
+}
+
+/// Creates the ready file, where one was asked for.
+pub fn ready(path: Option<&Path>) -> Result<()> {
+    match path {
+        Some(path) => File::create(path)
+            .map(|_| ())
+            .with_context(|| format!("failed to create the ready file {}", path.display())),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_counts_events_and_not_headers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let args = OutputArgs {
+            output_file: Some(file.path().to_path_buf()),
+            output_limit_lines: 2,
+            ..OutputArgs::default()
+        };
+        let mut out = Output::open(&args).unwrap();
+        out.line(|b| b.extend_from_slice(b"HEAD")).unwrap();
+        assert_eq!(out.event(|b| b.push(b'1')).unwrap(), Flow::Continue);
+        assert_eq!(out.event(|b| b.push(b'2')).unwrap(), Flow::Stop);
+        assert_eq!(out.event(|b| b.push(b'3')).unwrap(), Flow::Stop);
+        out.flush().unwrap();
+        assert_eq!(
+            std::fs::read_to_string(file.path()).unwrap(),
+            "HEAD\n1\n2\n"
+        );
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error() {
+        let args = OutputArgs {
+            output_file: Some("/dev/full".into()),
+            ..OutputArgs::default()
+        };
+        let mut out = Output::open(&args).unwrap();
+        out.event(|b| b.push(b'x')).unwrap();
+        let e = out.flush().unwrap_err();
+        assert!(format!("{e:#}").contains("/dev/full"), "{e:#}");
+    }
+}

@@ -1,0 +1,31 @@
+//! One folder or file per subcommand: `args` (its flags), `probes` (what it attaches), `decode` (its events), `present` (its lines).
+
+pub mod features;
+pub mod fields;
+pub mod skb;
+
+/// Flags of every tool that drains perf buffers.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// Pages of each CPU's perf buffer (a power of two); larger loses less in a burst, and takes memory
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub buffer_pages: usize,
+
+    /// Threads that drain the buffers, each a part of the CPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub drain_threads: usize,
+
+    /// Show libbpf's log
+    #[arg(long)]
+    pub verbose: bool,
+}
+
+impl EngineArgs {
+    pub fn buffer(&self) -> crate::engine::drain::BufferOptions {
+        crate::engine::drain::BufferOptions {
+            pages: self.buffer_pages,
+            threads: self.drain_threads,
+        }
+    }
+}

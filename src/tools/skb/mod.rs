@@ -1,0 +1,146 @@
+//! `netprobe skb`: a packet's way through the kernel, function by function.
+
+pub mod args;
+mod decode;
+mod present;
+mod probes;
+
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result, anyhow};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags};
+
+use crate::bpf::skb::{SkbSkel, SkbSkelBuilder, types};
+use crate::engine::drain::Drain;
+use crate::engine::loss::Loss;
+use crate::engine::merge::Record;
+use crate::engine::pins::Pins;
+use crate::engine::session::{self, Consumer, Flow};
+use crate::engine::{log, signals};
+use crate::kernel::btf::Btf;
+use crate::kernel::features::Features;
+use crate::output::{self, Output};
+use crate::tools::fields;
+
+use args::Args;
+use present::Presenter;
+use probes::Plan;
+
+pub fn run(args: &Args) -> Result<()> {
+    // What can be wrong on the command line comes first: it needs no privilege.
+    let config = args.fields.config()?;
+    let pattern = args.function_pattern()?;
+    log::init(args.engine.verbose);
+    let features = Features::detect();
+    features.require_tracing("skb")?;
+    let btf = Btf::vmlinux(None)?;
+    let plan = Plan::make(&btf, &features, args.backend, pattern.as_ref())?;
+    let reasons = btf.enum_values("skb_drop_reason");
+    drop(btf);
+
+    let stop = signals::stop_channel()?;
+    let mut out = Output::open(&args.output)?;
+    let mut storage = MaybeUninit::uninit();
+    let mut skel = load(args, &features, &plan, &mut storage)?;
+    let pins = Pins::create("skb");
+    if let Some(pins) = &pins {
+        pins.pin(&mut skel.maps.cfg_map, "config")?;
+        pins.pin(&mut skel.maps.stats, "stats")?;
+    }
+    set_config(&skel, &config)?;
+
+    let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
+    let attached = plan.attach(&skel, &stop)?;
+    eprintln!("netprobe: {}", attached.summary());
+    let mut presenter = Presenter::new(args, &attached, reasons);
+    presenter.header(&mut out)?;
+    output::ready(args.output.ready_file.as_deref())?;
+
+    let mut consumer = Lines {
+        presenter: &mut presenter,
+        out: &mut out,
+        undecodable: 0,
+    };
+    let ended = session::run(drain, &stop, None, &mut consumer, || {
+        // From here on no probe sends anything; the links go when this function returns.
+        let paused = types::np_config {
+            fields: config.fields | fields::PAUSED,
+            ..config
+        };
+        if let Err(e) = set_config(&skel, &paused) {
+            eprintln!("netprobe: {e:#}");
+        }
+    });
+    let undecodable = consumer.undecodable;
+    let received = ended?;
+    let mut loss = Loss {
+        received: received.events,
+        late: received.late,
+        undecodable: undecodable + received.short,
+        missed: attached.missed(),
+        ..Loss::default()
+    };
+    loss.add_stats(&skel.maps.stats)?;
+    presenter.loss(&mut out, &loss)?;
+    drop(pins);
+    attached.detach();
+    Ok(())
+}
+
+/// Opens, configures and loads the programs: those that the plan needs, as kprobe or kprobe.multi.
+fn load<'a>(
+    args: &Args,
+    features: &Features,
+    plan: &Plan,
+    storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
+) -> Result<SkbSkel<'a>> {
+    let mut open = SkbSkelBuilder::default()
+        .open(storage)
+        .context("failed to open the BPF object")?;
+    let rodata = open
+        .maps
+        .rodata_data
+        .as_mut()
+        .context("the BPF object has no .rodata")?;
+    rodata.use_cast = u8::from(features.rdonly_cast);
+    rodata.has_func_ip = u8::from(features.func_ip);
+    rodata.sections = args.sections();
+    plan.prepare(&mut open);
+    open.load().map_err(|e| {
+        let log = log::take();
+        anyhow!("failed to load the BPF programs: {e:?}\n{log}")
+    })
+}
+
+fn set_config(skel: &SkbSkel<'_>, config: &types::np_config) -> Result<()> {
+    // SAFETY: np_config is Plain: its bytes are its value.
+    let bytes = unsafe { plain::as_bytes(config) };
+    skel.maps
+        .cfg_map
+        .update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY)
+        .context("failed to set the filter")
+}
+
+/// Events to lines.
+struct Lines<'a> {
+    presenter: &'a mut Presenter,
+    out: &'a mut Output,
+    undecodable: u64,
+}
+
+impl Consumer for Lines<'_> {
+    fn event(&mut self, record: Record<'_>) -> Result<Flow> {
+        let Some(event) = decode::decode(record.bytes) else {
+            self.undecodable += 1;
+            return Ok(Flow::Continue);
+        };
+        self.presenter.event(self.out, &event, record.late)
+    }
+
+    fn tick(&mut self) -> Result<Flow> {
+        self.out.flush()?;
+        Ok(Flow::Continue)
+    }
+}
