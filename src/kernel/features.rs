@@ -172,7 +172,8 @@ fn helper(id: u32) -> bool {
     unsafe { sys::libbpf_probe_bpf_helper(sys::BPF_PROG_TYPE_KPROBE, id, std::ptr::null()) == 1 }
 }
 
-/// Asks for a kprobe.multi link without any function: EINVAL where the kernel knows such links, EOPNOTSUPP or a refused load where not.
+/// Asks for a kprobe.multi link over a list at a bad address: EFAULT where the kernel knows such links; EINVAL (before 5.18) or
+/// EOPNOTSUPP (no CONFIG_FPROBE) where it does not.
 fn kprobe_multi() -> bool {
     // r0 = 0; exit
     let insns = [
@@ -209,7 +210,8 @@ fn kprobe_multi() -> bool {
         ..Default::default()
     };
     opts.__bindgen_anon_1.kprobe_multi.cnt = 1;
-    // SAFETY: prog is a valid fd, opts valid for the call; addresses and symbols are NULL, which the kernel refuses.
+    opts.__bindgen_anon_1.kprobe_multi.addrs = std::ptr::without_provenance(1);
+    // SAFETY: prog is a valid fd, opts valid for the call; the list is read by the kernel alone, which refuses its address.
     let link = unsafe { sys::bpf_link_create(prog, 0, sys::BPF_TRACE_KPROBE_MULTI, &opts) };
     // SAFETY: fds owned here, closed once; `link` is an fd only if not negative.
     unsafe {
@@ -218,7 +220,7 @@ fn kprobe_multi() -> bool {
             libc::close(link);
         }
     }
-    link >= 0 || link == -libc::EINVAL
+    link == -libc::EFAULT
 }
 
 #[cfg(test)]

@@ -40,9 +40,11 @@ impl Prog {
     ];
 
     fn of(f: &Function) -> Self {
+        // Others that take a reason (skb_release_data) do so for every skb, a dropped one or not.
+        let drops = f.name.contains("kfree_skb") || f.name.contains("drop");
         match (f.arg, f.reason_arg) {
-            (1, Some(2)) => Self::Drop(1),
-            (2, Some(3)) => Self::Drop(2),
+            (1, Some(2)) if drops => Self::Drop(1),
+            (2, Some(3)) if drops => Self::Drop(2),
             (n, _) => Self::Arg(n),
         }
     }
@@ -188,6 +190,7 @@ impl Plan {
             backend: self.backend,
             functions: 0,
             refused: self.untraceable,
+            refusal: None,
         };
         let mut progress = Progress::new("netprobe: attaching", self.count);
         let mut groups: Vec<_> = self.targets.iter().collect();
@@ -222,6 +225,8 @@ pub struct Attached {
     backend: Backend,
     functions: usize,
     refused: usize,
+    /// the first function that the kernel refused, and why
+    refusal: Option<String>,
 }
 
 impl Attached {
@@ -255,8 +260,10 @@ impl Attached {
                 self.many(program, a, progress, stop)?;
                 self.many(program, b, progress, stop)
             }
-            Err(_) => {
-                self.refused += 1;
+            Err(e) => {
+                for t in targets {
+                    self.refuse(&t.name, &e);
+                }
                 Ok(())
             }
         }
@@ -277,10 +284,16 @@ impl Attached {
                     self.taken(t);
                     progress.at(self.functions);
                 }
-                Err(_) => self.refused += 1,
+                Err(e) => self.refuse(&t.name, &e.into()),
             }
         }
         Ok(())
+    }
+
+    fn refuse(&mut self, name: &str, why: &anyhow::Error) {
+        self.refused += 1;
+        self.refusal
+            .get_or_insert_with(|| format!("{name}: {why:?}"));
     }
 
     fn taken(&mut self, t: &Target) {
