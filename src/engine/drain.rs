@@ -6,7 +6,7 @@
 //! counted where it happens, in the BPF program (`np_stats`).
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -188,8 +188,9 @@ fn drain_loop(
 /// libbpf's raw perf buffers over some CPUs.
 struct RawBuffer {
     pb: NonNull<sys::perf_buffer>,
-    /// where the callback puts samples; on the heap, since libbpf keeps its address
-    batch: Box<Batch>,
+    /// where the callback puts samples: libbpf keeps this pointer too, so it is no Box (which would promise the compiler that
+    /// nobody else writes there: a release build then sees empty batches)
+    batch: NonNull<Batch>,
 }
 
 // SAFETY: the perf_buffer and the batch that its callback writes to are owned by this value alone, and libbpf ties neither to
@@ -219,26 +220,28 @@ impl RawBuffer {
             map_keys: keys.as_mut_ptr(),
             ..Default::default()
         };
-        let mut batch = Box::<Batch>::default();
-        // SAFETY: all pointers are valid for the call; libbpf copies attr and opts. `batch` is boxed, so the context pointer stays
-        // valid until perf_buffer__free in drop.
+        let batch = NonNull::from(Box::leak(Box::<Batch>::default()));
+        // SAFETY: all pointers are valid for the call; libbpf copies attr and opts. `batch` is freed after perf_buffer__free, in
+        // drop.
         let pb = unsafe {
             sys::perf_buffer__new_raw(
                 map_fd,
                 pages as _,
                 &mut attr,
                 Some(on_event),
-                ptr::from_mut::<Batch>(&mut batch).cast(),
+                batch.as_ptr().cast(),
                 &opts,
             )
         };
-        let pb = NonNull::new(pb).ok_or_else(|| {
+        let Some(pb) = NonNull::new(pb) else {
             let e = std::io::Error::last_os_error();
-            anyhow!(
+            // SAFETY: leaked above, and there is no perf_buffer that knows it.
+            drop(unsafe { Box::from_raw(batch.as_ptr()) });
+            bail!(
                 "failed to open perf buffers of {pages} pages on {} CPUs: {e} (a smaller --buffer-pages may help)",
                 cpus.len()
-            )
-        })?;
+            );
+        };
         Ok(Self { pb, batch })
     }
 
@@ -255,7 +258,8 @@ impl RawBuffer {
 
     /// Takes all that is in the buffers into `batch`.
     fn consume(&mut self, batch: Batch) -> Result<Batch> {
-        *self.batch = batch;
+        // SAFETY: the batch is valid until drop, and only perf_buffer__consume lets the callback write to it.
+        unsafe { *self.batch.as_ptr() = batch };
         // SAFETY: the perf_buffer is valid, and the callback's context is `self.batch`, which nothing else touches meanwhile.
         let err = unsafe { sys::perf_buffer__consume(self.pb.as_ptr()) };
         if err < 0 {
@@ -264,14 +268,18 @@ impl RawBuffer {
                 std::io::Error::from_raw_os_error(-err)
             );
         }
-        Ok(std::mem::take(&mut *self.batch))
+        // SAFETY: as above; the call has returned.
+        Ok(unsafe { std::mem::take(self.batch.as_mut()) })
     }
 }
 
 impl Drop for RawBuffer {
     fn drop(&mut self) {
-        // SAFETY: made by perf_buffer__new_raw, freed once.
-        unsafe { sys::perf_buffer__free(self.pb.as_ptr()) };
+        // SAFETY: made by perf_buffer__new_raw and by Box::leak, each freed once; libbpf lets go of the batch first.
+        unsafe {
+            sys::perf_buffer__free(self.pb.as_ptr());
+            drop(Box::from_raw(self.batch.as_ptr()));
+        }
     }
 }
 
@@ -281,7 +289,7 @@ unsafe extern "C" fn on_event(
     cpu: i32,
     event: *mut sys::perf_event_header,
 ) -> sys::bpf_perf_event_ret {
-    // SAFETY: ctx is the boxed Batch of the RawBuffer that consumes; event is a whole record of `size` bytes (libbpf copies one
+    // SAFETY: ctx is the Batch of the RawBuffer that consumes; event is a whole record of `size` bytes (libbpf copies one
     // that wraps around the end of the buffer).
     let (batch, record) = unsafe {
         let size = usize::from((*event).size);
