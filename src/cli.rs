@@ -23,6 +23,10 @@ pub struct Cli {
 enum Command {
     /// Follow packets through the kernel, function by function
     Skb(Box<tools::skb::args::Args>),
+    /// Capture packets at XDP, before the stack
+    Xdpdump(Box<tools::xdpdump::args::Args>),
+    /// Put XDP programs of yours into an interface's chain, list them, take them out
+    Xdpchain(tools::xdpchain::Args),
     /// Say what this kernel can do, and what that means for each subcommand
     Features(tools::features::Args),
 }
@@ -44,6 +48,8 @@ fn run(command: Command) -> Result<()> {
     signals::block()?;
     match command {
         Command::Skb(args) => tools::skb::run(&args),
+        Command::Xdpdump(args) => tools::xdpdump::run(&args),
+        Command::Xdpchain(args) => tools::xdpchain::run(&args),
         Command::Features(args) => tools::features::run(&args),
     }
 }

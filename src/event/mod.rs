@@ -1,4 +1,5 @@
 //! What events carry, as owned, pure types. Knows neither libbpf nor any tool.
 
 pub mod head;
+pub mod packet;
 pub mod tuple;

@@ -2,7 +2,10 @@
 
 pub mod attach;
 pub mod btf;
+pub mod clock;
 pub mod features;
 pub mod functions;
 pub mod ksyms;
+pub mod netdev;
 pub mod netns;
+pub mod xdp;

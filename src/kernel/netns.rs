@@ -63,22 +63,32 @@ impl Netns {
         })
     }
 
-    /// Runs `f` inside the namespace, on a thread of its own.
-    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
-        let path = self.path.as_ref().ok_or_else(|| {
+    /// Moves the calling thread, and those that it starts from now on, into the namespace. The mount namespace stays, so that
+    /// bpffs stays in sight.
+    pub fn enter(&self) -> Result<()> {
+        let path = self.file()?;
+        let file =
+            File::open(path).with_context(|| format!("failed to open {}", path.display()))?;
+        setns(&file, CloneFlags::CLONE_NEWNET)
+            .with_context(|| format!("failed to enter the network namespace {}", path.display()))
+    }
+
+    fn file(&self) -> Result<&Path> {
+        self.path.as_deref().ok_or_else(|| {
             anyhow!(
                 "network namespace inode:{} has no process and no name, so it cannot be entered",
                 self.inode
             )
-        })?;
-        let file =
-            File::open(path).with_context(|| format!("failed to open {}", path.display()))?;
+        })
+    }
+
+    /// Runs `f` inside the namespace, on a thread of its own.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
+        self.file()?;
         std::thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    setns(&file, CloneFlags::CLONE_NEWNET).with_context(|| {
-                        format!("failed to enter the network namespace {}", path.display())
-                    })?;
+                    self.enter()?;
                     Ok(f())
                 })
                 .join()
@@ -117,7 +127,7 @@ fn inode(path: &Path) -> std::io::Result<u32> {
     Ok(fs::metadata(path)?.ino() as u32)
 }
 
-/// A file of the namespace with this inode: a name under /run/netns, else a process in it.
+/// A file of the namespace with this inode: a name under /run/netns, else a process in it, else where it is mounted.
 fn find(wanted: u32) -> Option<PathBuf> {
     let named = fs::read_dir(NAMED)
         .into_iter()
@@ -136,7 +146,22 @@ fn find(wanted: u32) -> Option<PathBuf> {
         .map(|e| e.path().join("ns/net"));
     named
         .chain(of_processes)
+        .chain(mounted(wanted))
         .find(|p| inode(p).is_ok_and(|i| i == wanted))
+}
+
+/// Where the namespace with this inode is mounted, as container engines do.
+fn mounted(wanted: u32) -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let root = format!("net:[{wanted}]");
+    // id, parent, device, root, mount point, ...
+    table
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(3);
+            (fields.next()? == root).then(|| fields.next().map(PathBuf::from))?
+        })
+        .collect()
 }
 
 #[cfg(test)]

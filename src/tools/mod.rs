@@ -3,6 +3,8 @@
 pub mod features;
 pub mod fields;
 pub mod skb;
+pub mod xdpchain;
+pub mod xdpdump;
 
 /// Flags of every tool that drains perf buffers.
 #[derive(Debug, Clone, clap::Args)]

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The contract between xdpdump's programs and src/tools/xdpdump: the event that
+ * comes before each packet, the counters, and the state pinned for each interface
+ * that has a chain. netprobe_chain.h comes before it.
+ */
+#ifndef NETPROBE_XDPDUMP_H
+#define NETPROBE_XDPDUMP_H
+
+#include "event.h"
+
+/* Kinds of events, np_head.kind: where the packet was seen. */
+#define NP_XDP_CHAIN 1 /* by the chain's own program, before all others */
+#define NP_XDP_ENTRY 2 /* as a traced program was entered */
+#define NP_XDP_EXIT 3 /* as it returned */
+
+/*
+ * A perf record is 65,535 bytes at most: this much of a packet fits behind the
+ * event and perf's own heads.
+ */
+#define NP_XDP_MAX_CAPTURE 65400
+
+/* One packet; head.len counts the packet's bytes that follow. */
+struct np_xdp_event {
+	struct np_head head;
+	__u64 id; /* of the packet: CPU in the upper 16 bits; exit has its entry's */
+	__u32 ifindex;
+	__u32 queue;
+	__u32 len; /* of the whole packet, all buffers */
+	__u32 verdict; /* at exit: what the program returned */
+	__u32 program; /* which traced program: index given by user space */
+	__u32 pad;
+};
+
+_Static_assert(sizeof(struct np_xdp_event) == 72,
+	       "np_xdp_event is part of the contract");
+
+/* Per CPU: packets before and after the filter. */
+struct np_xdp_count {
+	__u64 seen;
+	__u64 matched;
+};
+
+/* How the chain got to the interface, np_chain_state.kind. */
+#define NP_CHAIN_OWN_LINK 1 /* nothing was there: a bpf_link of our own */
+#define NP_CHAIN_OWN_NETLINK 2 /* the same on a kernel without XDP links */
+#define NP_CHAIN_THEIR_NETLINK 3 /* replaced a program attached over netlink */
+#define NP_CHAIN_THEIR_LINK 4 /* updated another process's bpf_link */
+
+#define NP_CHAIN_NAME 32
+#define NP_CHAIN_STATE_VERSION 1
+
+/* The one value of the pinned map chain_state: all that it takes to put things back. */
+struct np_chain_state {
+	__u32 version;
+	__u32 kind; /* NP_CHAIN_* */
+	__u64 netns; /* inode of the interface's network namespace */
+	__u64 owner_start; /* start time of the capturing process (/proc/PID/stat), 0: none */
+	__u32 owner; /* its pid */
+	__u32 ifindex;
+	__u32 mode; /* XDP_FLAGS_SKB_MODE or XDP_FLAGS_DRV_MODE */
+	__u32 link; /* id of the bpf_link, ours or theirs */
+	__u32 root; /* id of our program at the interface */
+	__u32 root_next; /* id of the one that is about to replace it; 0: none */
+	__u32 original; /* id of the program that was there; 0: none */
+	__u32 frags; /* programs of this chain take packets of several buffers */
+	__u32 attach_type; /* expected attach type that programs of this chain share */
+	__u32 pad;
+	__u8 names[NP_CHAIN_SLOTS][NP_CHAIN_NAME];
+	/* chain_stats as a slot's program was put in: it only ever counts up */
+	struct np_chain_slot base[NP_CHAIN_SLOTS];
+};
+
+#endif

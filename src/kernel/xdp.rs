@@ -1,0 +1,416 @@
+//! XDP programs at interfaces: which one is there and how it got there, atomic attach, swap and detach, over netlink or bpf_link.
+//!
+//! It knows no tool and keeps no state: what to put back, and when, is the caller's.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use libbpf_sys as sys;
+
+/// How a program runs at an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// In the driver.
+    Native,
+    /// In the stack's receive path, after the sk_buff was made.
+    Generic,
+    /// In the network card.
+    Offload,
+}
+
+impl Mode {
+    /// The flag of netlink and of bpf_link.
+    pub fn flag(self) -> u32 {
+        match self {
+            Mode::Native => sys::XDP_FLAGS_DRV_MODE,
+            Mode::Generic => sys::XDP_FLAGS_SKB_MODE,
+            Mode::Offload => sys::XDP_FLAGS_HW_MODE,
+        }
+    }
+
+    pub fn from_flag(flag: u32) -> Option<Self> {
+        [Mode::Native, Mode::Generic, Mode::Offload]
+            .into_iter()
+            .find(|mode| mode.flag() == flag)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Native => "native",
+            Mode::Generic => "generic",
+            Mode::Offload => "offload",
+        }
+    }
+}
+
+/// The program that an interface runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attached {
+    pub program: u32,
+    pub mode: Mode,
+}
+
+/// What XDP programs of one chain have to agree in: the kernel refuses a tail call between others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traits {
+    /// Takes packets of several buffers.
+    pub frags: bool,
+    /// BPF_XDP, or 0 for programs of old loaders.
+    pub attach_type: u32,
+}
+
+impl Traits {
+    /// The best that this kernel has.
+    pub fn of_kernel() -> Self {
+        Traits {
+            frags: has_frags(),
+            attach_type: sys::BPF_XDP,
+        }
+    }
+
+    /// Flags for loading a program.
+    pub fn flags(self) -> u32 {
+        if self.frags {
+            sys::BPF_F_XDP_HAS_FRAGS
+        } else {
+            0
+        }
+    }
+}
+
+/// A program as the kernel describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    pub id: u32,
+    pub name: String,
+    pub tag: [u8; 8],
+    pub kind: u32,
+    pub btf: u32,
+    /// Offloaded to this interface, if not 0.
+    pub ifindex: u32,
+}
+
+/// The program at an interface, if there is one.
+pub fn query(ifindex: u32) -> io::Result<Option<Attached>> {
+    let mut opts = sys::bpf_xdp_query_opts {
+        sz: size_of::<sys::bpf_xdp_query_opts>() as _,
+        ..Default::default()
+    };
+    // SAFETY: opts is a live, writable struct whose size it states itself.
+    check(unsafe { sys::bpf_xdp_query(ifindex as i32, 0, &mut opts) })?;
+    // With several attached (offload beside another) the one that runs first in software counts.
+    let found = [
+        (opts.drv_prog_id, Mode::Native),
+        (opts.skb_prog_id, Mode::Generic),
+        (opts.hw_prog_id, Mode::Offload),
+    ];
+    Ok(found
+        .into_iter()
+        .find(|(program, _)| *program != 0)
+        .map(|(program, mode)| Attached { program, mode }))
+}
+
+/// Attaches over netlink, only where nothing is attached. `None` detaches.
+pub fn attach(ifindex: u32, program: BorrowedFd<'_>, mode: Mode) -> io::Result<()> {
+    set(
+        ifindex,
+        Some(program),
+        mode.flag() | sys::XDP_FLAGS_UPDATE_IF_NOEXIST,
+        None,
+    )
+}
+
+/// Atomically puts `new` (or nothing) in the place of `old`; fails when `old` is not there (any more).
+pub fn replace(
+    ifindex: u32,
+    new: Option<BorrowedFd<'_>>,
+    old: BorrowedFd<'_>,
+    mode: Mode,
+) -> io::Result<()> {
+    set(
+        ifindex,
+        new,
+        mode.flag() | sys::XDP_FLAGS_REPLACE,
+        Some(old),
+    )
+}
+
+fn set(
+    ifindex: u32,
+    new: Option<BorrowedFd<'_>>,
+    flags: u32,
+    old: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let opts = sys::bpf_xdp_attach_opts {
+        sz: size_of::<sys::bpf_xdp_attach_opts>() as _,
+        old_prog_fd: old.map_or(0, |fd| fd.as_raw_fd()),
+        ..Default::default()
+    };
+    let fd = new.map_or(-1, |fd| fd.as_raw_fd());
+    // SAFETY: opts lives through the call and states its own size; the fds are borrowed, hence open.
+    check(unsafe { sys::bpf_xdp_attach(ifindex as i32, fd, flags, &opts) })
+}
+
+/// Attaches by a bpf_link: it detaches when the last fd and pin of it are gone.
+pub fn link(ifindex: u32, program: BorrowedFd<'_>, mode: Mode) -> io::Result<OwnedFd> {
+    let opts = sys::bpf_link_create_opts {
+        sz: size_of::<sys::bpf_link_create_opts>() as _,
+        flags: mode.flag(),
+        ..Default::default()
+    };
+    // SAFETY: opts lives through the call and states its own size; the program's fd is open.
+    let fd =
+        unsafe { sys::bpf_link_create(program.as_raw_fd(), ifindex as i32, sys::BPF_XDP, &opts) };
+    owned(fd)
+}
+
+/// Atomically puts `new` in the place of `old` at a link; fails when `old` is not there (any more).
+pub fn link_update(
+    link: BorrowedFd<'_>,
+    new: BorrowedFd<'_>,
+    old: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let opts = sys::bpf_link_update_opts {
+        sz: size_of::<sys::bpf_link_update_opts>() as _,
+        flags: sys::BPF_F_REPLACE,
+        old_prog_fd: old.as_raw_fd() as u32,
+        ..Default::default()
+    };
+    // SAFETY: opts lives through the call and states its own size; the fds are borrowed, hence open.
+    check(unsafe { sys::bpf_link_update(link.as_raw_fd(), new.as_raw_fd(), &opts) })
+}
+
+/// The XDP links that claim this interface index and program. Indices repeat in other network namespaces, so there may be several.
+pub fn links(ifindex: u32, program: u32) -> io::Result<Vec<(u32, OwnedFd)>> {
+    let mut found = Vec::new();
+    for_each_link(|id, info, fd| {
+        // SAFETY: the kernel filled the union's member that belongs to the type of the link.
+        let at = unsafe { info.__bindgen_anon_1.xdp.ifindex };
+        if info.type_ == sys::BPF_LINK_TYPE_XDP && at == ifindex && info.prog_id == program {
+            found.push((id, fd));
+        }
+    })?;
+    Ok(found)
+}
+
+/// The programs that extend (freplace) or trace the program `target`, with their attach types: a libxdp dispatcher's programs.
+pub fn attached_to(target: u32) -> io::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for_each_link(|_, info, _| {
+        if info.type_ != sys::BPF_LINK_TYPE_TRACING {
+            return;
+        }
+        // SAFETY: the kernel filled the union's member that belongs to the type of the link.
+        let (object, kind) = unsafe {
+            (
+                info.__bindgen_anon_1.tracing.target_obj_id,
+                info.__bindgen_anon_1.tracing.attach_type,
+            )
+        };
+        // Extensions have no attach type of their own (0); fentry and fexit do.
+        if object == target && kind == 0 {
+            found.push(info.prog_id);
+        }
+    })?;
+    Ok(found)
+}
+
+fn for_each_link(mut each: impl FnMut(u32, &sys::bpf_link_info, OwnedFd)) -> io::Result<()> {
+    let mut id = 0;
+    loop {
+        // SAFETY: the pointer is to a live integer.
+        if unsafe { sys::bpf_link_get_next_id(id, &mut id) } < 0 {
+            let error = io::Error::last_os_error();
+            return if error.kind() == io::ErrorKind::NotFound {
+                Ok(())
+            } else {
+                Err(error)
+            };
+        }
+        // A link may go between the two calls.
+        let Ok(fd) = link_by_id(id) else { continue };
+        let Ok(info) = link_info(fd.as_fd()) else {
+            continue;
+        };
+        each(id, &info, fd);
+    }
+}
+
+pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes a number, returns an fd that nobody else owns.
+    owned(unsafe { sys::bpf_link_get_fd_by_id(id) })
+}
+
+/// Id, interface index and program of an XDP link; the index is 0 once the interface has gone.
+pub fn xdp_link(link: BorrowedFd<'_>) -> io::Result<(u32, u32, u32)> {
+    let info = link_info(link)?;
+    // SAFETY: the caller's link is an XDP link; for any other the number read is meaningless but initialized (zeroed).
+    let ifindex = unsafe { info.__bindgen_anon_1.xdp.ifindex };
+    Ok((info.id, ifindex, info.prog_id))
+}
+
+fn link_info(link: BorrowedFd<'_>) -> io::Result<sys::bpf_link_info> {
+    let mut info = sys::bpf_link_info::default();
+    let mut len = size_of::<sys::bpf_link_info>() as u32;
+    // SAFETY: info is writable for len bytes.
+    check(unsafe { sys::bpf_link_get_info_by_fd(link.as_raw_fd(), &mut info, &mut len) })?;
+    Ok(info)
+}
+
+pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes a number, returns an fd that nobody else owns.
+    owned(unsafe { sys::bpf_prog_get_fd_by_id(id) })
+}
+
+pub fn program_info(program: BorrowedFd<'_>) -> io::Result<Program> {
+    let mut info = sys::bpf_prog_info::default();
+    let mut len = size_of::<sys::bpf_prog_info>() as u32;
+    // SAFETY: info is writable for len bytes, and all its pointers are null, so the kernel copies no arrays.
+    check(unsafe { sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &mut info, &mut len) })?;
+    let name = info
+        .name
+        .iter()
+        .take_while(|c| **c != 0)
+        .map(|c| *c as u8)
+        .collect::<Vec<_>>();
+    Ok(Program {
+        id: info.id,
+        name: String::from_utf8_lossy(&name).into_owned(),
+        tag: info.tag,
+        kind: info.type_,
+        btf: info.btf_id,
+        ifindex: info.ifindex,
+    })
+}
+
+/// Finds out by trial what a loaded program's companions in a program array have to be like: the kernel tells it nowhere.
+pub fn traits_of(program: BorrowedFd<'_>) -> io::Result<Traits> {
+    let array = program_array()?;
+    insert(array.as_fd(), program)?;
+    // The array now takes only what is like its first program.
+    for frags in [false, true] {
+        for attach_type in [sys::BPF_XDP, 0] {
+            let traits = Traits { frags, attach_type };
+            // A kernel before 5.18 refuses the flag; no program has it there.
+            let Ok(trial) = trivial_program(traits) else {
+                continue;
+            };
+            if insert(array.as_fd(), trial.as_fd()).is_ok() {
+                return Ok(traits);
+            }
+        }
+    }
+    Err(io::Error::other(
+        "the program at the interface cannot be tail called",
+    ))
+}
+
+/// Whether this kernel loads XDP programs for packets of several buffers (5.18).
+pub fn has_frags() -> bool {
+    trivial_program(Traits {
+        frags: true,
+        attach_type: sys::BPF_XDP,
+    })
+    .is_ok()
+}
+
+fn program_array() -> io::Result<OwnedFd> {
+    // SAFETY: the name may be null, and the options are optional.
+    owned(unsafe {
+        sys::bpf_map_create(
+            sys::BPF_MAP_TYPE_PROG_ARRAY,
+            c"np_trial".as_ptr(),
+            4,
+            4,
+            1,
+            std::ptr::null(),
+        )
+    })
+}
+
+fn insert(array: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let (key, value) = (0u32, program.as_raw_fd());
+    // SAFETY: key and value are as long as the map says, 4 bytes each.
+    check(unsafe {
+        sys::bpf_map_update_elem(
+            array.as_raw_fd(),
+            (&raw const key).cast(),
+            (&raw const value).cast(),
+            0,
+        )
+    })
+}
+
+/// Loads a program that returns XDP_PASS.
+fn trivial_program(traits: Traits) -> io::Result<OwnedFd> {
+    let mut mov = sys::bpf_insn {
+        code: (sys::BPF_ALU64 | sys::BPF_MOV | sys::BPF_K) as u8,
+        ..Default::default()
+    };
+    mov.imm = 2;
+    let exit = sys::bpf_insn {
+        code: (sys::BPF_JMP | sys::BPF_EXIT) as u8,
+        ..Default::default()
+    };
+    let insns = [mov, exit];
+    let mut opts = sys::bpf_prog_load_opts {
+        sz: size_of::<sys::bpf_prog_load_opts>() as _,
+        expected_attach_type: traits.attach_type,
+        prog_flags: traits.flags(),
+        ..Default::default()
+    };
+    // SAFETY: strings and instructions live through the call; opts states its own size.
+    owned(unsafe {
+        sys::bpf_prog_load(
+            sys::BPF_PROG_TYPE_XDP,
+            c"np_trial".as_ptr(),
+            c"GPL".as_ptr(),
+            insns.as_ptr(),
+            insns.len() as _,
+            &mut opts,
+        )
+    })
+}
+
+/// Pins any BPF object.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    // SAFETY: the path is a live C string.
+    check(unsafe { sys::bpf_obj_pin(object.as_raw_fd(), path.as_ptr()) })
+}
+
+/// Opens a pinned BPF object.
+pub fn pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    // SAFETY: the path is a live C string.
+    owned(unsafe { sys::bpf_obj_get(path.as_ptr()) })
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Turns libbpf's negative errno into an error.
+fn check(code: i32) -> io::Result<()> {
+    if code < 0 {
+        Err(io::Error::from_raw_os_error(-code))
+    } else {
+        Ok(())
+    }
+}
+
+fn owned(fd: i32) -> io::Result<OwnedFd> {
+    check(fd)?;
+    // SAFETY: the call just returned this fd, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until every program that was replaced or detached before has run to its end on all CPUs.
+pub fn settle() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: a system call of numbers alone; it waits for an RCU grace period. Where it is missing, a packet in flight may be counted late.
+    unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+}

@@ -1,0 +1,273 @@
+//! The lines of `netprobe xdpdump`: text as tcpdump prints it, with what XDP knows before it, and JSON.
+
+use std::io::Write;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::engine::loss::Loss;
+use crate::engine::session::Flow;
+use crate::event::packet::{self, Frame, Line, Mac, Net, Transport, protocol_name};
+use crate::kernel::clock::time_of_day;
+use crate::output::Output;
+use crate::output::escape::{escaped, push_escaped};
+
+use super::args::Args;
+use super::decode::verdict_name;
+use super::probes::Counts;
+
+/// One packet on its way to the reader: live, or from a file.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown<'a> {
+    /// ns since 1970
+    pub wall: u64,
+    pub iface: &'a str,
+    pub queue: Option<u32>,
+    pub id: Option<u64>,
+    pub verdict: Option<u32>,
+    pub len: u32,
+    pub data: &'a [u8],
+    /// Out of the order of time.
+    pub late: bool,
+    pub comment: Option<&'a str>,
+}
+
+/// Turns packets into lines.
+pub struct Presenter {
+    hex: u8,
+    details: bool,
+    link: bool,
+    line: Vec<u8>,
+    /// Hour, minute and second of `second`: the time zone is asked once a second.
+    clock: (u8, u8, u8),
+    second: u64,
+}
+
+impl Presenter {
+    pub fn new(args: &Args) -> Self {
+        Presenter {
+            hex: args.hex,
+            details: args.details,
+            link: args.link,
+            line: Vec::new(),
+            clock: (0, 0, 0),
+            second: u64::MAX,
+        }
+    }
+
+    pub fn packet(&mut self, out: &mut Output, shown: &Shown<'_>) -> Result<Flow> {
+        let frame = packet::decode(shown.data);
+        if out.json() {
+            return out.json_event(&row(shown, frame.as_ref()));
+        }
+        let mut line = std::mem::take(&mut self.line);
+        line.clear();
+        self.text(&mut line, shown, frame.as_ref());
+        let flow = out.event(|buffer| buffer.extend_from_slice(&line));
+        self.line = line;
+        flow
+    }
+
+    /// `12:34:56.123456 veth0 q0 [PASS] IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 64 (98 bytes)`.
+    /// Writes to a Vec do not fail, so their results are dropped here.
+    fn text(&mut self, line: &mut Vec<u8>, shown: &Shown<'_>, frame: Option<&Frame>) {
+        let second = shown.wall / 1_000_000_000;
+        if second != self.second {
+            self.second = second;
+            self.clock = time_of_day(shown.wall);
+        }
+        let (h, m, s) = self.clock;
+        let _ = write!(
+            line,
+            "{h:02}:{m:02}:{s:02}.{:06} ",
+            shown.wall % 1_000_000_000 / 1000
+        );
+        push_escaped(line, shown.iface.as_bytes());
+        if let Some(queue) = shown.queue {
+            let _ = write!(line, " q{queue}");
+        }
+        if let Some(verdict) = shown.verdict {
+            let _ = write!(line, " [{}]", verdict_name(verdict));
+        }
+        if let (true, Some(id)) = (self.details, shown.id) {
+            let _ = write!(line, " id {id:#x}");
+        }
+        line.push(b' ');
+        match frame {
+            Some(frame) => {
+                let _ = write!(
+                    line,
+                    "{}",
+                    Line {
+                        frame,
+                        link: self.link,
+                        details: self.details
+                    }
+                );
+            }
+            None => line.extend_from_slice(b"[|ether]"),
+        }
+        let captured = shown.data.len();
+        if captured < shown.len as usize {
+            let _ = write!(line, " ({} bytes, {captured} captured)", shown.len);
+        } else {
+            let _ = write!(line, " ({} bytes)", shown.len);
+        }
+        if shown.late {
+            line.extend_from_slice(b" [late]");
+        }
+        if let Some(comment) = shown.comment {
+            line.extend_from_slice(b" # ");
+            push_escaped(line, comment.as_bytes());
+        }
+        match self.hex {
+            0 => {}
+            1 => packet::push_hex(line, shown.data.get(link_len(frame)..).unwrap_or_default()),
+            _ => packet::push_hex(line, shown.data),
+        }
+    }
+}
+
+/// The end of a capture: a summary for people, a record for programs.
+pub fn summary(
+    out: &mut Output,
+    counts: &[(String, Counts)],
+    captured: u64,
+    loss: &Loss,
+) -> Result<()> {
+    let mut sum = Counts::default();
+    for (_, of) in counts {
+        sum.seen += of.seen;
+        sum.matched += of.matched;
+        sum.sent += of.sent;
+        sum.lost += of.lost;
+    }
+    eprintln!(
+        "netprobe: {captured} packets captured, {} lost, {} matched the filter, {} seen at XDP",
+        sum.lost, sum.matched, sum.seen
+    );
+    loss.tell();
+    if out.json() {
+        let record = Summary {
+            kind: "summary",
+            captured,
+            lost: sum.lost,
+            matched: sum.matched,
+            seen: sum.seen,
+        };
+        out.line(|buffer| {
+            // Numbers and one constant string always serialize.
+            let _ = serde_json::to_writer(buffer, &record);
+        })?;
+    }
+    out.flush()
+}
+
+/// Bytes of the link header with its tags.
+fn link_len(frame: Option<&Frame>) -> usize {
+    frame.map_or(0, |frame| 14 + frame.vlans.len() * 4)
+}
+
+#[derive(Serialize)]
+struct Summary {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    captured: u64,
+    lost: u64,
+    matched: u64,
+    seen: u64,
+}
+
+/// A packet as a JSON object; a field that says nothing about this packet is left out.
+#[derive(Serialize)]
+struct Row {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// ns since 1970
+    time_ns: u64,
+    iface: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verdict: Option<&'static str>,
+    len: u32,
+    captured: usize,
+    late: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    src_mac: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dst_mac: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ethertype: Option<u16>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    vlans: Vec<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    src: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dst: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    protocol: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    protocol_name: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sport: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dport: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    icmp_type: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    icmp_seq: Option<u16>,
+    summary: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    comment: Option<String>,
+}
+
+fn row(shown: &Shown<'_>, frame: Option<&Frame>) -> Row {
+    let ip = frame.and_then(|frame| match &frame.net {
+        Net::Ip(ip) => Some(ip),
+        _ => None,
+    });
+    let ports = ip.and_then(|ip| ip.ports());
+    let icmp = ip.and_then(|ip| match ip.transport {
+        Transport::Icmp { kind, sequence, .. } => Some((kind, sequence)),
+        _ => None,
+    });
+    Row {
+        kind: "packet",
+        time_ns: shown.wall,
+        iface: escaped(shown.iface.as_bytes()),
+        queue: shown.queue,
+        id: shown.id,
+        verdict: shown.verdict.map(verdict_name),
+        len: shown.len,
+        captured: shown.data.len(),
+        late: shown.late,
+        src_mac: frame.map(|frame| Mac(frame.src).to_string()),
+        dst_mac: frame.map(|frame| Mac(frame.dst).to_string()),
+        ethertype: frame.map(|frame| frame.ethertype),
+        vlans: frame
+            .map(|frame| frame.vlans.iter().map(|tag| tag & 0xfff).collect())
+            .unwrap_or_default(),
+        src: ip.map(|ip| ip.src.to_string()),
+        dst: ip.map(|ip| ip.dst.to_string()),
+        protocol: ip.map(|ip| ip.protocol),
+        protocol_name: ip.map(|ip| protocol_name(ip.protocol)),
+        sport: ports.map(|ports| ports.0),
+        dport: ports.map(|ports| ports.1),
+        icmp_type: icmp.map(|icmp| icmp.0),
+        icmp_seq: icmp.map(|icmp| icmp.1),
+        summary: frame
+            .map(|frame| {
+                Line {
+                    frame,
+                    link: false,
+                    details: false,
+                }
+                .to_string()
+            })
+            .unwrap_or_else(|| "[|ether]".to_owned()),
+        comment: shown.comment.map(|comment| escaped(comment.as_bytes())),
+    }
+}

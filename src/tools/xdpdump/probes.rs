@@ -1,0 +1,192 @@
+//! The capture programs: loaded as the interface wants them, put in front of its chain, counted and taken away.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result, anyhow};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, OpenObject, OpenProgramMut, ProgramAttachType};
+
+use crate::bpf;
+use crate::bpf::xdpdump::types::np_xdp_count;
+use crate::bpf::xdpdump::{OpenXdpdumpSkel, XdpdumpSkel, XdpdumpSkelBuilder};
+use crate::engine::log;
+use crate::engine::loss::Loss;
+use crate::kernel::xdp::{self, Mode, Traits};
+
+use super::chain::{Chain, Parts, Plan};
+use super::place::{self, Lock, Place};
+
+/// What the programs of all interfaces have in common.
+pub struct Options {
+    pub snaplen: u32,
+    pub sample: u32,
+}
+
+/// Packets at one interface, as the kernel counted them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// All packets that came to our program.
+    pub seen: u64,
+    /// Those that matched the filter.
+    pub matched: u64,
+    /// Those handed to the buffers: as many, but for sampling.
+    pub sent: u64,
+    /// Those of them that full buffers refused.
+    pub lost: u64,
+}
+
+/// The programs loaded for one interface, and their place there.
+pub struct Capture<'a> {
+    skel: XdpdumpSkel<'a>,
+    chain: Option<Chain>,
+    pub place: Place,
+    pub mode: Mode,
+    /// The program that was there before: its id.
+    pub before: Option<u32>,
+}
+
+impl<'a> Capture<'a> {
+    /// Loads the programs and puts them to the interface. `events`: the perf buffers of an interface before this one, to be shared.
+    pub fn begin(
+        iface: &str,
+        options: &Options,
+        modes: Vec<Mode>,
+        events: Option<BorrowedFd<'_>>,
+        storage: &'a mut MaybeUninit<OpenObject>,
+    ) -> Result<Self> {
+        let lock = Lock::take()?;
+        let place = Place::find(iface, &lock)?;
+        place::sweep();
+        let plan = Plan::make(place.clone(), &lock)?;
+        let before = plan.found.map(|found| found.program);
+        let skel = load(&plan, options, events, storage)?;
+        let parts = Parts {
+            root: skel.progs.xdp_dump.as_fd(),
+            standby: skel.progs.xdp_chain.as_fd(),
+            maps: vec![
+                ("next_prog_map", skel.maps.next_prog_map.as_fd()),
+                ("chain_stats", skel.maps.chain_stats.as_fd()),
+                ("chain_state", skel.maps.chain_state.as_fd()),
+                ("event_map", skel.maps.events.as_fd()),
+            ],
+            modes,
+            owned: true,
+        };
+        let chain = Chain::install(plan, &parts, &lock)?;
+        let mode = chain.mode();
+        Ok(Capture {
+            skel,
+            chain: Some(chain),
+            place,
+            mode,
+            before,
+        })
+    }
+
+    /// The perf event array of this interface's programs.
+    pub fn events(&self) -> Result<OwnedFd> {
+        self.skel
+            .maps
+            .events
+            .as_fd()
+            .try_clone_to_owned()
+            .context("failed to duplicate an fd")
+    }
+
+    /// Takes our program away; what it has sent until then can still be read.
+    pub fn end(&mut self) -> Result<()> {
+        let Some(chain) = self.chain.take() else {
+            return Ok(());
+        };
+        chain.release()
+    }
+
+    pub fn counts(&self) -> Result<Counts> {
+        let per_cpu = self
+            .skel
+            .maps
+            .xdp_count
+            .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)
+            .context("failed to read the packet counters")?
+            .unwrap_or_default();
+        let mut counts = Counts::default();
+        for bytes in per_cpu {
+            let (count, _) = bpf::read::<np_xdp_count>(&bytes).unwrap_or_default();
+            counts.seen += count.seen;
+            counts.matched += count.matched;
+        }
+        let mut loss = Loss::default();
+        self.add_loss(&mut loss)?;
+        (counts.sent, counts.lost) = (loss.sent, loss.lost);
+        Ok(counts)
+    }
+
+    pub fn add_loss(&self, loss: &mut Loss) -> Result<()> {
+        loss.add_stats(&self.skel.maps.stats)
+    }
+}
+
+fn load<'a>(
+    plan: &Plan,
+    options: &Options,
+    events: Option<BorrowedFd<'_>>,
+    storage: &'a mut MaybeUninit<OpenObject>,
+) -> Result<XdpdumpSkel<'a>> {
+    let mut open = open(plan, storage)?;
+    let rodata = open
+        .maps
+        .rodata_data
+        .as_mut()
+        .context("the BPF object has no .rodata")?;
+    rodata.snaplen = options.snaplen;
+    rodata.sample_every = options.sample;
+    rodata.use_buff_len = u8::from(xdp::has_frags());
+    if let Some(events) = events {
+        open.maps
+            .events
+            .reuse_fd(events)
+            .context("failed to share the perf buffers")?;
+    }
+    open.load().map_err(|error| {
+        anyhow!(
+            "failed to load the XDP programs: {error:?}\n{}",
+            log::take()
+        )
+    })
+}
+
+/// Opens the object with the traits and the maps of the chain that it is going to join.
+pub fn open<'a>(
+    plan: &Plan,
+    storage: &'a mut MaybeUninit<OpenObject>,
+) -> Result<OpenXdpdumpSkel<'a>> {
+    let mut open = XdpdumpSkelBuilder::default()
+        .open(storage)
+        .context("failed to open the BPF object")?;
+    set_traits(&mut open.progs.xdp_dump, plan.traits);
+    set_traits(&mut open.progs.xdp_chain, plan.traits);
+    let maps = [
+        (&mut open.maps.next_prog_map, "next_prog_map"),
+        (&mut open.maps.chain_stats, "chain_stats"),
+        (&mut open.maps.chain_state, "chain_state"),
+    ];
+    for (map, name) in maps {
+        if let Some(shared) = plan.shared(name)? {
+            map.reuse_fd(shared.as_fd())
+                .with_context(|| format!("failed to share the map {name}"))?;
+        }
+    }
+    Ok(open)
+}
+
+/// Makes a program fit for a chain.
+pub fn set_traits(program: &mut OpenProgramMut<'_>, traits: Traits) {
+    program.set_flags(traits.flags());
+    let old = traits.attach_type != libbpf_sys::BPF_XDP;
+    program.set_attach_type(if old {
+        ProgramAttachType::CgroupInetIngress
+    } else {
+        ProgramAttachType::Xdp
+    });
+}
