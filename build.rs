@@ -1,4 +1,5 @@
-//! Compiles every `src/bpf/*.bpf.c` into a skeleton `OUT_DIR/NAME.skel.rs` (included by `src/bpf.rs`).
+//! Compiles every `src/bpf/*.bpf.c` into a skeleton `OUT_DIR/NAME.skel.rs` (included by `src/bpf.rs`), and every
+//! `examples/*.bpf.c` into `OUT_DIR/NAME.o` (which the live tests take).
 
 use std::env;
 use std::ffi::OsString;
@@ -15,21 +16,50 @@ fn main() -> Result<()> {
 
     println!("cargo:rerun-if-changed=src/bpf");
     println!("cargo:rerun-if-changed=vmlinux");
-    for entry in fs::read_dir(root.join("src/bpf"))? {
-        let source = entry?.path();
-        let Some(name) = source.file_name().and_then(|n| n.to_str()) else {
-            continue;
-        };
-        if let Some(tool) = name.strip_suffix(".bpf.c") {
-            let skeleton = out.join(format!("{tool}.skel.rs"));
-            SkeletonBuilder::new()
-                .source(&source)
-                .clang_args(clang_args(&root, &arch))
-                .build_and_generate(&skeleton)
-                .with_context(|| format!("failed to build {}", source.display()))?;
-        }
+    println!("cargo:rerun-if-changed=examples");
+    for (source, name) in bpf_sources(&root.join("src/bpf"))? {
+        SkeletonBuilder::new()
+            .source(&source)
+            .clang_args(clang_args(&root, &arch))
+            .build_and_generate(out.join(format!("{name}.skel.rs")))
+            .with_context(|| format!("failed to build {}", source.display()))?;
+    }
+    for (source, name) in bpf_sources(&root.join("examples"))? {
+        SkeletonBuilder::new()
+            .source(&source)
+            .obj(out.join(format!("{name}.o")))
+            .clang_args(example_args(&root, &arch))
+            .build()
+            .with_context(|| format!("failed to build {}", source.display()))?;
     }
     Ok(())
+}
+
+/// The `NAME.bpf.c` of a folder, and their names.
+fn bpf_sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let mut sources = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let source = entry?.path();
+        let name = source.file_name().and_then(|name| name.to_str());
+        if let Some(name) = name.and_then(|name| name.strip_suffix(".bpf.c")) {
+            let name = name.to_owned();
+            sources.push((source, name));
+        }
+    }
+    Ok(sources)
+}
+
+/// Arguments for clang: examples include the kernel's own headers, as a user's program does.
+fn example_args(root: &Path, arch: &str) -> Vec<OsString> {
+    let mut headers = OsString::from("-I");
+    headers.push(root.join("src/bpf"));
+    vec![
+        headers,
+        OsString::from("-idirafter"),
+        OsString::from(format!("/usr/include/{arch}-linux-gnu")),
+        OsString::from("-Wall"),
+        OsString::from("-Werror"),
+    ]
 }
 
 /// Arguments for clang: the kernel's types of this architecture, warnings as errors.

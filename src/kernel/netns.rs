@@ -22,9 +22,9 @@ pub struct Netns {
 const NAMED: &str = "/run/netns";
 
 impl Netns {
-    /// The namespace of this process.
+    /// The namespace of this thread.
     pub fn current() -> Result<Self> {
-        Self::of(Path::new("/proc/self/ns/net"))
+        Self::of(Path::new("/proc/thread-self/ns/net"))
     }
 
     fn of(path: &Path) -> Result<Self> {

@@ -7,9 +7,11 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
+mod xdpdump;
 
 fn main() {
     let mut cases = Vec::new();
     cases.extend(harness::cases());
+    cases.extend(xdpdump::cases());
     common::run(cases)
 }
