@@ -5,7 +5,6 @@
 PACKAGES = clang llvm gcc make pkg-config libelf-dev zlib1g-dev libpcap-dev bpftool clang-format \
 	iproute2 iptables nftables iputils-ping tcpdump tshark \
 	qemu-system-x86 busybox-static kmod cpio xz-utils zstd lz4 python3
-KERNELS = 5.10 6.1 6.12 newest
 C_FILES = $(wildcard src/bpf/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
@@ -55,7 +54,7 @@ unit: ## unit, command line and live tests on this machine; what it cannot do is
 	cargo test --locked
 
 live: ## the live tests in a virtual machine for each kernel
-	tests/vm/live $(KERNELS)
+	tests/vm/live all
 
 demo: deps ## the main job, shown: a connection before and after an iptables rule drops it
 	demo/run
