@@ -14,6 +14,7 @@ fn main() -> Result<()> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").context("no manifest folder")?);
 
+    link_libpcap();
     println!("cargo:rerun-if-changed=src/bpf");
     println!("cargo:rerun-if-changed=vmlinux");
     println!("cargo:rerun-if-changed=examples");
@@ -60,6 +61,17 @@ fn example_args(root: &Path, arch: &str) -> Vec<OsString> {
         OsString::from("-Wall"),
         OsString::from("-Werror"),
     ]
+}
+
+/// libpcap as an archive, searched for where libelf's is (.cargo/config.toml), so that the program needs no libpcap.so.
+fn link_libpcap() {
+    println!("cargo:rerun-if-env-changed=LIBBPF_SYS_LIBRARY_PATH");
+    if let Some(folders) = env::var_os("LIBBPF_SYS_LIBRARY_PATH") {
+        for folder in env::split_paths(&folders) {
+            println!("cargo:rustc-link-search=native={}", folder.display());
+        }
+    }
+    println!("cargo:rustc-link-lib=static=pcap");
 }
 
 /// Arguments for clang: the kernel's types of this architecture, warnings as errors.

@@ -9,3 +9,4 @@ pub mod ksyms;
 pub mod netdev;
 pub mod netns;
 pub mod xdp;
+pub mod pages;

@@ -1,0 +1,500 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The packet filter's place in a BPF program: stubs whose bodies user space
+ * replaces by a translated expression before the object is loaded
+ * (src/filter/inject.rs), and what calls them. Needs vmlinux.h, bpf_helpers.h
+ * and bpf_core_read.h before it.
+ *
+ * In a program that has an sk_buff:
+ *
+ *	#include "compat.bpf.h"
+ *	#include "filter.bpf.h"
+ *
+ *	struct sk_buff *skb = NP_CAST(struct sk_buff, pointer);
+ *
+ *	if (!np_filter_skb(skb))		reads the fields it needs
+ *		return 0;
+ * or, where these fields were read already:
+ *	struct np_filter_fields f = { .skb = ..., .head = ..., ... };
+ *	if (!np_filter_fields(&f))
+ *		return 0;
+ *
+ * Both are true at once where no filter is set (np_filter_on is constant: the
+ * verifier removes the rest). In an XDP program, after defining
+ * NP_FILTER_XDP before the #include:
+ *
+ *	if (!np_filter_xdp(ctx))
+ *		return XDP_PASS;
+ *
+ * In Rust:
+ *
+ *	let filters = Filters { expression: Some(Compiled::new(text)?), ..Default::default() };
+ *	rodata.np_filter_on = filters.on();
+ *	(and the addresses of kernel::pages::PageVariables, where on() is not 0)
+ *	... everything else that is to be configured ...
+ *	filters.inject(open.open_object_mut())?;
+ *	let skel = open.load()?;
+ *
+ * and for XDP `filter::inject_xdp(open.open_object_mut(), &program, frags)`.
+ */
+#ifndef NETPROBE_FILTER_BPF_H
+#define NETPROBE_FILTER_BPF_H
+
+/* Bits of np_filter_on: which stubs were replaced. */
+#define NP_FILTER_EXPRESSION (1U << 0)
+#define NP_FILTER_TUNNEL_L2 (1U << 1)
+#define NP_FILTER_TUNNEL_L3 (1U << 2)
+#define NP_FILTER_MEMBERS (1U << 3)
+
+#ifdef NP_FILTER_XDP
+
+/* Is an expression set? */
+const volatile __u32 np_filter_on = 0;
+/* May packets lie in several buffers (bpf_xdp_get_buff_len, Linux 5.18)? */
+const volatile __u32 np_filter_xdp_frags = 0;
+
+/*
+ * Replaced by the filter. The assembler keeps clang from dropping arguments or
+ * folding the result; "hidden" makes it a static function to the verifier, so
+ * that packet pointers may be passed.
+ */
+__hidden __noinline __u64 np_filter_xdp_stub(void *data, void *data_end,
+					     struct xdp_md *ctx, __u64 len)
+{
+	__u64 matches;
+
+	asm volatile("%0 = 1"
+		     : "=r"(matches)
+		     : "r"(data), "r"(data_end), "r"(ctx), "r"(len));
+	return matches;
+}
+
+static __always_inline bool np_filter_xdp(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data;
+	void *data_end = (void *)(long)ctx->data_end;
+	__u64 len;
+
+	if (!np_filter_on)
+		return true;
+	len = np_filter_xdp_frags ? bpf_xdp_get_buff_len(ctx) :
+				    (__u64)(data_end - data);
+	return np_filter_xdp_stub(data, data_end, ctx, len) != 0;
+}
+
+#else /* a program that has an sk_buff */
+
+#include "compat.bpf.h"
+
+const volatile __u32 np_filter_on = 0;
+/*
+ * Where the kernel's variables vmemmap_base and page_offset_base are: they lead
+ * from a page to its memory. 0: bytes in page fragments cannot be read, and a
+ * filter that asks for them does not match.
+ */
+const volatile __u64 np_filter_vmemmap_base = 0;
+const volatile __u64 np_filter_page_offset_base = 0;
+
+/* Bytes of header that are copied once, for all loads: src/filter/mod.rs has the same number. */
+#define NP_FILTER_BLOCK 96
+/* CONFIG_MAX_SKB_FRAGS is 17, and may be raised to 45. */
+#define NP_FILTER_FRAGS 45
+#define NP_FILTER_NONE 0xffffffffU
+
+/* What a filter needs to know of an sk_buff. */
+struct np_filter_fields {
+	__u64 skb;
+	__u64 head;
+	__u32 tail; /* an offset from head, as sk_buff has it on 64 bits */
+	__u32 data_len;
+	__u16 mac_header;
+	__u16 network_header;
+	__u16 mac_len;
+	__u16 pad;
+};
+
+/* The packet being filtered on this CPU. */
+struct np_filter_packet {
+	__u64 skb;
+	__u64 data; /* address of its first byte, the link header or the IP header */
+	__u64 linear; /* bytes there; the rest is in page fragments */
+	__u64 len;
+	__u64 base; /* where the filter begins: not 0 inside a tunnel */
+	__u32 inner_l2; /* offsets of a tunnelled packet, or NP_FILTER_NONE */
+	__u32 inner_l3;
+	__u8 block[NP_FILTER_BLOCK];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct np_filter_packet);
+} np_filter_packets SEC(".maps");
+
+static __always_inline struct np_filter_packet *np_filter_packet_get(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&np_filter_packets, &zero);
+}
+
+/* The kernel's struct skb_frag (bio_vec before 6.10: the same layout). */
+struct np_filter_frag {
+	__u64 page;
+	__u32 len;
+	__u32 offset;
+};
+
+/* Address of a fragment's first byte, or 0. */
+static __always_inline __u64 np_filter_frag_address(const struct np_filter_frag *frag)
+{
+	__u64 vmemmap = 0, direct = 0, page_size = bpf_core_type_size(struct page);
+
+	/* The lowest bit: memory of a device (net_iov), not a page. */
+	if (!np_filter_vmemmap_base || !page_size || (frag->page & 1))
+		return 0;
+	bpf_probe_read_kernel(&vmemmap, sizeof(vmemmap), (void *)np_filter_vmemmap_base);
+	bpf_probe_read_kernel(&direct, sizeof(direct), (void *)np_filter_page_offset_base);
+	if (!vmemmap || !direct || frag->page < vmemmap)
+		return 0;
+	return direct + (((frag->page - vmemmap) / page_size) << 12) + frag->offset;
+}
+
+/* Appends `count` (1 to 4) bytes at an address to the value; not 0 where they cannot be read. */
+static __always_inline long np_filter_take(__u64 *value, __u64 address, __u64 count)
+{
+	__u8 bytes[4] = {};
+
+	/* 6.1's verifier wants to see that it is not 0. */
+	if (count < 1 || count > sizeof(bytes))
+		return -1;
+	if (bpf_probe_read_kernel(bytes, count, (void *)address))
+		return -1;
+	*value = *value << 8 | bytes[0];
+	if (count > 1)
+		*value = *value << 8 | bytes[1];
+	if (count > 2)
+		*value = *value << 8 | bytes[2];
+	if (count > 3)
+		*value = *value << 8 | bytes[3];
+	return 0;
+}
+
+/*
+ * 1, 2 or 4 bytes of this CPU's packet wherever they are: their value in host
+ * order, or less than 0. Called by the filter where the block does not reach.
+ * A global function: the verifier reads it once, not at each call.
+ */
+__noinline __s64 np_filter_load(__u64 off, __u64 size)
+{
+	struct np_filter_packet *packet = np_filter_packet_get();
+	struct skb_shared_info *shared;
+	struct sk_buff *skb;
+	__u64 value = 0, at, here;
+	__u8 count, i;
+
+	if (!packet || size < 1 || size > 4 || off > 0xffffffff)
+		return -1;
+	at = packet->base + off;
+	if (at < packet->linear) {
+		here = packet->linear - at;
+		if (here > size)
+			here = size;
+		if (np_filter_take(&value, packet->data + at, here))
+			return -1;
+		size -= here;
+		if (!size)
+			return value;
+		at += here;
+	}
+	if (at + size > packet->len)
+		return -1;
+
+	at -= packet->linear;
+	skb = (struct sk_buff *)packet->skb;
+	shared = (void *)BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, end);
+	count = BPF_CORE_READ(shared, nr_frags);
+	for (i = 0; i < NP_FILTER_FRAGS; i++) {
+		struct np_filter_frag frag;
+		__u64 address;
+
+		if (i >= count ||
+		    bpf_probe_read_kernel(&frag, sizeof(frag),
+					  (void *)shared +
+						  bpf_core_field_offset(struct skb_shared_info, frags) +
+						  i * sizeof(frag)))
+			return -1;
+		if (at >= frag.len) {
+			at -= frag.len;
+			continue;
+		}
+		here = frag.len - at;
+		if (here > size)
+			here = size;
+		address = np_filter_frag_address(&frag);
+		if (!address || np_filter_take(&value, address + at, here))
+			return -1;
+		size -= here;
+		if (!size)
+			return value;
+		at = 0;
+	}
+	return -1;
+}
+
+/*
+ * The stubs. Each body is replaced by the filter; the assembler keeps clang
+ * from dropping arguments or folding the result, the call makes libbpf append
+ * np_filter_load() to the program. "Hidden" makes a function static to the
+ * verifier, so that the block's pointer may be passed.
+ */
+__hidden __noinline __u64 np_filter_l2(const __u8 *block, __u64 linear, __u64 source, __u64 len)
+{
+	__u64 matches;
+
+	asm volatile("%0 = 1" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	return matches | np_filter_load(0, 1);
+}
+
+__hidden __noinline __u64 np_filter_l3(const __u8 *block, __u64 linear, __u64 source, __u64 len)
+{
+	__u64 matches;
+
+	asm volatile("%0 = 2" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	return matches | np_filter_load(0, 1);
+}
+
+__hidden __noinline __u64 np_filter_tunnel_l2(const __u8 *block, __u64 linear, __u64 source,
+					      __u64 len)
+{
+	__u64 matches;
+
+	asm volatile("%0 = 3" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	return matches | np_filter_load(0, 1);
+}
+
+__hidden __noinline __u64 np_filter_tunnel_l3(const __u8 *block, __u64 linear, __u64 source,
+					      __u64 len)
+{
+	__u64 matches;
+
+	asm volatile("%0 = 4" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	return matches | np_filter_load(0, 1);
+}
+
+/* Comparisons of the sk_buff's members (--filter-skb-expr). */
+__hidden __noinline __u64 np_filter_members(__u64 skb)
+{
+	__u64 matches;
+
+	asm volatile("%0 = 5" : "=r"(matches) : "r"(skb));
+	return matches;
+}
+
+#define NP_FILTER_UDP 17
+#define NP_FILTER_GRE 47
+#define NP_FILTER_IPIP 4
+#define NP_FILTER_IPV6 41
+#define NP_FILTER_PORT_VXLAN 4789
+#define NP_FILTER_PORT_VXLAN_OLD 8472 /* the default of ip-link(8) */
+#define NP_FILTER_PORT_GENEVE 6081
+#define NP_FILTER_ETHERNET_BRIDGED 0x6558
+
+static __always_inline bool np_filter_is_vlan(__s64 ethertype)
+{
+	return ethertype == 0x8100 || ethertype == 0x88a8;
+}
+
+/* Where the IP header behind an Ethernet header is (up to two VLAN tags), or NP_FILTER_NONE. */
+static __always_inline __u32 np_filter_skip_ethernet(__u32 at)
+{
+	__s64 ethertype;
+	int tags;
+
+	at += 12;
+	for (tags = 0; tags < 3; tags++) {
+		ethertype = np_filter_load(at, 2);
+		if (!np_filter_is_vlan(ethertype))
+			break;
+		at += 4;
+	}
+	return ethertype == 0x0800 || ethertype == 0x86dd ? at + 2 : NP_FILTER_NONE;
+}
+
+/* Behind the IP header at `at`: the protocol, `at` moved on; less than 0 where there is none to read. */
+static __always_inline __s64 np_filter_skip_ip(__u32 *at)
+{
+	__s64 first = np_filter_load(*at, 1), protocol, length;
+	int headers;
+
+	if (first < 0)
+		return -1;
+	if (first >> 4 == 4) {
+		/* Only the first fragment has what follows. */
+		if (np_filter_load(*at + 6, 2) & 0x1fff)
+			return -1;
+		protocol = np_filter_load(*at + 9, 1);
+		*at += (first & 0xf) * 4;
+		return protocol;
+	}
+	if (first >> 4 != 6)
+		return -1;
+	protocol = np_filter_load(*at + 6, 1);
+	*at += 40;
+	for (headers = 0; headers < 4; headers++) {
+		/* Hop-by-hop, routing, destination options. */
+		if (protocol != 0 && protocol != 43 && protocol != 60)
+			break;
+		protocol = np_filter_load(*at, 1);
+		length = np_filter_load(*at + 1, 1);
+		if (length < 0)
+			return -1;
+		*at += (length + 1) * 8;
+	}
+	return protocol;
+}
+
+/*
+ * Looks for a tunnelled packet behind the IP header at `l3`, and sets
+ * inner_l2 and inner_l3. A global function, see np_filter_load().
+ */
+__noinline int np_filter_find_inner(__u32 l3)
+{
+	struct np_filter_packet *packet = np_filter_packet_get();
+	__u32 at = l3, l2 = NP_FILTER_NONE;
+	__s64 protocol, port, type = -1, flags;
+
+	if (!packet)
+		return 0;
+	packet->inner_l2 = NP_FILTER_NONE;
+	packet->inner_l3 = NP_FILTER_NONE;
+	protocol = np_filter_skip_ip(&at);
+	if (protocol == NP_FILTER_UDP) {
+		port = np_filter_load(at + 2, 2);
+		at += 8;
+		flags = np_filter_load(at, 1);
+		if (flags < 0)
+			return 0;
+		if (port == NP_FILTER_PORT_VXLAN || port == NP_FILTER_PORT_VXLAN_OLD) {
+			/* The bit that says that the network's number is valid. */
+			if (!(flags & 0x08))
+				return 0;
+			type = NP_FILTER_ETHERNET_BRIDGED;
+			at += 8;
+		} else if (port == NP_FILTER_PORT_GENEVE) {
+			type = np_filter_load(at + 2, 2);
+			at += 8 + (flags & 0x3f) * 4;
+		} else {
+			return 0;
+		}
+	} else if (protocol == NP_FILTER_GRE) {
+		flags = np_filter_load(at, 2);
+		type = np_filter_load(at + 2, 2);
+		/* Version 0 only; checksum, key and sequence number. */
+		if (flags < 0 || (flags & 7))
+			return 0;
+		at += 4 + (flags & 0x8000 ? 4 : 0) + (flags & 0x2000 ? 4 : 0) + (flags & 0x1000 ? 4 : 0);
+	} else if (protocol == NP_FILTER_IPIP || protocol == NP_FILTER_IPV6) {
+		type = 0x0800;
+	}
+	if (type == NP_FILTER_ETHERNET_BRIDGED) {
+		l2 = at;
+		packet->inner_l2 = l2;
+		packet->inner_l3 = np_filter_skip_ethernet(at);
+	} else if (type == 0x0800 || type == 0x86dd) {
+		packet->inner_l3 = at;
+	}
+	return 0;
+}
+
+/* Copies the packet's first bytes from `base` on; how many bytes are there in one piece. */
+static __always_inline __u64 np_filter_begin(struct np_filter_packet *packet, __u32 base)
+{
+	packet->base = base;
+	if (base >= packet->linear)
+		return 0;
+	/*
+	 * A fixed length, for speed: behind the linear part always lies a
+	 * skb_shared_info, so that no more than the packet's own memory is read.
+	 */
+	if (bpf_probe_read_kernel(packet->block, sizeof(packet->block), (void *)packet->data + base))
+		return 0;
+	return packet->linear - base;
+}
+
+/* Does the packet pass every filter that is set? */
+static __always_inline bool np_filter_fields(const struct np_filter_fields *fields)
+{
+	struct np_filter_packet *packet;
+	bool l2 = fields->mac_len != 0;
+	__u64 linear, start;
+	__u32 inner;
+
+	if (!np_filter_on)
+		return true;
+	if ((np_filter_on & NP_FILTER_MEMBERS) && !np_filter_members(fields->skb))
+		return false;
+	if (!(np_filter_on & ~NP_FILTER_MEMBERS))
+		return true;
+	packet = np_filter_packet_get();
+	if (!packet)
+		return false;
+	start = l2 ? fields->mac_header : fields->network_header;
+	packet->skb = fields->skb;
+	packet->data = fields->head + start;
+	packet->linear = fields->tail > start ? fields->tail - start : 0;
+	packet->len = packet->linear + fields->data_len;
+
+	linear = np_filter_begin(packet, 0);
+	if (np_filter_on & NP_FILTER_EXPRESSION) {
+		if (l2 ? !np_filter_l2(packet->block, linear, 0, packet->len) :
+			 !np_filter_l3(packet->block, linear, 0, packet->len))
+			return false;
+	}
+	if (!(np_filter_on & (NP_FILTER_TUNNEL_L2 | NP_FILTER_TUNNEL_L3)))
+		return true;
+
+	/* What is not tunnelled passes. */
+	inner = l2 ? np_filter_skip_ethernet(0) : 0;
+	if (inner == NP_FILTER_NONE)
+		return true;
+	np_filter_find_inner(inner);
+	inner = packet->inner_l2;
+	if ((np_filter_on & NP_FILTER_TUNNEL_L2) && inner != NP_FILTER_NONE && inner < packet->len) {
+		linear = np_filter_begin(packet, inner);
+		if (!np_filter_tunnel_l2(packet->block, linear, 0, packet->len - inner))
+			return false;
+	}
+	inner = packet->inner_l3;
+	if ((np_filter_on & NP_FILTER_TUNNEL_L3) && inner != NP_FILTER_NONE && inner < packet->len) {
+		linear = np_filter_begin(packet, inner);
+		if (!np_filter_tunnel_l3(packet->block, linear, 0, packet->len - inner))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * The same, with the fields read here. `skb` is a pointer made by
+ * NP_CAST(struct sk_buff, ...).
+ */
+static __always_inline bool np_filter_skb(struct sk_buff *skb)
+{
+	struct np_filter_fields fields = { .skb = (__u64)skb };
+
+	if (!np_filter_on)
+		return true;
+	if (np_filter_on & ~NP_FILTER_MEMBERS) {
+		fields.head = (__u64)NP_READ(skb, head);
+		fields.tail = NP_READ(skb, tail);
+		fields.data_len = NP_READ(skb, data_len);
+		fields.mac_header = NP_READ(skb, mac_header);
+		fields.network_header = NP_READ(skb, network_header);
+		fields.mac_len = NP_READ(skb, mac_len);
+	}
+	return np_filter_fields(&fields);
+}
+
+#endif
+#endif

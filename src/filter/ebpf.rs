@@ -1,0 +1,574 @@
+//! From cBPF to eBPF: one pure function, `translate`. It must not know libbpf, nor what program the code is put into.
+//!
+//! The result is the body of a subprogram `u64 stub(r1, r2, r3, r4)` that returns 0 for no match, else what the cBPF
+//! program returns. What the arguments are, `LoadMode` says.
+//!
+//! Registers: A is r0 and X is r5; r1 and r2 keep their arguments, r3 and r4 are scratch. Nothing is kept in r6 to r9,
+//! so that the JIT saves none of them; a slow load (a helper or a subprogram is called) puts on the stack what the
+//! call destroys. A and X are always zero-extended 32-bit values.
+//!
+//! A program that loads from several constant offsets is written twice: first for packets that reach past all of
+//! them, without any check of bounds, then for shorter ones, where every load has its own check. No guard is ever
+//! shared between instructions in any other way.
+
+use anyhow::Result;
+
+use super::asm::{
+    Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, HELPER_SKB_LOAD_BYTES, HELPER_XDP_LOAD_BYTES,
+    Insn, Label, Reg, Size,
+};
+use super::cbpf::{self, Acc, Offset, Op, Operand, Operand2, Program, Value};
+
+/// How packet bytes are loaded, and with it what the arguments of the subprogram are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadMode {
+    /// r1: pointer to `size` readable bytes, the packet's first; r2: how many bytes of the packet lie in one piece
+    /// (may be more than `size`); r3: what `beyond` says; r4: the packet's length.
+    Block { size: u32, beyond: Beyond },
+    /// r1 and r2: start and end of the packet, known as such to the verifier (XDP, tc); r3, r4 as above.
+    Packet { beyond: Beyond },
+}
+
+impl LoadMode {
+    /// Every load by bpf_probe_read_kernel. r1: unused; r2: bytes at the address; r3: the packet's address; r4: its
+    /// length.
+    pub const PROBE: LoadMode = LoadMode::Block { size: 0, beyond: Beyond::ProbeRead };
+}
+
+/// How bytes are loaded that the fast way does not reach; the filter does not match where this fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beyond {
+    /// Nothing is there.
+    Nothing,
+    /// r3: the packet's address; bpf_probe_read_kernel, as far as r2 says.
+    ProbeRead,
+    /// r3: the context of an XDP program; bpf_xdp_load_bytes.
+    XdpLoad,
+    /// r3: the `__sk_buff`; bpf_skb_load_bytes.
+    SkbLoad,
+    /// r3: unused; a subprogram `s64 load(u64 offset, u64 size)`: the value in host order, or less than 0. The call has
+    /// `LOAD_CALL` in its imm, for `inject` to fill in.
+    Subprogram,
+}
+
+/// The imm of a call whose distance is not known yet.
+pub const LOAD_CALL: i32 = i32::MIN;
+
+const A: Reg = Reg::R0;
+const X: Reg = Reg::R5;
+const DATA: Reg = Reg::R1;
+const END: Reg = Reg::R2;
+const T: Reg = Reg::R3;
+const T2: Reg = Reg::R4;
+
+const SLOT_SOURCE: i16 = -8;
+const SLOT_LENGTH: i16 = -16;
+const SLOT_DATA: i16 = -24;
+const SLOT_END: i16 = -32;
+const SLOT_X: i16 = -40;
+const SLOT_A: i16 = -48;
+const SLOT_BYTES: i16 = -56;
+/// Scratch word 0; the others lie below it.
+const SLOT_WORDS: i16 = -60;
+
+/// Programs up to this length keep slow loads out of the way, behind the code, and may be written twice.
+const SHORT: usize = 512;
+/// Up to where the loads of the version without checks may reach: within the smallest Ethernet frame, so that it is
+/// taken for nearly every packet.
+const UNCHECKED_REACH: u32 = 60;
+/// The verifier's bound for offsets into a packet.
+const MAX_PACKET_OFFSET: u32 = 0xffff;
+
+/// The body of the subprogram.
+pub fn translate(program: &Program, mode: LoadMode) -> Result<Vec<Insn>> {
+    let ops: Vec<Op> = program.ops().collect();
+    let mut writer = Writer {
+        asm: Assembler::default(),
+        mode,
+        reachable: reachable(&ops),
+        short: ops.len() <= SHORT,
+        ops,
+        labels: Vec::new(),
+        unchecked: 0,
+        zero: None,
+        slow: Vec::new(),
+    };
+    writer.program();
+    writer.asm.finish()
+}
+
+/// Which instructions can be reached; the verifier refuses code that cannot.
+fn reachable(ops: &[Op]) -> Vec<bool> {
+    let mut reached = vec![false; ops.len()];
+    reached[0] = true;
+    for (at, op) in ops.iter().enumerate() {
+        if !reached[at] {
+            continue;
+        }
+        match *op {
+            Op::Return(_) => {}
+            Op::Jump { k } => reached[at + 1 + k as usize] = true,
+            Op::Branch { jt, jf, .. } => {
+                reached[at + 1 + usize::from(jt)] = true;
+                reached[at + 1 + usize::from(jf)] = true;
+            }
+            _ => reached[at + 1] = true,
+        }
+    }
+    reached
+}
+
+/// A load of packet bytes.
+#[derive(Clone, Copy)]
+struct Load {
+    size: u32,
+    offset: Offset,
+    /// `ldxb 4*([k]&0xf)`: X gets it, and A stays.
+    header_length: bool,
+}
+
+/// A slow load that is written behind the code.
+struct Slow {
+    entry: Label,
+    back: Label,
+    load: Load,
+}
+
+/// The right side of a comparison of whole registers.
+#[derive(Clone, Copy)]
+enum Right {
+    Reg(Reg),
+    Imm(i32),
+}
+
+struct Writer {
+    asm: Assembler,
+    mode: LoadMode,
+    ops: Vec<Op>,
+    reachable: Vec<bool>,
+    short: bool,
+    /// Where each operation of the version being written begins.
+    labels: Vec<Label>,
+    /// The version being written need not check loads that end up to here.
+    unchecked: u32,
+    /// The `return 0` behind the version being written, once something goes there.
+    zero: Option<Label>,
+    slow: Vec<Slow>,
+}
+
+impl Writer {
+    fn beyond(&self) -> Beyond {
+        match self.mode {
+            LoadMode::Block { beyond, .. } | LoadMode::Packet { beyond } => beyond,
+        }
+    }
+
+    /// The loads that can be reached.
+    fn loads(&self) -> impl Iterator<Item = Load> + '_ {
+        let reached = self.ops.iter().zip(&self.reachable).filter(|(_, reached)| **reached);
+        reached.filter_map(|(op, _)| match *op {
+            Op::Load { size, offset } => Some(Load { size, offset, header_length: false }),
+            Op::HeaderLength { k } => Some(Load {
+                size: 1,
+                offset: Offset::Absolute(k),
+                header_length: true,
+            }),
+            _ => None,
+        })
+    }
+
+    fn program(&mut self) {
+        let source = !matches!(self.beyond(), Beyond::Nothing | Beyond::Subprogram);
+        if source && self.loads().next().is_some() {
+            self.asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R3));
+        }
+        if self.ops.iter().any(|op| matches!(op, Op::Set { value: Value::Length, .. })) {
+            self.asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_LENGTH, Reg::R4));
+        }
+        self.asm.push(Insn::alu32_imm(Alu::Mov, A, 0));
+        self.asm.push(Insn::alu32_imm(Alu::Mov, X, 0));
+
+        let reach = self.unchecked_reach();
+        if reach > 0 {
+            let careful = self.asm.label();
+            if let LoadMode::Packet { .. } = self.mode {
+                self.asm.push(Insn::alu64(Alu::Mov, T, DATA));
+                self.asm.push(Insn::alu64_imm(Alu::Add, T, reach.cast_signed()));
+                self.asm.jump_if(T, Cond::Gt, END, careful);
+            } else {
+                self.asm.jump_if_imm(END, Cond::Lt, reach.cast_signed(), careful);
+            }
+            self.version(reach);
+            self.asm.place(careful);
+        }
+        self.version(0);
+    }
+
+    /// How far the version without checks reaches; 0 where it would not pay.
+    fn unchecked_reach(&self) -> u32 {
+        let limit = match self.mode {
+            LoadMode::Block { size, .. } => size.min(UNCHECKED_REACH),
+            LoadMode::Packet { .. } => UNCHECKED_REACH,
+        };
+        let ends: Vec<u32> = self
+            .loads()
+            .filter_map(|load| match load.offset {
+                Offset::Absolute(k) => k.checked_add(load.size).filter(|end| *end <= limit),
+                Offset::Indexed(_) => None,
+            })
+            .collect();
+        match ends.iter().max() {
+            Some(reach) if self.short && ends.len() > 1 => *reach,
+            _ => 0,
+        }
+    }
+
+    /// The whole program once, with the slow loads and the `return 0` that it needs behind it.
+    fn version(&mut self, unchecked: u32) {
+        self.unchecked = unchecked;
+        self.zero = None;
+        self.labels = self.ops.iter().map(|_| self.asm.label()).collect();
+        for at in 0..self.ops.len() {
+            if self.reachable[at] {
+                self.asm.place(self.labels[at]);
+                self.op(at, self.ops[at]);
+            }
+        }
+        for slow in std::mem::take(&mut self.slow) {
+            self.asm.place(slow.entry);
+            self.slow_load(slow.load);
+            self.asm.jump(slow.back);
+        }
+        if let Some(zero) = self.zero {
+            self.asm.place(zero);
+            self.return_zero();
+        }
+    }
+
+    fn return_zero(&mut self) {
+        self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R0, 0));
+        self.asm.push(Insn::exit());
+    }
+
+    fn compare(&mut self, left: Reg, cond: Cond, right: Right, to: Label) {
+        match right {
+            Right::Reg(right) => self.asm.jump_if(left, cond, right, to),
+            Right::Imm(right) => self.asm.jump_if_imm(left, cond, right, to),
+        }
+    }
+
+    /// Returns 0 where the condition holds. In a long program on the spot, as the end may be out of a jump's reach.
+    fn fail_if(&mut self, left: Reg, cond: Cond, right: Right) {
+        if self.short {
+            let zero = match self.zero {
+                Some(zero) => zero,
+                None => self.asm.label(),
+            };
+            self.zero = Some(zero);
+            self.compare(left, cond, right, zero);
+        } else {
+            let (fail, go_on) = (self.asm.label(), self.asm.label());
+            self.compare(left, cond, right, fail);
+            self.asm.jump(go_on);
+            self.asm.place(fail);
+            self.return_zero();
+            self.asm.place(go_on);
+        }
+    }
+
+    /// Returns 0, in a way that leaves what follows reachable for the verifier's first pass.
+    fn fail(&mut self) {
+        self.fail_if(A, Cond::Ge, Right::Imm(0));
+    }
+
+    fn op(&mut self, at: usize, op: Op) {
+        let register = |acc: Acc| match acc {
+            Acc::A => A,
+            Acc::X => X,
+        };
+        let word = |word: u32| SLOT_WORDS - 4 * word as i16;
+        match op {
+            Op::Load { size, offset } => self.load(Load { size, offset, header_length: false }),
+            Op::HeaderLength { k } => self.load(Load {
+                size: 1,
+                offset: Offset::Absolute(k),
+                header_length: true,
+            }),
+            Op::Set { to, value } => self.asm.push(match value {
+                Value::Constant(k) => Insn::alu32_imm(Alu::Mov, register(to), k),
+                Value::Word(k) => Insn::load(Size::W, register(to), Reg::Fp, word(k)),
+                Value::Length => Insn::load(Size::W, register(to), Reg::Fp, SLOT_LENGTH),
+            }),
+            Op::Store { from, word: k } => {
+                self.asm.push(Insn::store(Size::W, Reg::Fp, word(k), register(from)));
+            }
+            Op::Alu { op, operand } => self.alu(op, operand),
+            Op::Neg => self.asm.push(Insn::alu32_imm(Alu::Neg, A, 0)),
+            Op::TakeX => self.asm.push(Insn::alu32(Alu::Mov, A, X)),
+            Op::GiveX => self.asm.push(Insn::alu32(Alu::Mov, X, A)),
+            Op::Jump { k: 0 } => {}
+            Op::Jump { k } => self.asm.jump(self.labels[at + 1 + k as usize]),
+            Op::Branch { cond, operand, jt, jf } => {
+                let jt = (jt > 0).then(|| self.labels[at + 1 + usize::from(jt)]);
+                let jf = (jf > 0).then(|| self.labels[at + 1 + usize::from(jf)]);
+                self.branch(cond, operand, jt, jf);
+            }
+            Op::Return(value) => {
+                if let Operand2::K(k) = value {
+                    self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R0, k));
+                }
+                self.asm.push(Insn::exit());
+            }
+        }
+    }
+
+    fn alu(&mut self, op: u16, operand: Operand) {
+        let name = match op {
+            cbpf::ALU_ADD => Alu::Add,
+            cbpf::ALU_SUB => Alu::Sub,
+            cbpf::ALU_MUL => Alu::Mul,
+            cbpf::ALU_DIV => Alu::Div,
+            cbpf::ALU_OR => Alu::Or,
+            cbpf::ALU_AND => Alu::And,
+            cbpf::ALU_LSH => Alu::Lsh,
+            cbpf::ALU_RSH => Alu::Rsh,
+            cbpf::ALU_MOD => Alu::Mod,
+            _ => Alu::Xor,
+        };
+        match (operand, name) {
+            (Operand::K(k), _) => self.asm.push(Insn::alu32_imm(name, A, k)),
+            (Operand::X, Alu::Lsh | Alu::Rsh) => {
+                self.asm.push(Insn::alu32(Alu::Mov, T, X));
+                self.asm.push(Insn::alu32_imm(Alu::And, T, 31));
+                self.asm.push(Insn::alu32(name, A, T));
+            }
+            (Operand::X, _) => {
+                if matches!(name, Alu::Div | Alu::Mod) {
+                    self.fail_if(X, Cond::Eq, Right::Imm(0));
+                }
+                self.asm.push(Insn::alu32(name, A, X));
+            }
+        }
+    }
+
+    /// `jt` and `jf`: where to go, none for what follows.
+    fn branch(&mut self, cond: u16, operand: Operand, jt: Option<Label>, jf: Option<Label>) {
+        if jt == jf {
+            if let Some(to) = jt {
+                self.asm.jump(to);
+            }
+            return;
+        }
+        let (yes, no) = match cond {
+            cbpf::JMP_EQ => (Cond::Eq, Some(Cond::Ne)),
+            cbpf::JMP_GT => (Cond::Gt, Some(Cond::Le)),
+            cbpf::JMP_GE => (Cond::Ge, Some(Cond::Lt)),
+            _ => (Cond::Set, None),
+        };
+        let mut jump_if = |cond: Cond, to: Label| match operand {
+            Operand::K(k) => self.asm.jump32_if_imm(A, cond, k, to),
+            Operand::X => self.asm.jump32_if(A, cond, X, to),
+        };
+        match (jt, jf, no) {
+            (Some(jt), None, _) => jump_if(yes, jt),
+            (None, Some(jf), Some(no)) => jump_if(no, jf),
+            (None, jf, _) => {
+                let next = self.asm.label();
+                self.branch(cond, operand, Some(next), jf);
+                self.asm.place(next);
+            }
+            (Some(jt), Some(jf), _) => {
+                jump_if(yes, jt);
+                self.asm.jump(jf);
+            }
+        }
+    }
+
+    /// Bytes of the packet to A or X, the fast way where it reaches.
+    fn load(&mut self, load: Load) {
+        let slow = self.asm.label();
+        let Some((base, off)) = self.fast_address(load, slow) else {
+            // Out of the fast way's reach for every packet.
+            match (self.beyond(), load.offset) {
+                (Beyond::Nothing, _) => self.fail(),
+                (_, Offset::Absolute(k)) if k.checked_add(load.size).is_none() => self.fail(),
+                _ => self.slow_load(load),
+            }
+            return;
+        };
+        let size = match load.size {
+            1 => Size::B,
+            2 => Size::H,
+            _ => Size::W,
+        };
+        let to = if load.header_length { X } else { A };
+        self.asm.push(Insn::load(size, to, base, off));
+        self.finish_load(load, to, true);
+        if !self.asm.is_used(slow) {
+            return;
+        }
+        let back = self.asm.label();
+        if self.short {
+            self.asm.place(back);
+            self.slow.push(Slow { entry: slow, back, load });
+        } else {
+            self.asm.jump(back);
+            self.asm.place(slow);
+            self.slow_load(load);
+            self.asm.place(back);
+        }
+    }
+
+    /// The checks of a load and where its bytes are then: a register and an offset. A packet that it does not reach
+    /// is sent to `slow`, or returns 0 where nothing lies beyond. None where no packet can be reached so.
+    fn fast_address(&mut self, load: Load, slow: Label) -> Option<(Reg, i16)> {
+        let Load { size, offset, .. } = load;
+        match (self.mode, offset) {
+            (LoadMode::Block { size: block, .. }, Offset::Absolute(k)) => {
+                let end = k.checked_add(size).filter(|end| *end <= block)?;
+                if end > self.unchecked {
+                    self.leave_if(END, Cond::Lt, Right::Imm(end.cast_signed()), slow);
+                }
+                Some((DATA, i16::try_from(k).ok()?))
+            }
+            (LoadMode::Block { size: block, .. }, Offset::Indexed(k)) => {
+                let last = block.checked_sub(size)?;
+                self.index(k);
+                // First what keeps the verifier content, then what the packet has.
+                self.leave_if(T, Cond::Gt, Right::Imm(last.cast_signed()), slow);
+                self.asm.push(Insn::alu64(Alu::Mov, T2, T));
+                self.asm.push(Insn::alu64_imm(Alu::Add, T2, size.cast_signed()));
+                self.leave_if(T2, Cond::Gt, Right::Reg(END), slow);
+                self.asm.push(Insn::alu64(Alu::Add, T, DATA));
+                Some((T, 0))
+            }
+            (LoadMode::Packet { .. }, Offset::Absolute(k)) => {
+                let end = k.checked_add(size).filter(|end| *end <= MAX_PACKET_OFFSET)?;
+                if end <= self.unchecked {
+                    return Some((DATA, i16::try_from(k).ok()?));
+                }
+                self.asm.push(Insn::alu64(Alu::Mov, T, DATA));
+                self.asm.push(Insn::alu64_imm(Alu::Add, T, end.cast_signed()));
+                self.leave_if(T, Cond::Gt, Right::Reg(END), slow);
+                Some((T, -(size as i16)))
+            }
+            (LoadMode::Packet { .. }, Offset::Indexed(k)) => {
+                self.index(k);
+                let last = MAX_PACKET_OFFSET - size;
+                self.leave_if(T, Cond::Gt, Right::Imm(last.cast_signed()), slow);
+                self.asm.push(Insn::alu64(Alu::Add, T, DATA));
+                self.asm.push(Insn::alu64(Alu::Mov, T2, T));
+                self.asm.push(Insn::alu64_imm(Alu::Add, T2, size.cast_signed()));
+                self.leave_if(T2, Cond::Gt, Right::Reg(END), slow);
+                Some((T, 0))
+            }
+        }
+    }
+
+    /// T = X + k, in 32 bits.
+    fn index(&mut self, k: u32) {
+        self.asm.push(Insn::alu32(Alu::Mov, T, X));
+        if k != 0 {
+            self.asm.push(Insn::alu32_imm(Alu::Add, T, k));
+        }
+    }
+
+    /// To the slow way where the condition holds, or out where there is none.
+    fn leave_if(&mut self, left: Reg, cond: Cond, right: Right, slow: Label) {
+        if self.beyond() == Beyond::Nothing {
+            self.fail_if(left, cond, right);
+        } else {
+            self.compare(left, cond, right, slow);
+        }
+    }
+
+    /// Host order, and for a header length the rest of its arithmetic.
+    fn finish_load(&mut self, load: Load, to: Reg, network_order: bool) {
+        if network_order && load.size > 1 {
+            self.asm.push(Insn::from_be(to, 8 * load.size.cast_signed()));
+        }
+        if load.header_length {
+            self.asm.push(Insn::alu32_imm(Alu::And, to, 0xf));
+            self.asm.push(Insn::alu32_imm(Alu::Lsh, to, 2));
+        }
+    }
+
+    /// A load by a call; what the call destroys is kept on the stack.
+    fn slow_load(&mut self, load: Load) {
+        let beyond = self.beyond();
+        let mut kept = vec![(X, SLOT_X), (END, SLOT_END)];
+        if !matches!(self.mode, LoadMode::Block { size: 0, .. }) {
+            kept.push((DATA, SLOT_DATA));
+        }
+        if load.header_length {
+            kept.push((A, SLOT_A));
+        }
+        match load.offset {
+            Offset::Absolute(k) => self.asm.push(Insn::alu32_imm(Alu::Mov, T, k)),
+            Offset::Indexed(k) => self.index(k),
+        }
+        if beyond == Beyond::ProbeRead {
+            self.asm.push(Insn::alu64(Alu::Mov, T2, T));
+            self.asm.push(Insn::alu64_imm(Alu::Add, T2, load.size.cast_signed()));
+            self.fail_if(T2, Cond::Gt, Right::Reg(END));
+        }
+        for (reg, slot) in &kept {
+            self.asm.push(Insn::store(Size::Dw, Reg::Fp, *slot, *reg));
+        }
+        let source = |to: Reg| Insn::load(Size::Dw, to, Reg::Fp, SLOT_SOURCE);
+        let bytes = |to: Reg| {
+            [
+                Insn::alu64(Alu::Mov, to, Reg::Fp),
+                Insn::alu64_imm(Alu::Add, to, SLOT_BYTES.into()),
+            ]
+        };
+        match beyond {
+            Beyond::Nothing | Beyond::ProbeRead => {
+                self.asm.push(source(Reg::R1));
+                self.asm.push(Insn::alu64(Alu::Add, Reg::R3, Reg::R1));
+                self.asm.extend(bytes(Reg::R1));
+                self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, load.size));
+                self.asm.push(Insn::call(HELPER_PROBE_READ_KERNEL));
+            }
+            Beyond::XdpLoad | Beyond::SkbLoad => {
+                self.asm.push(Insn::alu64(Alu::Mov, Reg::R2, T));
+                self.asm.push(source(Reg::R1));
+                self.asm.extend(bytes(Reg::R3));
+                self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R4, load.size));
+                self.asm.push(Insn::call(if beyond == Beyond::XdpLoad {
+                    HELPER_XDP_LOAD_BYTES
+                } else {
+                    HELPER_SKB_LOAD_BYTES
+                }));
+            }
+            Beyond::Subprogram => {
+                self.asm.push(Insn::alu64(Alu::Mov, Reg::R1, T));
+                self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, load.size));
+                self.asm.push(Insn::call_subprogram(LOAD_CALL));
+            }
+        }
+        let to = if load.header_length { X } else { A };
+        let by_value = beyond == Beyond::Subprogram;
+        let failed = if by_value { Cond::Slt } else { Cond::Ne };
+        self.fail_if(Reg::R0, failed, Right::Imm(0));
+        for (reg, slot) in &kept {
+            if *reg != to && *reg != A {
+                self.asm.push(Insn::load(Size::Dw, *reg, Reg::Fp, *slot));
+            }
+        }
+        if by_value {
+            self.asm.push(Insn::alu32(Alu::Mov, to, Reg::R0));
+        } else {
+            let size = match load.size {
+                1 => Size::B,
+                2 => Size::H,
+                _ => Size::W,
+            };
+            self.asm.push(Insn::load(size, to, Reg::Fp, SLOT_BYTES));
+        }
+        self.finish_load(load, to, !by_value);
+        if load.header_length {
+            self.asm.push(Insn::load(Size::Dw, A, Reg::Fp, SLOT_A));
+        }
+    }
+}

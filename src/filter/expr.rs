@@ -1,0 +1,61 @@
+//! Packet expressions in tcpdump's language: compiled by libpcap, checked, ready to be translated. What cannot be
+//! filtered is an error here, before anything is loaded.
+
+use anyhow::{Context, Result, anyhow};
+
+use super::cbpf::Program;
+use super::pcap::{self, Linktype};
+
+/// As much of a packet as a filter may accept; large, so that no length limits a match.
+pub const SNAPLEN: u32 = 262_144;
+
+/// libpcap's optimizer takes seconds for some hundred hosts (its time grows with the square): programs that are
+/// longer than this before it stay as they are.
+const OPTIMIZE_UP_TO: usize = 1500;
+
+/// One expression for packets of one link type.
+pub fn compile(expression: &str, linktype: Linktype, snaplen: u32) -> Result<Program> {
+    let wrong = || format!("invalid filter expression '{expression}'");
+    let plain = pcap::compile(expression, linktype, snaplen, false).with_context(wrong)?;
+    let insns = if plain.len() <= OPTIMIZE_UP_TO {
+        pcap::compile(expression, linktype, snaplen, true).with_context(wrong)?
+    } else {
+        plain
+    };
+    Program::new(insns).map_err(|invalid| anyhow!(invalid)).with_context(wrong)
+}
+
+/// An expression for packets that are seen with their link header and without it.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// For packets with an Ethernet header.
+    pub l2: Program,
+    /// For packets that begin with the IP header; or why there is no such program.
+    pub l3: Result<Program, String>,
+}
+
+impl Compiled {
+    pub fn new(expression: &str) -> Result<Self> {
+        let l2 = compile(expression, Linktype::ETHERNET, SNAPLEN)?;
+        // `arp` is "expression rejects all packets" here.
+        let l3 = compile(expression, Linktype::RAW_IP, SNAPLEN)
+            .map_err(|reason| reason.root_cause().to_string());
+        Ok(Compiled { l2, l3 })
+    }
+
+    /// What to tell the user: the expression says nothing about packets without a link header, and so matches none
+    /// of them.
+    pub fn note(&self) -> Option<String> {
+        let why = self.l3.as_ref().err()?;
+        Some(format!(
+            "the expression needs the link header ({why}): packets are not matched where the kernel handles them \
+             without one (between the IP layer and the device, say)"
+        ))
+    }
+}
+
+/// The words of a command line, joined to one expression; none where there are no words.
+pub fn join(words: &[String]) -> Option<String> {
+    let text = words.join(" ");
+    (!text.trim().is_empty()).then_some(text)
+}

@@ -1,0 +1,184 @@
+//! Instructions in place of a stub: between a BPF object's preparation (maps made, code relocated, subprograms
+//! appended) and its loading. Must not know what the instructions do.
+
+use std::ffi::CStr;
+use std::ptr::NonNull;
+
+use anyhow::{Context, Result, anyhow, bail};
+use libbpf_rs::{AsRawLibbpf, OpenObject};
+use libbpf_sys as sys;
+
+use super::asm::Insn;
+use super::ebpf::LOAD_CALL;
+
+/// The subprogram of `filter.bpf.h` that translated code calls for bytes out of its reach.
+const LOAD_FUNCTION: &str = "np_filter_load";
+
+/// BPF_PSEUDO_FUNC: a 64-bit constant that is the distance to a function (a callback).
+const PSEUDO_FUNCTION: u8 = 4;
+
+/// A stub's name and what its body becomes.
+pub struct Body {
+    pub stub: &'static str,
+    pub insns: Vec<Insn>,
+}
+
+/// Prepares the object and replaces the stubs in every program that has them. Read-only data, autoload, pins and
+/// reused maps must be set before this; the skeleton's `load()` comes after it.
+pub fn inject(object: &mut OpenObject, bodies: &[Body]) -> Result<()> {
+    let raw = object.as_libbpf_object();
+    // SAFETY: the object is open, and borrowed for as long as this takes.
+    let status = unsafe { sys::bpf_object__prepare(raw.as_ptr()) };
+    if status != 0 {
+        let error = std::io::Error::from_raw_os_error(-status);
+        return Err(error).context("failed to prepare the BPF object");
+    }
+    let mut found = vec![false; bodies.len()];
+    let mut program: *mut sys::bpf_program = std::ptr::null_mut();
+    loop {
+        // SAFETY: the object is open; null asks for the first program.
+        program = unsafe { sys::bpf_object__next_program(raw.as_ptr(), program) };
+        let Some(current) = NonNull::new(program) else {
+            break;
+        };
+        // SAFETY: the program belongs to the object.
+        if !unsafe { sys::bpf_program__autoload(program) } {
+            continue;
+        }
+        for (body, found) in bodies.iter().zip(&mut found) {
+            let mut code = read(raw, current)?;
+            if let Some(stub) = code.function(body.stub) {
+                code.replace(stub, &body.insns)?;
+                write(current, &code)?;
+                *found = true;
+            }
+        }
+    }
+    match found.iter().position(|found| !found) {
+        Some(missing) => bail!("no program has the stub {}", bodies[missing].stub),
+        None => Ok(()),
+    }
+}
+
+/// A program with its subprograms, as libbpf will load it.
+struct Code {
+    insns: Vec<Insn>,
+    /// Names and first instructions, in order of the latter.
+    functions: Vec<(String, usize)>,
+    /// Instructions that source lines begin at.
+    lines: Vec<usize>,
+}
+
+impl Code {
+    fn function(&self, name: &str) -> Option<usize> {
+        self.functions.iter().position(|(function, _)| function == name)
+    }
+
+    /// A body in place of a function's; what lies behind moves.
+    fn replace(&mut self, function: usize, body: &[Insn]) -> Result<()> {
+        let start = self.functions[function].1;
+        let end = self.functions.get(function + 1).map_or(self.insns.len(), |(_, next)| *next);
+        // Never shorter than before: the lines of the old body must still be inside it.
+        let padding = (end - start).saturating_sub(body.len());
+        let longer = body.len() + padding - (end - start);
+        let moved = |at: usize| if at >= end { at + longer } else { at };
+
+        for (at, insn) in self.insns.iter_mut().enumerate() {
+            let callback = insn.is_load_imm64() && insn.src() == PSEUDO_FUNCTION;
+            if insn.is_subprogram_call() || callback {
+                let target = at as i64 + 1 + i64::from(insn.imm);
+                let target = usize::try_from(target).context("a call goes outside the program")?;
+                insn.imm = i32::try_from(moved(target) as i64 - moved(at) as i64 - 1)?;
+            }
+        }
+        for (_, first) in &mut self.functions {
+            *first = moved(*first);
+        }
+        for line in &mut self.lines {
+            *line = moved(*line);
+        }
+        let padded = std::iter::repeat_n(Insn::nop(), padding).chain(body.iter().copied());
+        self.insns.splice(start..end, padded);
+
+        let load = self.function(LOAD_FUNCTION).map(|load| self.functions[load].1);
+        for at in start..start + padding + body.len() {
+            let insn = &mut self.insns[at];
+            if insn.is_subprogram_call() && insn.imm == LOAD_CALL {
+                let load = load.ok_or_else(|| anyhow!("the program has no {LOAD_FUNCTION}"))?;
+                insn.imm = i32::try_from(load as i64 - at as i64 - 1)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A slice of `count` things that libbpf has at `first`.
+///
+/// # Safety
+/// As `slice::from_raw_parts`, but null is allowed.
+unsafe fn slice<'a, T>(first: *const T, count: usize) -> &'a [T] {
+    if first.is_null() {
+        return &[];
+    }
+    // SAFETY: the caller promises that `count` things are there.
+    unsafe { std::slice::from_raw_parts(first, count) }
+}
+
+fn read(object: NonNull<sys::bpf_object>, program: NonNull<sys::bpf_program>) -> Result<Code> {
+    let program = program.as_ptr();
+    // SAFETY: the program belongs to the open object, whose memory does not change while these slices are read. An
+    // `Insn` has the layout of `bpf_insn`: eight bytes, the registers in one of them.
+    let (insns, functions, lines, btf) = unsafe {
+        (
+            slice(sys::bpf_program__insns(program).cast::<Insn>(), sys::bpf_program__insn_cnt(program) as usize),
+            slice(sys::bpf_program__func_info(program), sys::bpf_program__func_info_cnt(program) as usize),
+            slice(sys::bpf_program__line_info(program), sys::bpf_program__line_info_cnt(program) as usize),
+            sys::bpf_object__btf(object.as_ptr()),
+        )
+    };
+    let name = |type_id: u32| -> Result<String> {
+        // SAFETY: the object's BTF lives as long as the object; a wrong id gives null.
+        let name = unsafe {
+            match sys::btf__type_by_id(btf, type_id).as_ref() {
+                Some(kind) => sys::btf__name_by_offset(btf, kind.name_off),
+                None => std::ptr::null(),
+            }
+        };
+        if name.is_null() {
+            bail!("a function has no name");
+        }
+        // SAFETY: not null: a string of the BTF.
+        Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+    };
+    let functions = functions
+        .iter()
+        .map(|info| Ok((name(info.type_id)?, info.insn_off as usize)))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Code {
+        insns: insns.to_vec(),
+        functions,
+        lines: lines.iter().map(|line| line.insn_off as usize).collect(),
+    })
+}
+
+fn write(program: NonNull<sys::bpf_program>, code: &Code) -> Result<()> {
+    let program = program.as_ptr();
+    // SAFETY: libbpf's own arrays of this program, as many entries as `read` found in them; nothing else reads or
+    // writes them meanwhile. `set_insns` copies the instructions.
+    let status = unsafe {
+        let functions = sys::bpf_program__func_info(program);
+        for (i, (_, first)) in code.functions.iter().enumerate() {
+            (*functions.add(i)).insn_off = u32::try_from(*first)?;
+        }
+        let lines = sys::bpf_program__line_info(program);
+        for (i, line) in code.lines.iter().enumerate() {
+            (*lines.add(i)).insn_off = u32::try_from(*line)?;
+        }
+        sys::bpf_program__set_insns(program, code.insns.as_ptr().cast_mut().cast(), code.insns.len() as _)
+    };
+    if status != 0 {
+        let error = std::io::Error::from_raw_os_error(-status);
+        return Err(error).context("failed to put the filter into the program");
+    }
+    Ok(())
+}

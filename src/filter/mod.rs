@@ -1,0 +1,99 @@
+//! Packet expressions decided in the kernel: tcpdump's language → cBPF (`expr`, by libpcap) → eBPF (`ebpf`) → put
+//! into a BPF object before it is loaded (`inject`). Must not know any tool.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `expr` | an expression, compiled for both kinds of packets, or the reason why not |
+//! | `pcap` | the functions of libpcap |
+//! | `cbpf` | programs that passed the kernel's checks, a plain interpreter |
+//! | `ebpf` | the translation |
+//! | `asm` | eBPF instructions, labels, text |
+//! | `inject` | instructions in place of a stub |
+//! | `run` | a translated filter over packets, in this kernel, without a network |
+
+pub mod asm;
+pub mod cbpf;
+pub mod ebpf;
+pub mod expr;
+pub mod inject;
+pub mod pcap;
+pub mod run;
+
+#[cfg(test)]
+mod tests;
+
+use anyhow::Result;
+use libbpf_rs::OpenObject;
+
+use cbpf::Program;
+use ebpf::{Beyond, LoadMode};
+use expr::Compiled;
+use inject::Body;
+
+/// Bytes of header that a tracing program copies once, for all loads (NP_FILTER_BLOCK of filter.bpf.h).
+pub const BLOCK: u32 = 96;
+
+/// What is set in `np_filter_on` (NP_FILTER_*).
+const EXPRESSION: u32 = 1 << 0;
+const TUNNEL_L2: u32 = 1 << 1;
+const TUNNEL_L3: u32 = 1 << 2;
+
+/// The filters of a program that has an sk_buff (filter.bpf.h); all that are given must hold.
+#[derive(Debug, Default)]
+pub struct Filters {
+    pub expression: Option<Compiled>,
+    /// On the Ethernet frame inside a tunnel; what is not tunnelled passes.
+    pub tunnel_l2: Option<Program>,
+    /// On the IP packet inside a tunnel; what is not tunnelled passes.
+    pub tunnel_l3: Option<Program>,
+}
+
+impl Filters {
+    /// The value of `np_filter_on`.
+    pub fn on(&self) -> u32 {
+        let bit = |given: bool, bit: u32| if given { bit } else { 0 };
+        bit(self.expression.is_some(), EXPRESSION)
+            | bit(self.tunnel_l2.is_some(), TUNNEL_L2)
+            | bit(self.tunnel_l3.is_some(), TUNNEL_L3)
+    }
+
+    /// The stubs' new bodies.
+    fn bodies(&self) -> Result<Vec<Body>> {
+        let mode = LoadMode::Block { size: BLOCK, beyond: Beyond::Subprogram };
+        let mut bodies = Vec::new();
+        let mut add = |stub, program: &Program| -> Result<()> {
+            bodies.push(Body { stub, insns: ebpf::translate(program, mode)? });
+            Ok(())
+        };
+        if let Some(expression) = &self.expression {
+            add("np_filter_l2", &expression.l2)?;
+            match &expression.l3 {
+                Ok(l3) => add("np_filter_l3", l3)?,
+                Err(_) => add("np_filter_l3", &Program::nothing())?,
+            }
+        }
+        if let Some(program) = &self.tunnel_l2 {
+            add("np_filter_tunnel_l2", program)?;
+        }
+        if let Some(program) = &self.tunnel_l3 {
+            add("np_filter_tunnel_l3", program)?;
+        }
+        Ok(bodies)
+    }
+
+    /// Puts them into an object that is open and configured, and prepares it: the skeleton's `load()` is what may
+    /// follow. Does nothing where there is no filter.
+    pub fn inject(&self, object: &mut OpenObject) -> Result<()> {
+        if self.on() == 0 {
+            return Ok(());
+        }
+        inject::inject(object, &self.bodies()?)
+    }
+}
+
+/// The same for an XDP program (NP_FILTER_XDP in filter.bpf.h). `frags`: its packets may lie in several buffers.
+pub fn inject_xdp(object: &mut OpenObject, program: &Program, frags: bool) -> Result<()> {
+    let beyond = if frags { Beyond::XdpLoad } else { Beyond::Nothing };
+    let insns = ebpf::translate(program, LoadMode::Packet { beyond })?;
+    inject::inject(object, &[Body { stub: "np_filter_xdp_stub", insns }])
+}
