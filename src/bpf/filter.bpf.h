@@ -77,8 +77,8 @@ static __always_inline bool np_filter_xdp(struct xdp_md *ctx)
 
 	if (!np_filter_on)
 		return true;
-	len = np_filter_xdp_frags ? bpf_xdp_get_buff_len(ctx) :
-				    (__u64)(data_end - data);
+	len = np_filter_xdp_frags ? bpf_xdp_get_buff_len(ctx)
+				  : (__u64)(data_end - data);
 	return np_filter_xdp_stub(data, data_end, ctx, len) != 0;
 }
 
@@ -147,100 +147,105 @@ struct np_filter_frag {
 };
 
 /* Address of a fragment's first byte, or 0. */
-static __always_inline __u64 np_filter_frag_address(const struct np_filter_frag *frag)
+static __always_inline __u64
+np_filter_frag_address(const struct np_filter_frag *frag)
 {
-	__u64 vmemmap = 0, direct = 0, page_size = bpf_core_type_size(struct page);
+	__u64 vmemmap = 0, direct = 0,
+	      page_size = bpf_core_type_size(struct page);
 
 	/* The lowest bit: memory of a device (net_iov), not a page. */
 	if (!np_filter_vmemmap_base || !page_size || (frag->page & 1))
 		return 0;
-	bpf_probe_read_kernel(&vmemmap, sizeof(vmemmap), (void *)np_filter_vmemmap_base);
-	bpf_probe_read_kernel(&direct, sizeof(direct), (void *)np_filter_page_offset_base);
+	bpf_probe_read_kernel(&vmemmap, sizeof(vmemmap),
+			      (void *)np_filter_vmemmap_base);
+	bpf_probe_read_kernel(&direct, sizeof(direct),
+			      (void *)np_filter_page_offset_base);
 	if (!vmemmap || !direct || frag->page < vmemmap)
 		return 0;
-	return direct + (((frag->page - vmemmap) / page_size) << 12) + frag->offset;
-}
-
-/* Appends `count` (1 to 4) bytes at an address to the value; not 0 where they cannot be read. */
-static __always_inline long np_filter_take(__u64 *value, __u64 address, __u64 count)
-{
-	__u8 bytes[4] = {};
-
-	/* 6.1's verifier wants to see that it is not 0. */
-	if (count < 1 || count > sizeof(bytes))
-		return -1;
-	if (bpf_probe_read_kernel(bytes, count, (void *)address))
-		return -1;
-	*value = *value << 8 | bytes[0];
-	if (count > 1)
-		*value = *value << 8 | bytes[1];
-	if (count > 2)
-		*value = *value << 8 | bytes[2];
-	if (count > 3)
-		*value = *value << 8 | bytes[3];
-	return 0;
+	return direct + (((frag->page - vmemmap) / page_size) << 12) +
+	       frag->offset;
 }
 
 /*
- * 1, 2 or 4 bytes of this CPU's packet wherever they are: their value in host
- * order, or less than 0. Called by the filter where the block does not reach.
- * A global function: the verifier reads it once, not at each call.
+ * One byte of this CPU's packet, in the linear part or in a page fragment; less
+ * than 0 where there is none. A global function: the verifier reads it once.
  */
-__noinline __s64 np_filter_load(__u64 off, __u64 size)
+__noinline __s64 np_filter_load_byte(__u64 at)
 {
 	struct np_filter_packet *packet = np_filter_packet_get();
 	struct skb_shared_info *shared;
 	struct sk_buff *skb;
-	__u64 value = 0, at, here;
-	__u8 count, i;
+	__u64 address;
+	__u8 byte, count;
 
-	if (!packet || size < 1 || size > 4 || off > 0xffffffff)
+	if (!packet || at >= packet->len)
 		return -1;
-	at = packet->base + off;
 	if (at < packet->linear) {
-		here = packet->linear - at;
-		if (here > size)
-			here = size;
-		if (np_filter_take(&value, packet->data + at, here))
+		if (bpf_probe_read_kernel(&byte, 1, (void *)packet->data + at))
 			return -1;
-		size -= here;
-		if (!size)
-			return value;
-		at += here;
+		return byte;
 	}
-	if (at + size > packet->len)
-		return -1;
-
 	at -= packet->linear;
 	skb = (struct sk_buff *)packet->skb;
 	shared = (void *)BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, end);
 	count = BPF_CORE_READ(shared, nr_frags);
-	for (i = 0; i < NP_FILTER_FRAGS; i++) {
+	for (int i = 0; i < NP_FILTER_FRAGS; i++) {
 		struct np_filter_frag frag;
-		__u64 address;
 
 		if (i >= count ||
-		    bpf_probe_read_kernel(&frag, sizeof(frag),
-					  (void *)shared +
-						  bpf_core_field_offset(struct skb_shared_info, frags) +
-						  i * sizeof(frag)))
+		    bpf_probe_read_kernel(
+			    &frag, sizeof(frag),
+			    (void *)shared +
+				    bpf_core_field_offset(
+					    struct skb_shared_info, frags) +
+				    i * sizeof(frag)))
 			return -1;
 		if (at >= frag.len) {
 			at -= frag.len;
 			continue;
 		}
-		here = frag.len - at;
-		if (here > size)
-			here = size;
 		address = np_filter_frag_address(&frag);
-		if (!address || np_filter_take(&value, address + at, here))
+		if (!address ||
+		    bpf_probe_read_kernel(&byte, 1, (void *)address + at))
 			return -1;
-		size -= here;
-		if (!size)
-			return value;
-		at = 0;
+		return byte;
 	}
 	return -1;
+}
+
+/*
+ * 1, 2 or 4 bytes of this CPU's packet wherever they are: their value in host
+ * order, or less than 0. Called by the filter where the block does not reach.
+ */
+__noinline __s64 np_filter_load(__u64 off, __u64 size)
+{
+	struct np_filter_packet *packet = np_filter_packet_get();
+	__s64 value = 0, byte;
+	__u8 bytes[4];
+	__u64 at;
+
+	if (!packet || off > 0xffffffff)
+		return -1;
+	at = packet->base + off;
+	if (at + 4 <= packet->linear) {
+		if (bpf_probe_read_kernel(bytes, sizeof(bytes),
+					  (void *)packet->data + at))
+			return -1;
+		value = (__u32)bytes[0] << 24 | (__u32)bytes[1] << 16 |
+			bytes[2] << 8 | bytes[3];
+		return size == 4   ? value
+		       : size == 2 ? value >> 16
+				   : value >> 24;
+	}
+	for (int i = 0; i < 4; i++) {
+		if (i >= size)
+			break;
+		byte = np_filter_load_byte(at + i);
+		if (byte < 0)
+			return -1;
+		value = value << 8 | byte;
+	}
+	return value;
 }
 
 /*
@@ -249,37 +254,47 @@ __noinline __s64 np_filter_load(__u64 off, __u64 size)
  * np_filter_load() to the program. "Hidden" makes a function static to the
  * verifier, so that the block's pointer may be passed.
  */
-__hidden __noinline __u64 np_filter_l2(const __u8 *block, __u64 linear, __u64 source, __u64 len)
+__hidden __noinline __u64 np_filter_l2(const __u8 *block, __u64 linear,
+				       __u64 source, __u64 len)
 {
 	__u64 matches;
 
-	asm volatile("%0 = 1" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	asm volatile("%0 = 1"
+		     : "=r"(matches)
+		     : "r"(block), "r"(linear), "r"(source), "r"(len));
 	return matches | np_filter_load(0, 1);
 }
 
-__hidden __noinline __u64 np_filter_l3(const __u8 *block, __u64 linear, __u64 source, __u64 len)
+__hidden __noinline __u64 np_filter_l3(const __u8 *block, __u64 linear,
+				       __u64 source, __u64 len)
 {
 	__u64 matches;
 
-	asm volatile("%0 = 2" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	asm volatile("%0 = 2"
+		     : "=r"(matches)
+		     : "r"(block), "r"(linear), "r"(source), "r"(len));
 	return matches | np_filter_load(0, 1);
 }
 
-__hidden __noinline __u64 np_filter_tunnel_l2(const __u8 *block, __u64 linear, __u64 source,
-					      __u64 len)
+__hidden __noinline __u64 np_filter_tunnel_l2(const __u8 *block, __u64 linear,
+					      __u64 source, __u64 len)
 {
 	__u64 matches;
 
-	asm volatile("%0 = 3" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	asm volatile("%0 = 3"
+		     : "=r"(matches)
+		     : "r"(block), "r"(linear), "r"(source), "r"(len));
 	return matches | np_filter_load(0, 1);
 }
 
-__hidden __noinline __u64 np_filter_tunnel_l3(const __u8 *block, __u64 linear, __u64 source,
-					      __u64 len)
+__hidden __noinline __u64 np_filter_tunnel_l3(const __u8 *block, __u64 linear,
+					      __u64 source, __u64 len)
 {
 	__u64 matches;
 
-	asm volatile("%0 = 4" : "=r"(matches) : "r"(block), "r"(linear), "r"(source), "r"(len));
+	asm volatile("%0 = 4"
+		     : "=r"(matches)
+		     : "r"(block), "r"(linear), "r"(source), "r"(len));
 	return matches | np_filter_load(0, 1);
 }
 
@@ -319,7 +334,8 @@ static __always_inline __u32 np_filter_skip_ethernet(__u32 at)
 			break;
 		at += 4;
 	}
-	return ethertype == 0x0800 || ethertype == 0x86dd ? at + 2 : NP_FILTER_NONE;
+	return ethertype == 0x0800 || ethertype == 0x86dd ? at + 2
+							  : NP_FILTER_NONE;
 }
 
 /* Behind the IP header at `at`: the protocol, `at` moved on; less than 0 where there is none to read. */
@@ -376,7 +392,8 @@ __noinline int np_filter_find_inner(__u32 l3)
 		flags = np_filter_load(at, 1);
 		if (flags < 0)
 			return 0;
-		if (port == NP_FILTER_PORT_VXLAN || port == NP_FILTER_PORT_VXLAN_OLD) {
+		if (port == NP_FILTER_PORT_VXLAN ||
+		    port == NP_FILTER_PORT_VXLAN_OLD) {
 			/* The bit that says that the network's number is valid. */
 			if (!(flags & 0x08))
 				return 0;
@@ -394,7 +411,8 @@ __noinline int np_filter_find_inner(__u32 l3)
 		/* Version 0 only; checksum, key and sequence number. */
 		if (flags < 0 || (flags & 7))
 			return 0;
-		at += 4 + (flags & 0x8000 ? 4 : 0) + (flags & 0x2000 ? 4 : 0) + (flags & 0x1000 ? 4 : 0);
+		at += 4 + (flags & 0x8000 ? 4 : 0) + (flags & 0x2000 ? 4 : 0) +
+		      (flags & 0x1000 ? 4 : 0);
 	} else if (protocol == NP_FILTER_IPIP || protocol == NP_FILTER_IPV6) {
 		type = 0x0800;
 	}
@@ -409,7 +427,8 @@ __noinline int np_filter_find_inner(__u32 l3)
 }
 
 /* Copies the packet's first bytes from `base` on; how many bytes are there in one piece. */
-static __always_inline __u64 np_filter_begin(struct np_filter_packet *packet, __u32 base)
+static __always_inline __u64 np_filter_begin(struct np_filter_packet *packet,
+					     __u32 base)
 {
 	packet->base = base;
 	if (base >= packet->linear)
@@ -418,13 +437,15 @@ static __always_inline __u64 np_filter_begin(struct np_filter_packet *packet, __
 	 * A fixed length, for speed: behind the linear part always lies a
 	 * skb_shared_info, so that no more than the packet's own memory is read.
 	 */
-	if (bpf_probe_read_kernel(packet->block, sizeof(packet->block), (void *)packet->data + base))
+	if (bpf_probe_read_kernel(packet->block, sizeof(packet->block),
+				  (void *)packet->data + base))
 		return 0;
 	return packet->linear - base;
 }
 
 /* Does the packet pass every filter that is set? */
-static __always_inline bool np_filter_fields(const struct np_filter_fields *fields)
+static __always_inline bool
+np_filter_fields(const struct np_filter_fields *fields)
 {
 	struct np_filter_packet *packet;
 	bool l2 = fields->mac_len != 0;
@@ -433,7 +454,8 @@ static __always_inline bool np_filter_fields(const struct np_filter_fields *fiel
 
 	if (!np_filter_on)
 		return true;
-	if ((np_filter_on & NP_FILTER_MEMBERS) && !np_filter_members(fields->skb))
+	if ((np_filter_on & NP_FILTER_MEMBERS) &&
+	    !np_filter_members(fields->skb))
 		return false;
 	if (!(np_filter_on & ~NP_FILTER_MEMBERS))
 		return true;
@@ -448,8 +470,8 @@ static __always_inline bool np_filter_fields(const struct np_filter_fields *fiel
 
 	linear = np_filter_begin(packet, 0);
 	if (np_filter_on & NP_FILTER_EXPRESSION) {
-		if (l2 ? !np_filter_l2(packet->block, linear, 0, packet->len) :
-			 !np_filter_l3(packet->block, linear, 0, packet->len))
+		if (l2 ? !np_filter_l2(packet->block, linear, 0, packet->len)
+		       : !np_filter_l3(packet->block, linear, 0, packet->len))
 			return false;
 	}
 	if (!(np_filter_on & (NP_FILTER_TUNNEL_L2 | NP_FILTER_TUNNEL_L3)))
@@ -461,15 +483,19 @@ static __always_inline bool np_filter_fields(const struct np_filter_fields *fiel
 		return true;
 	np_filter_find_inner(inner);
 	inner = packet->inner_l2;
-	if ((np_filter_on & NP_FILTER_TUNNEL_L2) && inner != NP_FILTER_NONE && inner < packet->len) {
+	if ((np_filter_on & NP_FILTER_TUNNEL_L2) && inner != NP_FILTER_NONE &&
+	    inner < packet->len) {
 		linear = np_filter_begin(packet, inner);
-		if (!np_filter_tunnel_l2(packet->block, linear, 0, packet->len - inner))
+		if (!np_filter_tunnel_l2(packet->block, linear, 0,
+					 packet->len - inner))
 			return false;
 	}
 	inner = packet->inner_l3;
-	if ((np_filter_on & NP_FILTER_TUNNEL_L3) && inner != NP_FILTER_NONE && inner < packet->len) {
+	if ((np_filter_on & NP_FILTER_TUNNEL_L3) && inner != NP_FILTER_NONE &&
+	    inner < packet->len) {
 		linear = np_filter_begin(packet, inner);
-		if (!np_filter_tunnel_l3(packet->block, linear, 0, packet->len - inner))
+		if (!np_filter_tunnel_l3(packet->block, linear, 0,
+					 packet->len - inner))
 			return false;
 	}
 	return true;
@@ -481,7 +507,7 @@ static __always_inline bool np_filter_fields(const struct np_filter_fields *fiel
  */
 static __always_inline bool np_filter_skb(struct sk_buff *skb)
 {
-	struct np_filter_fields fields = { .skb = (__u64)skb };
+	struct np_filter_fields fields = {.skb = (__u64)skb};
 
 	if (!np_filter_on)
 		return true;

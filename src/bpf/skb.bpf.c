@@ -5,7 +5,7 @@
  * that also say why they free it.
  *
  * The order within a hit is by cost: config map, then sk_buff fields (mark,
- * interface, namespace), then the packet's headers, then the event.
+ * interface, namespace), then the expression, the packet's headers, the event.
  */
 #include "vmlinux.h"
 #include <bpf/bpf_core_read.h>
@@ -17,6 +17,7 @@
 #include "compat.bpf.h"
 #include "config.bpf.h"
 #include "event.bpf.h"
+#include "filter.bpf.h"
 #include "packet.bpf.h"
 
 /* SKB_SECTION_* to write. */
@@ -136,6 +137,8 @@ static __always_inline int handle(struct pt_regs *ctx, void *skb_ptr,
 
 	if (!cfg || !skb_ptr || (cfg->fields & NP_PAUSED) ||
 	    !match_skb(cfg, skb))
+		return 0;
+	if (!np_filter_skb(skb))
 		return 0;
 	if ((cfg->fields & NP_FIELDS_PACKET) || (sections & SKB_SECTION_TUPLE))
 		np_read_tuple(skb, &tuple);

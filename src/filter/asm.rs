@@ -258,7 +258,13 @@ impl fmt::Display for Insn {
                 self.off,
                 self.src()
             ),
-            CLASS_ST => write!(f, "*(u{bits} *)(r{} {:+}) = {}", self.dst(), self.off, self.imm),
+            CLASS_ST => write!(
+                f,
+                "*(u{bits} *)(r{} {:+}) = {}",
+                self.dst(),
+                self.off,
+                self.imm
+            ),
             CLASS_ALU if op == END => write!(f, "r{0} = be{1} r{0}", self.dst(), self.imm),
             CLASS_ALU | CLASS_ALU64 => match alu_sign(op) {
                 "-" if op == Alu::Neg as u8 => write!(f, "{0} = -{0}", name(self.dst())),
@@ -285,7 +291,8 @@ impl fmt::Display for Insn {
 
 fn alu_sign(op: u8) -> &'static str {
     const SIGNS: [&str; 16] = [
-        "+=", "-=", "*=", "/=", "|=", "&=", "<<=", ">>=", "-", "%=", "^=", "=", "s>>=", "?", "?", "?",
+        "+=", "-=", "*=", "/=", "|=", "&=", "<<=", ">>=", "-", "%=", "^=", "=", "s>>=", "?", "?",
+        "?",
     ];
     SIGNS[usize::from(op >> 4)]
 }
@@ -361,23 +368,38 @@ impl Assembler {
 
     /// Compares the whole registers.
     pub fn jump_if(&mut self, left: Reg, cond: Cond, right: Reg, to: Label) {
-        self.branch(Insn::new(CLASS_JMP | cond as u8 | SRC_X, left, right, 0, 0), to);
+        self.branch(
+            Insn::new(CLASS_JMP | cond as u8 | SRC_X, left, right, 0, 0),
+            to,
+        );
     }
 
     /// Compares the whole register; `right` is extended by its sign.
     pub fn jump_if_imm(&mut self, left: Reg, cond: Cond, right: i32, to: Label) {
-        self.branch(Insn::new(CLASS_JMP | cond as u8, left, Reg::R0, 0, right), to);
+        self.branch(
+            Insn::new(CLASS_JMP | cond as u8, left, Reg::R0, 0, right),
+            to,
+        );
     }
 
     /// Compares the lower halves.
     pub fn jump32_if(&mut self, left: Reg, cond: Cond, right: Reg, to: Label) {
-        self.branch(Insn::new(CLASS_JMP32 | cond as u8 | SRC_X, left, right, 0, 0), to);
+        self.branch(
+            Insn::new(CLASS_JMP32 | cond as u8 | SRC_X, left, right, 0, 0),
+            to,
+        );
     }
 
     /// Compares the lower half.
     pub fn jump32_if_imm(&mut self, left: Reg, cond: Cond, right: u32, to: Label) {
         self.branch(
-            Insn::new(CLASS_JMP32 | cond as u8, left, Reg::R0, 0, right.cast_signed()),
+            Insn::new(
+                CLASS_JMP32 | cond as u8,
+                left,
+                Reg::R0,
+                0,
+                right.cast_signed(),
+            ),
             to,
         );
     }
@@ -412,9 +434,18 @@ mod tests {
     #[test]
     fn text_is_as_bpftool_writes_it() {
         let text = |insn: Insn| insn.to_string();
-        assert_eq!(text(Insn::load(Size::H, Reg::R0, Reg::R1, 12)), "r0 = *(u16 *)(r1 +12)");
-        assert_eq!(text(Insn::store(Size::Dw, Reg::Fp, -8, Reg::R3)), "*(u64 *)(r10 -8) = r3");
-        assert_eq!(text(Insn::alu32_imm(Alu::And, Reg::R0, 0xffff_0000)), "w0 &= 0xffff0000");
+        assert_eq!(
+            text(Insn::load(Size::H, Reg::R0, Reg::R1, 12)),
+            "r0 = *(u16 *)(r1 +12)"
+        );
+        assert_eq!(
+            text(Insn::store(Size::Dw, Reg::Fp, -8, Reg::R3)),
+            "*(u64 *)(r10 -8) = r3"
+        );
+        assert_eq!(
+            text(Insn::alu32_imm(Alu::And, Reg::R0, 0xffff_0000)),
+            "w0 &= 0xffff0000"
+        );
         assert_eq!(text(Insn::alu64(Alu::Mov, Reg::R3, Reg::R1)), "r3 = r1");
         assert_eq!(text(Insn::alu32_imm(Alu::Neg, Reg::R0, 0)), "w0 = -w0");
         assert_eq!(text(Insn::from_be(Reg::R0, 16)), "r0 = be16 r0");

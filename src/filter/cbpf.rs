@@ -80,17 +80,38 @@ pub const JMP_SET: u16 = 0x40;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
     /// A = bytes at k, or at X + k.
-    Load { size: u32, offset: Offset },
+    Load {
+        size: u32,
+        offset: Offset,
+    },
     /// A or X = constant, scratch word, packet length.
-    Set { to: Acc, value: Value },
+    Set {
+        to: Acc,
+        value: Value,
+    },
     /// X = 4 * (byte at k & 15)
-    HeaderLength { k: u32 },
-    Store { from: Acc, word: u32 },
-    Alu { op: u16, operand: Operand },
+    HeaderLength {
+        k: u32,
+    },
+    Store {
+        from: Acc,
+        word: u32,
+    },
+    Alu {
+        op: u16,
+        operand: Operand,
+    },
     Neg,
     /// Go on behind the next `k` instructions.
-    Jump { k: u32 },
-    Branch { cond: u16, operand: Operand, jt: u8, jf: u8 },
+    Jump {
+        k: u32,
+    },
+    Branch {
+        cond: u16,
+        operand: Operand,
+        jt: u8,
+        jf: u8,
+    },
     TakeX,
     GiveX,
     Return(Operand2),
@@ -176,7 +197,10 @@ impl fmt::Display for Invalid {
                 write!(f, "instruction {at} shifts by {k}, and the limit is 31")
             }
             Invalid::NoSuchWord { at, k } => {
-                write!(f, "instruction {at}: scratch word {k}, and there are {MEM_WORDS}")
+                write!(
+                    f,
+                    "instruction {at}: scratch word {k}, and there are {MEM_WORDS}"
+                )
             }
             Invalid::WordReadFirst { at, word } => write!(
                 f,
@@ -229,14 +253,19 @@ impl Program {
 
     /// The operations, in order.
     pub fn ops(&self) -> impl Iterator<Item = Op> + '_ {
-        self.insns
-            .iter()
-            .filter_map(|insn| decode(*insn))
+        self.insns.iter().filter_map(|insn| decode(*insn))
     }
 
     /// Runs it over a packet of which `packet` is there and which was `wire_len` bytes long, by the kernel's
     /// semantics. The slow and obvious way, against which the others are tested.
     pub fn run(&self, packet: &[u8], wire_len: u32) -> u32 {
+        self.run_noting(packet, wire_len).0
+    }
+
+    /// The same, and whether on the way something happened in which libpcap's interpreter differs from the kernel:
+    /// X + k wrapped (libpcap: out of bounds), or a shift by X of 32 or more (libpcap: 0).
+    pub fn run_noting(&self, packet: &[u8], wire_len: u32) -> (u32, bool) {
+        let mut only_kernel = false;
         let (mut a, mut x) = (0u32, 0u32);
         let mut words = [0u32; MEM_WORDS];
         let ops: Vec<Op> = self.ops().collect();
@@ -247,11 +276,14 @@ impl Program {
                 Op::Load { size, offset } => {
                     let offset = match offset {
                         Offset::Absolute(k) => k,
-                        Offset::Indexed(k) => x.wrapping_add(k),
+                        Offset::Indexed(k) => {
+                            only_kernel |= x.checked_add(k).is_none();
+                            x.wrapping_add(k)
+                        }
                     };
                     match load(packet, offset, size) {
                         Some(value) => a = value,
-                        None => return 0,
+                        None => return (0, only_kernel),
                     }
                 }
                 Op::Set { to, value } => {
@@ -267,7 +299,7 @@ impl Program {
                 }
                 Op::HeaderLength { k } => match load(packet, k, 1) {
                     Some(byte) => x = (byte & 0xf) << 2,
-                    None => return 0,
+                    None => return (0, only_kernel),
                 },
                 Op::Store { from: Acc::A, word } => words[word as usize] = a,
                 Op::Store { from: Acc::X, word } => words[word as usize] = x,
@@ -276,11 +308,12 @@ impl Program {
                         Operand::K(k) => k,
                         Operand::X => x,
                     };
+                    only_kernel |= matches!(op, ALU_LSH | ALU_RSH) && right >= 32;
                     a = match op {
                         ALU_ADD => a.wrapping_add(right),
                         ALU_SUB => a.wrapping_sub(right),
                         ALU_MUL => a.wrapping_mul(right),
-                        ALU_DIV | ALU_MOD if right == 0 => return 0,
+                        ALU_DIV | ALU_MOD if right == 0 => return (0, only_kernel),
                         ALU_DIV => a / right,
                         ALU_MOD => a % right,
                         ALU_OR => a | right,
@@ -292,7 +325,12 @@ impl Program {
                 }
                 Op::Neg => a = a.wrapping_neg(),
                 Op::Jump { k } => at += k as usize,
-                Op::Branch { cond, operand, jt, jf } => {
+                Op::Branch {
+                    cond,
+                    operand,
+                    jt,
+                    jf,
+                } => {
                     let right = match operand {
                         Operand::K(k) => k,
                         Operand::X => x,
@@ -307,11 +345,11 @@ impl Program {
                 }
                 Op::TakeX => a = x,
                 Op::GiveX => x = a,
-                Op::Return(Operand2::K(k)) => return k,
-                Op::Return(Operand2::A) => return a,
+                Op::Return(Operand2::K(k)) => return (k, only_kernel),
+                Op::Return(Operand2::A) => return (a, only_kernel),
             }
         }
-        0
+        (0, only_kernel)
     }
 }
 
@@ -319,29 +357,79 @@ impl Program {
 fn load(packet: &[u8], offset: u32, size: u32) -> Option<u32> {
     let start = offset as usize;
     let bytes = packet.get(start..start.checked_add(size as usize)?)?;
-    Some(bytes.iter().fold(0, |value, byte| value << 8 | u32::from(*byte)))
+    Some(
+        bytes
+            .iter()
+            .fold(0, |value, byte| value << 8 | u32::from(*byte)),
+    )
 }
 
 /// The meaning of an instruction; none for an unknown opcode.
 pub fn decode(insn: Insn) -> Option<Op> {
     let Insn { code, jt, jf, k } = insn;
-    let operand = if code & SRC_X != 0 { Operand::X } else { Operand::K(k) };
+    let operand = if code & SRC_X != 0 {
+        Operand::X
+    } else {
+        Operand::K(k)
+    };
     Some(match code {
-        LD_W_ABS => Op::Load { size: 4, offset: Offset::Absolute(k) },
-        LD_H_ABS => Op::Load { size: 2, offset: Offset::Absolute(k) },
-        LD_B_ABS => Op::Load { size: 1, offset: Offset::Absolute(k) },
-        LD_W_IND => Op::Load { size: 4, offset: Offset::Indexed(k) },
-        LD_H_IND => Op::Load { size: 2, offset: Offset::Indexed(k) },
-        LD_B_IND => Op::Load { size: 1, offset: Offset::Indexed(k) },
-        LD_IMM => Op::Set { to: Acc::A, value: Value::Constant(k) },
-        LD_MEM => Op::Set { to: Acc::A, value: Value::Word(k) },
-        LD_LEN => Op::Set { to: Acc::A, value: Value::Length },
-        LDX_IMM => Op::Set { to: Acc::X, value: Value::Constant(k) },
-        LDX_MEM => Op::Set { to: Acc::X, value: Value::Word(k) },
-        LDX_LEN => Op::Set { to: Acc::X, value: Value::Length },
+        LD_W_ABS => Op::Load {
+            size: 4,
+            offset: Offset::Absolute(k),
+        },
+        LD_H_ABS => Op::Load {
+            size: 2,
+            offset: Offset::Absolute(k),
+        },
+        LD_B_ABS => Op::Load {
+            size: 1,
+            offset: Offset::Absolute(k),
+        },
+        LD_W_IND => Op::Load {
+            size: 4,
+            offset: Offset::Indexed(k),
+        },
+        LD_H_IND => Op::Load {
+            size: 2,
+            offset: Offset::Indexed(k),
+        },
+        LD_B_IND => Op::Load {
+            size: 1,
+            offset: Offset::Indexed(k),
+        },
+        LD_IMM => Op::Set {
+            to: Acc::A,
+            value: Value::Constant(k),
+        },
+        LD_MEM => Op::Set {
+            to: Acc::A,
+            value: Value::Word(k),
+        },
+        LD_LEN => Op::Set {
+            to: Acc::A,
+            value: Value::Length,
+        },
+        LDX_IMM => Op::Set {
+            to: Acc::X,
+            value: Value::Constant(k),
+        },
+        LDX_MEM => Op::Set {
+            to: Acc::X,
+            value: Value::Word(k),
+        },
+        LDX_LEN => Op::Set {
+            to: Acc::X,
+            value: Value::Length,
+        },
         LDX_MSH => Op::HeaderLength { k },
-        ST => Op::Store { from: Acc::A, word: k },
-        STX => Op::Store { from: Acc::X, word: k },
+        ST => Op::Store {
+            from: Acc::A,
+            word: k,
+        },
+        STX => Op::Store {
+            from: Acc::X,
+            word: k,
+        },
         TAX => Op::GiveX,
         TXA => Op::TakeX,
         RET_K => Op::Return(Operand2::K(k)),
@@ -352,7 +440,12 @@ pub fn decode(insn: Insn) -> Option<Op> {
             let op = code & 0xf0;
             match code & 0xff07 {
                 CLASS_ALU if op <= ALU_XOR && op != ALU_NEG => Op::Alu { op, operand },
-                CLASS_JMP if (JMP_EQ..=JMP_SET).contains(&op) => Op::Branch { cond: op, operand, jt, jf },
+                CLASS_JMP if (JMP_EQ..=JMP_SET).contains(&op) => Op::Branch {
+                    cond: op,
+                    operand,
+                    jt,
+                    jf,
+                },
                 _ => return None,
             }
         }
@@ -362,24 +455,45 @@ pub fn decode(insn: Insn) -> Option<Op> {
 /// The checks on one instruction.
 fn check(at: usize, insn: Insn, len: usize) -> Result<(), Invalid> {
     let Some(op) = decode(insn) else {
-        return Err(Invalid::UnknownOpcode { at, code: insn.code });
+        return Err(Invalid::UnknownOpcode {
+            at,
+            code: insn.code,
+        });
     };
     // Instructions behind this one.
     let behind = len - at - 1;
     match op {
-        Op::Load { offset: Offset::Absolute(k), .. } | Op::HeaderLength { k } if k >= SKF_LL_OFF => {
+        Op::Load {
+            offset: Offset::Absolute(k),
+            ..
+        }
+        | Op::HeaderLength { k }
+            if k >= SKF_LL_OFF =>
+        {
             Err(Invalid::Ancillary { at, k })
         }
-        Op::Set { value: Value::Word(k), .. } | Op::Store { word: k, .. } if k >= MEM_WORDS as u32 => {
+        Op::Set {
+            value: Value::Word(k),
+            ..
+        }
+        | Op::Store { word: k, .. }
+            if k >= MEM_WORDS as u32 =>
+        {
             Err(Invalid::NoSuchWord { at, k })
         }
-        Op::Alu { op: ALU_DIV | ALU_MOD, operand: Operand::K(0) } => Err(Invalid::DivisionByZero { at }),
-        Op::Alu { op: ALU_LSH | ALU_RSH, operand: Operand::K(k) } if k >= 32 => {
-            Err(Invalid::ShiftTooFar { at, k })
-        }
+        Op::Alu {
+            op: ALU_DIV | ALU_MOD,
+            operand: Operand::K(0),
+        } => Err(Invalid::DivisionByZero { at }),
+        Op::Alu {
+            op: ALU_LSH | ALU_RSH,
+            operand: Operand::K(k),
+        } if k >= 32 => Err(Invalid::ShiftTooFar { at, k }),
         Op::Jump { k } if k.cast_signed() < 0 => Err(Invalid::BackwardJump { at }),
         Op::Jump { k } if k as usize >= behind => Err(Invalid::JumpOutside { at }),
-        Op::Branch { jt, jf, .. } if usize::from(jt.max(jf)) >= behind => Err(Invalid::JumpOutside { at }),
+        Op::Branch { jt, jf, .. } if usize::from(jt.max(jf)) >= behind => {
+            Err(Invalid::JumpOutside { at })
+        }
         _ => Ok(()),
     }
 }
@@ -398,7 +512,10 @@ fn check_words(insns: &[Insn]) -> Result<(), Invalid> {
         };
         match decode(*insn) {
             Some(Op::Store { word, .. }) => here |= 1 << word,
-            Some(Op::Set { value: Value::Word(word), .. }) if here & 1 << word == 0 => {
+            Some(Op::Set {
+                value: Value::Word(word),
+                ..
+            }) if here & 1 << word == 0 => {
                 return Err(Invalid::WordReadFirst { at, word });
             }
             Some(Op::Jump { k }) => {

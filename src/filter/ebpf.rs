@@ -32,7 +32,10 @@ pub enum LoadMode {
 impl LoadMode {
     /// Every load by bpf_probe_read_kernel. r1: unused; r2: bytes at the address; r3: the packet's address; r4: its
     /// length.
-    pub const PROBE: LoadMode = LoadMode::Block { size: 0, beyond: Beyond::ProbeRead };
+    pub const PROBE: LoadMode = LoadMode::Block {
+        size: 0,
+        beyond: Beyond::ProbeRead,
+    };
 }
 
 /// How bytes are loaded that the fast way does not reach; the filter does not match where this fails.
@@ -165,9 +168,17 @@ impl Writer {
 
     /// The loads that can be reached.
     fn loads(&self) -> impl Iterator<Item = Load> + '_ {
-        let reached = self.ops.iter().zip(&self.reachable).filter(|(_, reached)| **reached);
+        let reached = self
+            .ops
+            .iter()
+            .zip(&self.reachable)
+            .filter(|(_, reached)| **reached);
         reached.filter_map(|(op, _)| match *op {
-            Op::Load { size, offset } => Some(Load { size, offset, header_length: false }),
+            Op::Load { size, offset } => Some(Load {
+                size,
+                offset,
+                header_length: false,
+            }),
             Op::HeaderLength { k } => Some(Load {
                 size: 1,
                 offset: Offset::Absolute(k),
@@ -180,10 +191,20 @@ impl Writer {
     fn program(&mut self) {
         let source = !matches!(self.beyond(), Beyond::Nothing | Beyond::Subprogram);
         if source && self.loads().next().is_some() {
-            self.asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R3));
+            self.asm
+                .push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R3));
         }
-        if self.ops.iter().any(|op| matches!(op, Op::Set { value: Value::Length, .. })) {
-            self.asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_LENGTH, Reg::R4));
+        if self.ops.iter().any(|op| {
+            matches!(
+                op,
+                Op::Set {
+                    value: Value::Length,
+                    ..
+                }
+            )
+        }) {
+            self.asm
+                .push(Insn::store(Size::Dw, Reg::Fp, SLOT_LENGTH, Reg::R4));
         }
         self.asm.push(Insn::alu32_imm(Alu::Mov, A, 0));
         self.asm.push(Insn::alu32_imm(Alu::Mov, X, 0));
@@ -193,10 +214,12 @@ impl Writer {
             let careful = self.asm.label();
             if let LoadMode::Packet { .. } = self.mode {
                 self.asm.push(Insn::alu64(Alu::Mov, T, DATA));
-                self.asm.push(Insn::alu64_imm(Alu::Add, T, reach.cast_signed()));
+                self.asm
+                    .push(Insn::alu64_imm(Alu::Add, T, reach.cast_signed()));
                 self.asm.jump_if(T, Cond::Gt, END, careful);
             } else {
-                self.asm.jump_if_imm(END, Cond::Lt, reach.cast_signed(), careful);
+                self.asm
+                    .jump_if_imm(END, Cond::Lt, reach.cast_signed(), careful);
             }
             self.version(reach);
             self.asm.place(careful);
@@ -288,7 +311,11 @@ impl Writer {
         };
         let word = |word: u32| SLOT_WORDS - 4 * word as i16;
         match op {
-            Op::Load { size, offset } => self.load(Load { size, offset, header_length: false }),
+            Op::Load { size, offset } => self.load(Load {
+                size,
+                offset,
+                header_length: false,
+            }),
             Op::HeaderLength { k } => self.load(Load {
                 size: 1,
                 offset: Offset::Absolute(k),
@@ -300,7 +327,8 @@ impl Writer {
                 Value::Length => Insn::load(Size::W, register(to), Reg::Fp, SLOT_LENGTH),
             }),
             Op::Store { from, word: k } => {
-                self.asm.push(Insn::store(Size::W, Reg::Fp, word(k), register(from)));
+                self.asm
+                    .push(Insn::store(Size::W, Reg::Fp, word(k), register(from)));
             }
             Op::Alu { op, operand } => self.alu(op, operand),
             Op::Neg => self.asm.push(Insn::alu32_imm(Alu::Neg, A, 0)),
@@ -308,7 +336,12 @@ impl Writer {
             Op::GiveX => self.asm.push(Insn::alu32(Alu::Mov, X, A)),
             Op::Jump { k: 0 } => {}
             Op::Jump { k } => self.asm.jump(self.labels[at + 1 + k as usize]),
-            Op::Branch { cond, operand, jt, jf } => {
+            Op::Branch {
+                cond,
+                operand,
+                jt,
+                jf,
+            } => {
                 let jt = (jt > 0).then(|| self.labels[at + 1 + usize::from(jt)]);
                 let jf = (jf > 0).then(|| self.labels[at + 1 + usize::from(jf)]);
                 self.branch(cond, operand, jt, jf);
@@ -410,7 +443,11 @@ impl Writer {
         let back = self.asm.label();
         if self.short {
             self.asm.place(back);
-            self.slow.push(Slow { entry: slow, back, load });
+            self.slow.push(Slow {
+                entry: slow,
+                back,
+                load,
+            });
         } else {
             self.asm.jump(back);
             self.asm.place(slow);
@@ -436,19 +473,21 @@ impl Writer {
                 self.index(k);
                 // First what keeps the verifier content, then what the packet has.
                 self.leave_if(T, Cond::Gt, Right::Imm(last.cast_signed()), slow);
-                self.asm.push(Insn::alu64(Alu::Mov, T2, T));
-                self.asm.push(Insn::alu64_imm(Alu::Add, T2, size.cast_signed()));
+                self.end_of(size);
                 self.leave_if(T2, Cond::Gt, Right::Reg(END), slow);
                 self.asm.push(Insn::alu64(Alu::Add, T, DATA));
                 Some((T, 0))
             }
             (LoadMode::Packet { .. }, Offset::Absolute(k)) => {
-                let end = k.checked_add(size).filter(|end| *end <= MAX_PACKET_OFFSET)?;
+                let end = k
+                    .checked_add(size)
+                    .filter(|end| *end <= MAX_PACKET_OFFSET)?;
                 if end <= self.unchecked {
                     return Some((DATA, i16::try_from(k).ok()?));
                 }
                 self.asm.push(Insn::alu64(Alu::Mov, T, DATA));
-                self.asm.push(Insn::alu64_imm(Alu::Add, T, end.cast_signed()));
+                self.asm
+                    .push(Insn::alu64_imm(Alu::Add, T, end.cast_signed()));
                 self.leave_if(T, Cond::Gt, Right::Reg(END), slow);
                 Some((T, -(size as i16)))
             }
@@ -457,20 +496,28 @@ impl Writer {
                 let last = MAX_PACKET_OFFSET - size;
                 self.leave_if(T, Cond::Gt, Right::Imm(last.cast_signed()), slow);
                 self.asm.push(Insn::alu64(Alu::Add, T, DATA));
-                self.asm.push(Insn::alu64(Alu::Mov, T2, T));
-                self.asm.push(Insn::alu64_imm(Alu::Add, T2, size.cast_signed()));
+                self.end_of(size);
                 self.leave_if(T2, Cond::Gt, Right::Reg(END), slow);
                 Some((T, 0))
             }
         }
     }
 
-    /// T = X + k, in 32 bits.
+    /// T = X + k, in 32 bits. The constant first: to a copy of X plus a constant the verifier ties what it learns of
+    /// either, and in 6.12 loses the bounds over it.
     fn index(&mut self, k: u32) {
-        self.asm.push(Insn::alu32(Alu::Mov, T, X));
-        if k != 0 {
-            self.asm.push(Insn::alu32_imm(Alu::Add, T, k));
+        if k == 0 {
+            self.asm.push(Insn::alu32(Alu::Mov, T, X));
+        } else {
+            self.asm.push(Insn::alu32_imm(Alu::Mov, T, k));
+            self.asm.push(Insn::alu32(Alu::Add, T, X));
         }
+    }
+
+    /// T2 = T + size, for the reason above the constant first.
+    fn end_of(&mut self, size: u32) {
+        self.asm.push(Insn::alu32_imm(Alu::Mov, T2, size));
+        self.asm.push(Insn::alu64(Alu::Add, T2, T));
     }
 
     /// To the slow way where the condition holds, or out where there is none.
@@ -485,7 +532,8 @@ impl Writer {
     /// Host order, and for a header length the rest of its arithmetic.
     fn finish_load(&mut self, load: Load, to: Reg, network_order: bool) {
         if network_order && load.size > 1 {
-            self.asm.push(Insn::from_be(to, 8 * load.size.cast_signed()));
+            self.asm
+                .push(Insn::from_be(to, 8 * load.size.cast_signed()));
         }
         if load.header_length {
             self.asm.push(Insn::alu32_imm(Alu::And, to, 0xf));
@@ -508,8 +556,7 @@ impl Writer {
             Offset::Indexed(k) => self.index(k),
         }
         if beyond == Beyond::ProbeRead {
-            self.asm.push(Insn::alu64(Alu::Mov, T2, T));
-            self.asm.push(Insn::alu64_imm(Alu::Add, T2, load.size.cast_signed()));
+            self.end_of(load.size);
             self.fail_if(T2, Cond::Gt, Right::Reg(END));
         }
         for (reg, slot) in &kept {

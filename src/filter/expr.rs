@@ -3,26 +3,45 @@
 
 use anyhow::{Context, Result, anyhow};
 
-use super::cbpf::Program;
+use super::cbpf::{Invalid, Program};
 use super::pcap::{self, Linktype};
 
 /// As much of a packet as a filter may accept; large, so that no length limits a match.
 pub const SNAPLEN: u32 = 262_144;
 
-/// libpcap's optimizer takes seconds for some hundred hosts (its time grows with the square): programs that are
-/// longer than this before it stay as they are.
-const OPTIMIZE_UP_TO: usize = 1500;
+/// libpcap's optimizer needs a time that grows with the square of a program's length (some 10 s for this one, 500
+/// hosts, where it leaves 2700 instructions): longer ones are refused, as what is left would be too long too.
+const OPTIMIZE_UP_TO: usize = 16_000;
+
+/// libpcap's compiler calls itself once for each part of an expression: long ones need more stack than a thread has.
+const LONG_TEXT: usize = 4096;
+const LARGE_STACK: usize = 512 << 20;
 
 /// One expression for packets of one link type.
 pub fn compile(expression: &str, linktype: Linktype, snaplen: u32) -> Result<Program> {
-    let wrong = || format!("invalid filter expression '{expression}'");
+    if expression.len() <= LONG_TEXT {
+        return compile_here(expression, linktype, snaplen);
+    }
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .stack_size(LARGE_STACK)
+            .spawn_scoped(scope, || compile_here(expression, linktype, snaplen))
+            .context("failed to start a thread for libpcap")?
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn compile_here(expression: &str, linktype: Linktype, snaplen: u32) -> Result<Program> {
+    let wrong = || format!("invalid filter expression '{}'", shortened(expression));
     let plain = pcap::compile(expression, linktype, snaplen, false).with_context(wrong)?;
-    let insns = if plain.len() <= OPTIMIZE_UP_TO {
-        pcap::compile(expression, linktype, snaplen, true).with_context(wrong)?
-    } else {
-        plain
-    };
-    Program::new(insns).map_err(|invalid| anyhow!(invalid)).with_context(wrong)
+    if plain.len() > OPTIMIZE_UP_TO {
+        return Err(anyhow!(Invalid::TooLong(plain.len()))).with_context(wrong);
+    }
+    let insns = pcap::compile(expression, linktype, snaplen, true).with_context(wrong)?;
+    Program::new(insns)
+        .map_err(|invalid| anyhow!(invalid))
+        .with_context(wrong)
 }
 
 /// An expression for packets that are seen with their link header and without it.
@@ -58,4 +77,13 @@ impl Compiled {
 pub fn join(words: &[String]) -> Option<String> {
     let text = words.join(" ");
     (!text.trim().is_empty()).then_some(text)
+}
+
+/// The beginning of an expression, enough to recognize it in an error.
+fn shortened(expression: &str) -> String {
+    const SHOWN: usize = 200;
+    match expression.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", &expression[..end]),
+        None => expression.to_owned(),
+    }
 }

@@ -71,13 +71,18 @@ struct Code {
 
 impl Code {
     fn function(&self, name: &str) -> Option<usize> {
-        self.functions.iter().position(|(function, _)| function == name)
+        self.functions
+            .iter()
+            .position(|(function, _)| function == name)
     }
 
     /// A body in place of a function's; what lies behind moves.
     fn replace(&mut self, function: usize, body: &[Insn]) -> Result<()> {
         let start = self.functions[function].1;
-        let end = self.functions.get(function + 1).map_or(self.insns.len(), |(_, next)| *next);
+        let end = self
+            .functions
+            .get(function + 1)
+            .map_or(self.insns.len(), |(_, next)| *next);
         // Never shorter than before: the lines of the old body must still be inside it.
         let padding = (end - start).saturating_sub(body.len());
         let longer = body.len() + padding - (end - start);
@@ -100,7 +105,9 @@ impl Code {
         let padded = std::iter::repeat_n(Insn::nop(), padding).chain(body.iter().copied());
         self.insns.splice(start..end, padded);
 
-        let load = self.function(LOAD_FUNCTION).map(|load| self.functions[load].1);
+        let load = self
+            .function(LOAD_FUNCTION)
+            .map(|load| self.functions[load].1);
         for at in start..start + padding + body.len() {
             let insn = &mut self.insns[at];
             if insn.is_subprogram_call() && insn.imm == LOAD_CALL {
@@ -130,9 +137,18 @@ fn read(object: NonNull<sys::bpf_object>, program: NonNull<sys::bpf_program>) ->
     // `Insn` has the layout of `bpf_insn`: eight bytes, the registers in one of them.
     let (insns, functions, lines, btf) = unsafe {
         (
-            slice(sys::bpf_program__insns(program).cast::<Insn>(), sys::bpf_program__insn_cnt(program) as usize),
-            slice(sys::bpf_program__func_info(program), sys::bpf_program__func_info_cnt(program) as usize),
-            slice(sys::bpf_program__line_info(program), sys::bpf_program__line_info_cnt(program) as usize),
+            slice(
+                sys::bpf_program__insns(program).cast::<Insn>(),
+                sys::bpf_program__insn_cnt(program) as usize,
+            ),
+            slice(
+                sys::bpf_program__func_info(program),
+                sys::bpf_program__func_info_cnt(program) as usize,
+            ),
+            slice(
+                sys::bpf_program__line_info(program),
+                sys::bpf_program__line_info_cnt(program) as usize,
+            ),
             sys::bpf_object__btf(object.as_ptr()),
         )
     };
@@ -148,7 +164,9 @@ fn read(object: NonNull<sys::bpf_object>, program: NonNull<sys::bpf_program>) ->
             bail!("a function has no name");
         }
         // SAFETY: not null: a string of the BTF.
-        Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+        Ok(unsafe { CStr::from_ptr(name) }
+            .to_string_lossy()
+            .into_owned())
     };
     let functions = functions
         .iter()
@@ -174,7 +192,11 @@ fn write(program: NonNull<sys::bpf_program>, code: &Code) -> Result<()> {
         for (i, line) in code.lines.iter().enumerate() {
             (*lines.add(i)).insn_off = u32::try_from(*line)?;
         }
-        sys::bpf_program__set_insns(program, code.insns.as_ptr().cast_mut().cast(), code.insns.len() as _)
+        sys::bpf_program__set_insns(
+            program,
+            code.insns.as_ptr().cast_mut().cast(),
+            code.insns.len() as _,
+        )
     };
     if status != 0 {
         let error = std::io::Error::from_raw_os_error(-status);

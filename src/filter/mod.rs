@@ -59,10 +59,16 @@ impl Filters {
 
     /// The stubs' new bodies.
     fn bodies(&self) -> Result<Vec<Body>> {
-        let mode = LoadMode::Block { size: BLOCK, beyond: Beyond::Subprogram };
+        let mode = LoadMode::Block {
+            size: BLOCK,
+            beyond: Beyond::Subprogram,
+        };
         let mut bodies = Vec::new();
         let mut add = |stub, program: &Program| -> Result<()> {
-            bodies.push(Body { stub, insns: ebpf::translate(program, mode)? });
+            bodies.push(Body {
+                stub,
+                insns: ebpf::translate(program, mode)?,
+            });
             Ok(())
         };
         if let Some(expression) = &self.expression {
@@ -93,7 +99,17 @@ impl Filters {
 
 /// The same for an XDP program (NP_FILTER_XDP in filter.bpf.h). `frags`: its packets may lie in several buffers.
 pub fn inject_xdp(object: &mut OpenObject, program: &Program, frags: bool) -> Result<()> {
-    let beyond = if frags { Beyond::XdpLoad } else { Beyond::Nothing };
+    let beyond = if frags {
+        Beyond::XdpLoad
+    } else {
+        Beyond::Nothing
+    };
     let insns = ebpf::translate(program, LoadMode::Packet { beyond })?;
-    inject::inject(object, &[Body { stub: "np_filter_xdp_stub", insns }])
+    inject::inject(
+        object,
+        &[Body {
+            stub: "np_filter_xdp_stub",
+            insns,
+        }],
+    )
 }

@@ -31,8 +31,15 @@ impl Linktype {
     /// Its name, or its number where libpcap knows none.
     pub fn name(self) -> String {
         // SAFETY: the answer is null or a constant string of libpcap's.
-        let name = unsafe { pcap_datalink_val_to_name(self.0).as_ref().map(|c| CStr::from_ptr(c)) };
-        name.map_or_else(|| self.0.to_string(), |name| name.to_string_lossy().into_owned())
+        let name = unsafe {
+            pcap_datalink_val_to_name(self.0)
+                .as_ref()
+                .map(|c| CStr::from_ptr(c))
+        };
+        name.map_or_else(
+            || self.0.to_string(),
+            |name| name.to_string_lossy().into_owned(),
+        )
     }
 }
 
@@ -68,7 +75,11 @@ const PRECISION_NANO: c_uint = 1;
 
 // The search path and the static library are named in build.rs.
 unsafe extern "C" {
-    fn pcap_open_dead_with_tstamp_precision(linktype: c_int, snaplen: c_int, precision: c_uint) -> *mut Handle;
+    fn pcap_open_dead_with_tstamp_precision(
+        linktype: c_int,
+        snaplen: c_int,
+        precision: c_uint,
+    ) -> *mut Handle;
     fn pcap_open_offline_with_tstamp_precision(
         file: *const c_char,
         precision: c_uint,
@@ -88,19 +99,32 @@ unsafe extern "C" {
         netmask: u32,
     ) -> c_int;
     fn pcap_freecode(program: *mut BpfProgram);
-    fn pcap_next_ex(handle: *mut Handle, header: *mut *mut PacketHeader, data: *mut *const c_uchar) -> c_int;
+    fn pcap_next_ex(
+        handle: *mut Handle,
+        header: *mut *mut PacketHeader,
+        data: *mut *const c_uchar,
+    ) -> c_int;
     fn pcap_dump_open(handle: *mut Handle, file: *const c_char) -> *mut Dumper;
     fn pcap_dump(dumper: *mut Dumper, header: *const PacketHeader, data: *const c_uchar);
     fn pcap_dump_flush(dumper: *mut Dumper) -> c_int;
     fn pcap_dump_close(dumper: *mut Dumper);
     fn bpf_image(insn: *const Insn, at: c_int) -> *mut c_char;
-    fn bpf_filter(insns: *const Insn, packet: *const c_uchar, wire_len: c_uint, caplen: c_uint) -> c_uint;
+    fn bpf_filter(
+        insns: *const Insn,
+        packet: *const c_uchar,
+        wire_len: c_uint,
+        caplen: c_uint,
+    ) -> c_uint;
 }
 
 /// Debian's libpcap can capture from D-Bus and wants libdbus for it. These two stand in for that part, so that it is
 /// not linked; nothing here opens a live capture, so nothing calls them.
 #[unsafe(no_mangle)]
-extern "C" fn dbus_create(_device: *const c_char, _error: *mut c_char, _is_ours: *mut c_int) -> *mut Handle {
+extern "C" fn dbus_create(
+    _device: *const c_char,
+    _error: *mut c_char,
+    _is_ours: *mut c_int,
+) -> *mut Handle {
     ptr::null_mut()
 }
 
@@ -120,8 +144,11 @@ impl Pcap {
     fn dead(linktype: Linktype, snaplen: u32) -> Result<Self> {
         let snaplen = c_int::try_from(snaplen).unwrap_or(c_int::MAX);
         // SAFETY: no pointer is passed.
-        let handle = unsafe { pcap_open_dead_with_tstamp_precision(linktype.0, snaplen, PRECISION_NANO) };
-        NonNull::new(handle).map(Pcap).context("libpcap has no memory")
+        let handle =
+            unsafe { pcap_open_dead_with_tstamp_precision(linktype.0, snaplen, PRECISION_NANO) };
+        NonNull::new(handle)
+            .map(Pcap)
+            .context("libpcap has no memory")
     }
 
     fn error(&self) -> String {
@@ -140,14 +167,30 @@ impl Drop for Pcap {
 }
 
 /// Compiles an expression; the error is libpcap's.
-pub fn compile(expression: &str, linktype: Linktype, snaplen: u32, optimize: bool) -> Result<Vec<Insn>> {
+pub fn compile(
+    expression: &str,
+    linktype: Linktype,
+    snaplen: u32,
+    optimize: bool,
+) -> Result<Vec<Insn>> {
     let text = CString::new(expression).context("the expression has a NUL in it")?;
-    let _one_at_a_time = COMPILER.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _one_at_a_time = COMPILER
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
     let pcap = Pcap::dead(linktype, snaplen)?;
-    let mut program = BpfProgram { len: 0, insns: ptr::null_mut() };
+    let mut program = BpfProgram {
+        len: 0,
+        insns: ptr::null_mut(),
+    };
     // SAFETY: the handle is open, the string ends in NUL, `program` is written on success only.
     let status = unsafe {
-        pcap_compile(pcap.0.as_ptr(), &mut program, text.as_ptr(), c_int::from(optimize), NETMASK_UNKNOWN)
+        pcap_compile(
+            pcap.0.as_ptr(),
+            &mut program,
+            text.as_ptr(),
+            c_int::from(optimize),
+            NETMASK_UNKNOWN,
+        )
     };
     if status != 0 {
         return Err(anyhow!("{}", pcap.error()));
@@ -163,7 +206,9 @@ pub fn compile(expression: &str, linktype: Linktype, snaplen: u32, optimize: boo
 
 /// An instruction as `tcpdump -d` prints it.
 pub fn image(insn: Insn, at: usize) -> String {
-    let _one_at_a_time = COMPILER.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _one_at_a_time = COMPILER
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
     // SAFETY: libpcap writes a string into a static buffer, which the lock keeps others from.
     unsafe { CStr::from_ptr(bpf_image(&insn, c_int::try_from(at).unwrap_or(c_int::MAX))) }
         .to_string_lossy()
@@ -195,11 +240,16 @@ pub struct Reader(Pcap);
 
 impl Reader {
     pub fn open(path: &Path) -> Result<Self> {
-        let name = CString::new(path.as_os_str().as_encoded_bytes()).context("the name has a NUL in it")?;
+        let name = CString::new(path.as_os_str().as_encoded_bytes())
+            .context("the name has a NUL in it")?;
         let mut error = [0 as c_char; ERROR_SIZE];
         // SAFETY: the name ends in NUL, and the error buffer has the size that libpcap asks for.
         let handle = unsafe {
-            pcap_open_offline_with_tstamp_precision(name.as_ptr(), PRECISION_NANO, error.as_mut_ptr())
+            pcap_open_offline_with_tstamp_precision(
+                name.as_ptr(),
+                PRECISION_NANO,
+                error.as_mut_ptr(),
+            )
         };
         match NonNull::new(handle) {
             Some(handle) => Ok(Reader(Pcap(handle))),
@@ -253,7 +303,8 @@ pub struct Writer {
 impl Writer {
     /// `-` is the standard output.
     pub fn create(path: &Path, linktype: Linktype, snaplen: u32) -> Result<Self> {
-        let name = CString::new(path.as_os_str().as_encoded_bytes()).context("the name has a NUL in it")?;
+        let name = CString::new(path.as_os_str().as_encoded_bytes())
+            .context("the name has a NUL in it")?;
         let pcap = Pcap::dead(linktype, snaplen)?;
         // SAFETY: the handle is open and the name ends in NUL.
         let dumper = unsafe { pcap_dump_open(pcap.0.as_ptr(), name.as_ptr()) };

@@ -70,7 +70,14 @@ impl Memory {
         };
         // SAFETY: the name ends in NUL, and the options say their size.
         let fd = unsafe {
-            sys::bpf_map_create(sys::BPF_MAP_TYPE_ARRAY, c"np_packet".as_ptr(), 4, size_of::<Slot>() as u32, 1, &options)
+            sys::bpf_map_create(
+                sys::BPF_MAP_TYPE_ARRAY,
+                c"np_packet".as_ptr(),
+                4,
+                size_of::<Slot>() as u32,
+                1,
+                &options,
+            )
         };
         let map = owned(fd).context("failed to make a map for packets")?;
         // SAFETY: a new mapping of a map that is as large.
@@ -85,7 +92,8 @@ impl Memory {
             )
         };
         if slot == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error()).context("failed to map the packets' memory");
+            return Err(std::io::Error::last_os_error())
+                .context("failed to map the packets' memory");
         }
         let slot = NonNull::new(slot.cast()).context("a mapping at address 0")?;
         Ok(Memory { map, slot })
@@ -104,7 +112,10 @@ fn owned(fd: i32) -> std::io::Result<OwnedFd> {
 impl Runner {
     /// As the tracing tools have it: a block of `size` bytes, what lies beyond by bpf_probe_read_kernel.
     pub fn traced(program: &Program, size: u32) -> Result<Self> {
-        let mode = LoadMode::Block { size, beyond: Beyond::ProbeRead };
+        let mode = LoadMode::Block {
+            size,
+            beyond: Beyond::ProbeRead,
+        };
         let body = ebpf::translate(program, mode)?;
         let memory = Memory::new()?;
         let offset = |field: usize| field as i16;
@@ -112,20 +123,52 @@ impl Runner {
         let mut main = Insn::load_imm64(slot, MAP_VALUE, memory.map.as_raw_fd(), 0).to_vec();
         main.extend([
             Insn::alu64(super::asm::Alu::Mov, Reg::R1, slot),
-            Insn::alu64_imm(super::asm::Alu::Add, Reg::R1, std::mem::offset_of!(Slot, bytes) as i32),
+            Insn::alu64_imm(
+                super::asm::Alu::Add,
+                Reg::R1,
+                std::mem::offset_of!(Slot, bytes) as i32,
+            ),
             // The pointer becomes a number on its way through memory.
-            Insn::store(Size::Dw, slot, offset(std::mem::offset_of!(Slot, address)), Reg::R1),
-            Insn::load(Size::Dw, Reg::R3, slot, offset(std::mem::offset_of!(Slot, address))),
-            Insn::load(Size::Dw, Reg::R2, slot, offset(std::mem::offset_of!(Slot, linear))),
-            Insn::load(Size::Dw, Reg::R4, slot, offset(std::mem::offset_of!(Slot, wire_len))),
+            Insn::store(
+                Size::Dw,
+                slot,
+                offset(std::mem::offset_of!(Slot, address)),
+                Reg::R1,
+            ),
+            Insn::load(
+                Size::Dw,
+                Reg::R3,
+                slot,
+                offset(std::mem::offset_of!(Slot, address)),
+            ),
+            Insn::load(
+                Size::Dw,
+                Reg::R2,
+                slot,
+                offset(std::mem::offset_of!(Slot, linear)),
+            ),
+            Insn::load(
+                Size::Dw,
+                Reg::R4,
+                slot,
+                offset(std::mem::offset_of!(Slot, wire_len)),
+            ),
         ]);
-        let program = load(Kind::Tracing, &main, &body)?;
-        Ok(Runner { program, kind: Kind::Tracing, memory: Some(memory) })
+        let program = load(Kind::Tracing, 0, &main, &body)?;
+        Ok(Runner {
+            program,
+            kind: Kind::Tracing,
+            memory: Some(memory),
+        })
     }
 
     /// As an XDP program has it: between data and data_end, and where `frags` is set in further buffers.
     pub fn xdp(program: &Program, frags: bool) -> Result<Self> {
-        let beyond = if frags { Beyond::XdpLoad } else { Beyond::Nothing };
+        let beyond = if frags {
+            Beyond::XdpLoad
+        } else {
+            Beyond::Nothing
+        };
         let body = ebpf::translate(program, LoadMode::Packet { beyond })?;
         let mov = |to, from| Insn::alu64(super::asm::Alu::Mov, to, from);
         let mut main = vec![mov(Reg::R6, Reg::R1)];
@@ -142,21 +185,39 @@ impl Runner {
             main.push(mov(Reg::R4, Reg::R2));
             main.push(Insn::alu64(super::asm::Alu::Sub, Reg::R4, Reg::R1));
         }
-        let program = load(Kind::Xdp, &main, &body)?;
-        Ok(Runner { program, kind: Kind::Xdp, memory: None })
+        let program = load(
+            Kind::Xdp,
+            if frags { XDP_HAS_FRAGS } else { 0 },
+            &main,
+            &body,
+        )?;
+        Ok(Runner {
+            program,
+            kind: Kind::Xdp,
+            memory: None,
+        })
     }
 
     /// As a tc program has it: the linear part directly, the rest by bpf_skb_load_bytes.
     pub fn tc(program: &Program) -> Result<Self> {
-        let body = ebpf::translate(program, LoadMode::Packet { beyond: Beyond::SkbLoad })?;
+        let body = ebpf::translate(
+            program,
+            LoadMode::Packet {
+                beyond: Beyond::SkbLoad,
+            },
+        )?;
         let main = [
             Insn::alu64(super::asm::Alu::Mov, Reg::R3, Reg::R1),
             Insn::load(Size::W, Reg::R4, Reg::R3, 0),
             Insn::load(Size::W, Reg::R1, Reg::R3, 76),
             Insn::load(Size::W, Reg::R2, Reg::R3, 80),
         ];
-        let program = load(Kind::Tc, &main, &body)?;
-        Ok(Runner { program, kind: Kind::Tc, memory: None })
+        let program = load(Kind::Tc, 0, &main, &body)?;
+        Ok(Runner {
+            program,
+            kind: Kind::Tc,
+            memory: None,
+        })
     }
 
     /// What the filter returns for a packet. XDP and tc: `wire_len` is the packet's own length, and the packet has at
@@ -176,7 +237,11 @@ impl Runner {
                     let slot = memory.slot.as_ptr();
                     (*slot).linear = packet.len() as u64;
                     (*slot).wire_len = u64::from(wire_len);
-                    std::ptr::copy_nonoverlapping(packet.as_ptr(), (&raw mut (*slot).bytes).cast(), packet.len());
+                    std::ptr::copy_nonoverlapping(
+                        packet.as_ptr(),
+                        (&raw mut (*slot).bytes).cast(),
+                        packet.len(),
+                    );
                 }
             }
             None => {
@@ -209,14 +274,15 @@ impl Runner {
         // SAFETY: the options say their size, and what they point to outlives the call.
         let status = unsafe { sys::bpf_prog_test_run_opts(self.program.as_raw_fd(), options) };
         if status != 0 {
-            return Err(std::io::Error::from_raw_os_error(-status)).context("failed to run the filter in the kernel");
+            return Err(std::io::Error::from_raw_os_error(-status))
+                .context("failed to run the filter in the kernel");
         }
         Ok(())
     }
 }
 
 /// Loads `main`, which leaves the filter's arguments in r1 to r4, with the filter as its subprogram.
-fn load(kind: Kind, main: &[Insn], body: &[Insn]) -> Result<OwnedFd> {
+fn load(kind: Kind, flags: u32, main: &[Insn], body: &[Insn]) -> Result<OwnedFd> {
     let mut insns = main.to_vec();
     insns.push(Insn::call_subprogram(1));
     insns.push(Insn::exit());
@@ -225,7 +291,7 @@ fn load(kind: Kind, main: &[Insn], body: &[Insn]) -> Result<OwnedFd> {
     let mut options = sys::bpf_prog_load_opts {
         sz: size_of::<sys::bpf_prog_load_opts>() as u64,
         attempts: 3,
-        prog_flags: if kind == Kind::Xdp { XDP_HAS_FRAGS } else { 0 },
+        prog_flags: flags,
         ..Default::default()
     };
     let attempt = |options: &mut sys::bpf_prog_load_opts| {
@@ -249,10 +315,13 @@ fn load(kind: Kind, main: &[Insn], body: &[Insn]) -> Result<OwnedFd> {
             options.log_size = VERIFIER_LOG as u32;
             options.log_buf = log.as_mut_ptr().cast();
             let _ = attempt(&mut options);
-            let text = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
+            let text = CStr::from_bytes_until_nul(&log)
+                .map(CStr::to_string_lossy)
+                .unwrap_or_default();
             let tail: Vec<&str> = text.lines().rev().take(12).collect();
             let tail: Vec<&str> = tail.into_iter().rev().collect();
-            Err(error).with_context(|| format!("the kernel refuses the filter:\n{}", tail.join("\n")))
+            Err(error)
+                .with_context(|| format!("the kernel refuses the filter:\n{}", tail.join("\n")))
         }
     }
 }

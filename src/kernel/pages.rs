@@ -54,6 +54,9 @@ mod tests {
         let found = PageVariables::read(text.as_bytes());
         assert_eq!(found.vmemmap_base, 0xffff_ffff_82a0_1230);
         assert_eq!(found.page_offset_base, 0xffff_ffff_82a0_1238);
-        assert_eq!(PageVariables::read("0 A y\n".as_bytes()), PageVariables::default());
+        assert_eq!(
+            PageVariables::read("0 A y\n".as_bytes()),
+            PageVariables::default()
+        );
     }
 }

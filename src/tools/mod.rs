@@ -1,5 +1,6 @@
 //! One folder or file per subcommand: `args` (its flags), `probes` (what it attaches), `decode` (its events), `present` (its lines).
 
+pub mod expression;
 pub mod features;
 pub mod fields;
 pub mod skb;

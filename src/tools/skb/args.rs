@@ -7,6 +7,7 @@ use regex::Regex;
 use crate::engine::usage;
 use crate::output::OutputArgs;
 use crate::tools::EngineArgs;
+use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 
 /// SKB_SECTION_* of src/bpf/skb.h
@@ -46,6 +47,9 @@ pub struct Args {
     /// Only functions whose whole name matches this regular expression
     #[arg(long, value_name = "REGEX")]
     pub filter_func: Option<String>,
+
+    #[command(flatten)]
+    pub expression: ExpressionArgs,
 
     #[command(flatten)]
     pub fields: FieldArgs,

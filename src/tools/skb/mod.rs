@@ -19,8 +19,10 @@ use crate::engine::merge::Record;
 use crate::engine::pins::Pins;
 use crate::engine::session::{self, Consumer, Flow};
 use crate::engine::{log, signals};
+use crate::filter::Filters;
 use crate::kernel::btf::Btf;
 use crate::kernel::features::Features;
+use crate::kernel::pages::PageVariables;
 use crate::output::{self, Output};
 use crate::tools::fields;
 
@@ -32,6 +34,7 @@ pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
     let config = args.fields.config()?;
     let pattern = args.function_pattern()?;
+    let filters = args.expression.filters()?;
     log::init(args.engine.verbose);
     let features = Features::detect();
     features.require_tracing("skb")?;
@@ -43,7 +46,7 @@ pub fn run(args: &Args) -> Result<()> {
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
-    let mut skel = load(args, &features, &plan, &mut storage)?;
+    let mut skel = load(args, &features, &plan, &filters, &mut storage)?;
     let pins = Pins::create("skb");
     if let Some(pins) = &pins {
         pins.pin(&mut skel.maps.cfg_map, "config")?;
@@ -94,6 +97,7 @@ fn load<'a>(
     args: &Args,
     features: &Features,
     plan: &Plan,
+    filters: &Filters,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<SkbSkel<'a>> {
     let mut open = SkbSkelBuilder::default()
@@ -107,7 +111,14 @@ fn load<'a>(
     rodata.use_cast = u8::from(features.rdonly_cast);
     rodata.has_func_ip = u8::from(features.func_ip);
     rodata.sections = args.sections();
+    if filters.on() != 0 {
+        let pages = PageVariables::find();
+        rodata.np_filter_on = filters.on();
+        rodata.np_filter_vmemmap_base = pages.vmemmap_base;
+        rodata.np_filter_page_offset_base = pages.page_offset_base;
+    }
     plan.prepare(&mut open);
+    filters.inject(open.open_object_mut())?;
     open.load().map_err(|e| {
         let log = log::take();
         anyhow!("failed to load the BPF programs: {e:?}\n{log}")

@@ -1,0 +1,92 @@
+//! Filters inside a BPF object, as the tools have them, loaded (not attached).
+
+use std::mem::MaybeUninit;
+
+use anyhow::Result;
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+
+use super::privileged;
+use crate::bpf::filter_probe::FilterProbeSkelBuilder;
+use crate::filter::Filters;
+use crate::filter::expr::Compiled;
+use crate::kernel::features::Features;
+use crate::kernel::pages::PageVariables;
+
+fn load(filters: &Filters, use_cast: bool) -> Result<()> {
+    let mut storage = MaybeUninit::uninit();
+    let mut open = FilterProbeSkelBuilder::default().open(&mut storage)?;
+    let rodata = open.maps.rodata_data.as_mut().unwrap();
+    let pages = PageVariables::find();
+    rodata.use_cast = u8::from(use_cast);
+    rodata.np_filter_on = filters.on();
+    rodata.np_filter_vmemmap_base = pages.vmemmap_base;
+    rodata.np_filter_page_offset_base = pages.page_offset_base;
+    filters.inject(open.open_object_mut())?;
+    open.load()?;
+    Ok(())
+}
+
+fn loads(filters: &Filters) {
+    if !privileged() {
+        return;
+    }
+    load(filters, false).unwrap();
+    if Features::detect().rdonly_cast {
+        load(filters, true).unwrap();
+    }
+}
+
+fn expression(text: &str) -> Compiled {
+    Compiled::new(text).unwrap()
+}
+
+#[test]
+fn an_expression_loads() {
+    for text in [
+        "tcp port 80 or icmp",
+        "arp",
+        "len > 100",
+        "ip6[53] & 0x3f = 0x2",
+    ] {
+        loads(&Filters {
+            expression: Some(expression(text)),
+            ..Filters::default()
+        });
+    }
+}
+
+#[test]
+fn loads_beyond_the_block_and_tunnels_load() {
+    loads(&Filters {
+        expression: Some(expression("tcp[100] = 3 and ether[2000] = 1")),
+        tunnel_l2: Some(expression("tcp port 80 or icmp").l2),
+        tunnel_l3: Some(expression("host 10.1.1.1 and udp[200:2] = 77").l3.unwrap()),
+        ..Filters::default()
+    });
+}
+
+#[test]
+fn no_filter_changes_nothing() {
+    loads(&Filters::default());
+}
+
+/// Several hundred hosts: the largest expression that the tools are to take, on every kernel that this runs on.
+#[test]
+fn several_hundred_hosts_load() {
+    let hosts: Vec<String> = (0..300)
+        .map(|i| format!("host 10.{}.{}.{}", i % 7, i % 251, i % 13 + 1))
+        .collect();
+    loads(&Filters {
+        expression: Some(expression(&hosts.join(" or "))),
+        ..Filters::default()
+    });
+}
+
+#[test]
+fn past_the_limit_the_error_says_so() {
+    let hosts: Vec<String> = (0..700)
+        .map(|i| format!("host 10.{}.{}.1", i % 100, i / 100))
+        .collect();
+    let error = format!("{:#}", Compiled::new(&hosts.join(" or ")).unwrap_err());
+    assert!(error.contains("4096"), "{error}");
+}

@@ -1,0 +1,60 @@
+//! The flags of a packet expression, shared by tools that see an sk_buff: what was typed in, `Filters` out.
+
+use anyhow::Result;
+
+use crate::engine::usage;
+use crate::filter::Filters;
+use crate::filter::cbpf::Program;
+use crate::filter::expr::{self, Compiled, SNAPLEN};
+use crate::filter::pcap::Linktype;
+
+/// Filters by expression, decided in the kernel. All that are given must hold, beside the field filters.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Filter by expression")]
+pub struct ExpressionArgs {
+    /// Packets to show, in tcpdump's language (pcap-filter(7)); the words are joined
+    #[arg(value_name = "EXPRESSION")]
+    pub expression: Vec<String>,
+
+    /// The Ethernet frame inside VXLAN, GENEVE or GRE matches; what is not tunnelled passes
+    #[arg(long, value_name = "EXPRESSION")]
+    pub filter_tunnel_pcap_l2: Option<String>,
+
+    /// The IP packet inside VXLAN, GENEVE, IPIP or GRE matches; what is not tunnelled passes
+    #[arg(long, value_name = "EXPRESSION")]
+    pub filter_tunnel_pcap_l3: Option<String>,
+}
+
+impl ExpressionArgs {
+    /// Compiles everything; an error is the user's. Notes go to stderr.
+    pub fn filters(&self) -> Result<Filters> {
+        let expression = match expr::join(&self.expression) {
+            Some(text) => Some(Compiled::new(&text).map_err(|e| usage(format!("{e:#}")))?),
+            None => None,
+        };
+        if let Some(note) = expression.as_ref().and_then(Compiled::note) {
+            eprintln!("netprobe: {note}");
+        }
+        Ok(Filters {
+            expression,
+            tunnel_l2: tunnel(
+                "--filter-tunnel-pcap-l2",
+                &self.filter_tunnel_pcap_l2,
+                Linktype::ETHERNET,
+            )?,
+            tunnel_l3: tunnel(
+                "--filter-tunnel-pcap-l3",
+                &self.filter_tunnel_pcap_l3,
+                Linktype::RAW_IP,
+            )?,
+        })
+    }
+}
+
+fn tunnel(flag: &str, text: &Option<String>, linktype: Linktype) -> Result<Option<Program>> {
+    text.as_ref()
+        .map(|text| {
+            expr::compile(text, linktype, SNAPLEN).map_err(|e| usage(format!("{flag}: {e:#}")))
+        })
+        .transpose()
+}
