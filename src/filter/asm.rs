@@ -176,7 +176,7 @@ impl Insn {
     }
 
     pub fn alu32_imm(op: Alu, dst: Reg, imm: u32) -> Self {
-        Insn::new(CLASS_ALU | op as u8, dst, Reg::R0, 0, imm.cast_signed())
+        Insn::new(CLASS_ALU | op as u8, dst, Reg::R0, 0, imm as i32)
     }
 
     pub fn alu64(op: Alu, dst: Reg, src: Reg) -> Self {
@@ -393,13 +393,7 @@ impl Assembler {
     /// Compares the lower half.
     pub fn jump32_if_imm(&mut self, left: Reg, cond: Cond, right: u32, to: Label) {
         self.branch(
-            Insn::new(
-                CLASS_JMP32 | cond as u8,
-                left,
-                Reg::R0,
-                0,
-                right.cast_signed(),
-            ),
+            Insn::new(CLASS_JMP32 | cond as u8, left, Reg::R0, 0, right as i32),
             to,
         );
     }

@@ -489,7 +489,7 @@ fn check(at: usize, insn: Insn, len: usize) -> Result<(), Invalid> {
             op: ALU_LSH | ALU_RSH,
             operand: Operand::K(k),
         } if k >= 32 => Err(Invalid::ShiftTooFar { at, k }),
-        Op::Jump { k } if k.cast_signed() < 0 => Err(Invalid::BackwardJump { at }),
+        Op::Jump { k } if (k as i32) < 0 => Err(Invalid::BackwardJump { at }),
         Op::Jump { k } if k as usize >= behind => Err(Invalid::JumpOutside { at }),
         Op::Branch { jt, jf, .. } if usize::from(jt.max(jf)) >= behind => {
             Err(Invalid::JumpOutside { at })

@@ -214,12 +214,10 @@ impl Writer {
             let careful = self.asm.label();
             if let LoadMode::Packet { .. } = self.mode {
                 self.asm.push(Insn::alu64(Alu::Mov, T, DATA));
-                self.asm
-                    .push(Insn::alu64_imm(Alu::Add, T, reach.cast_signed()));
+                self.asm.push(Insn::alu64_imm(Alu::Add, T, reach as i32));
                 self.asm.jump_if(T, Cond::Gt, END, careful);
             } else {
-                self.asm
-                    .jump_if_imm(END, Cond::Lt, reach.cast_signed(), careful);
+                self.asm.jump_if_imm(END, Cond::Lt, reach as i32, careful);
             }
             self.version(reach);
             self.asm.place(careful);
@@ -464,7 +462,7 @@ impl Writer {
             (LoadMode::Block { size: block, .. }, Offset::Absolute(k)) => {
                 let end = k.checked_add(size).filter(|end| *end <= block)?;
                 if end > self.unchecked {
-                    self.leave_if(END, Cond::Lt, Right::Imm(end.cast_signed()), slow);
+                    self.leave_if(END, Cond::Lt, Right::Imm(end as i32), slow);
                 }
                 Some((DATA, i16::try_from(k).ok()?))
             }
@@ -472,7 +470,7 @@ impl Writer {
                 let last = block.checked_sub(size)?;
                 self.index(k);
                 // First what keeps the verifier content, then what the packet has.
-                self.leave_if(T, Cond::Gt, Right::Imm(last.cast_signed()), slow);
+                self.leave_if(T, Cond::Gt, Right::Imm(last as i32), slow);
                 self.end_of(size);
                 self.leave_if(T2, Cond::Gt, Right::Reg(END), slow);
                 self.asm.push(Insn::alu64(Alu::Add, T, DATA));
@@ -486,15 +484,14 @@ impl Writer {
                     return Some((DATA, i16::try_from(k).ok()?));
                 }
                 self.asm.push(Insn::alu64(Alu::Mov, T, DATA));
-                self.asm
-                    .push(Insn::alu64_imm(Alu::Add, T, end.cast_signed()));
+                self.asm.push(Insn::alu64_imm(Alu::Add, T, end as i32));
                 self.leave_if(T, Cond::Gt, Right::Reg(END), slow);
                 Some((T, -(size as i16)))
             }
             (LoadMode::Packet { .. }, Offset::Indexed(k)) => {
                 self.index(k);
                 let last = MAX_PACKET_OFFSET - size;
-                self.leave_if(T, Cond::Gt, Right::Imm(last.cast_signed()), slow);
+                self.leave_if(T, Cond::Gt, Right::Imm(last as i32), slow);
                 self.asm.push(Insn::alu64(Alu::Add, T, DATA));
                 self.end_of(size);
                 self.leave_if(T2, Cond::Gt, Right::Reg(END), slow);
@@ -532,8 +529,7 @@ impl Writer {
     /// Host order, and for a header length the rest of its arithmetic.
     fn finish_load(&mut self, load: Load, to: Reg, network_order: bool) {
         if network_order && load.size > 1 {
-            self.asm
-                .push(Insn::from_be(to, 8 * load.size.cast_signed()));
+            self.asm.push(Insn::from_be(to, 8 * load.size as i32));
         }
         if load.header_length {
             self.asm.push(Insn::alu32_imm(Alu::And, to, 0xf));

@@ -8,5 +8,5 @@ pub mod functions;
 pub mod ksyms;
 pub mod netdev;
 pub mod netns;
-pub mod xdp;
 pub mod pages;
+pub mod xdp;

@@ -61,7 +61,6 @@ fn loads_beyond_the_block_and_tunnels_load() {
         expression: Some(expression("tcp[100] = 3 and ether[2000] = 1")),
         tunnel_l2: Some(expression("tcp port 80 or icmp").l2),
         tunnel_l3: Some(expression("host 10.1.1.1 and udp[200:2] = 77").l3.unwrap()),
-        ..Filters::default()
     });
 }
 
