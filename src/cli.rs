@@ -23,6 +23,8 @@ pub struct Cli {
 enum Command {
     /// Follow packets through the kernel, function by function
     Skb(Box<tools::skb::args::Args>),
+    /// Who answered a ping, on which core, and where the time went
+    Icmp(Box<tools::icmp::args::Args>),
     /// Capture packets at XDP, before the stack
     Xdpdump(Box<tools::xdpdump::args::Args>),
     /// Put XDP programs of yours into an interface's chain, list them, take them out
@@ -48,6 +50,7 @@ fn run(command: Command) -> Result<()> {
     signals::block()?;
     match command {
         Command::Skb(args) => tools::skb::run(&args),
+        Command::Icmp(args) => tools::icmp::run(&args),
         Command::Xdpdump(args) => tools::xdpdump::run(&args),
         Command::Xdpchain(args) => tools::xdpchain::run(&args),
         Command::Features(args) => tools::features::run(&args),

@@ -1,6 +1,8 @@
 //! Where a tool's lines go: stdout or a file, text or JSON lines; the limit and the ready file. It knows no tool.
 
+pub mod columns;
 pub mod escape;
+pub mod histogram;
 pub mod pcap_read;
 pub mod pcapng;
 

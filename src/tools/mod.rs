@@ -3,6 +3,7 @@
 pub mod expression;
 pub mod features;
 pub mod fields;
+pub mod icmp;
 pub mod skb;
 pub mod xdpchain;
 pub mod xdpdump;

@@ -7,11 +7,13 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
+mod icmp;
 mod xdpdump;
 
 fn main() {
     let mut cases = Vec::new();
     cases.extend(harness::cases());
+    cases.extend(icmp::cases());
     cases.extend(xdpdump::cases());
     common::run(cases)
 }

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * netprobe icmp: who handles an echo request, and when it was where.
+ *
+ * Two kprobes say that a request is handled; everything else is raw
+ * tracepoints. What they see of all other traffic they leave after two loads
+ * (protocol of the skb, protocol of the IP header).
+ */
+#include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "icmp.h"
+#include "packet.h"
+#include "compat.bpf.h"
+#include "config.bpf.h"
+#include "event.bpf.h"
+#include "packet.bpf.h"
+#include "icmp_packet.bpf.h"
+#include "icmp_softirq.bpf.h"
+
+/* Look at the stages of a request (else only at who handles it). */
+const volatile __u8 with_stages = 0;
+/* Only this echo id, only handled on this CPU; -1: any. */
+const volatile __s32 want_id = -1;
+const volatile __s32 want_cpu = -1;
+
+/* For the types in the skeleton. */
+struct icmp_event icmp_event_type;
+
+/* Where requests that are not handled yet have been. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct icmp_key);
+	__type(value, struct icmp_times);
+} arriving SEC(".maps");
+
+/* Requests whose reply has not reached a device yet. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct icmp_key);
+	__type(value, __u8);
+} answering SEC(".maps");
+
+static __always_inline bool match_addr(const __u64 *addr, const __u64 *mask,
+				       const __u64 *want)
+{
+	return (addr[0] & mask[0]) == want[0] && (addr[1] & mask[1]) == want[1];
+}
+
+static __always_inline bool match(const struct np_config *cfg,
+				  struct sk_buff *skb,
+				  const struct icmp_key *key,
+				  struct net_device *dev)
+{
+	__u32 f = cfg->fields;
+
+	if (f & NP_PAUSED)
+		return false;
+	if (want_id >= 0 && key->id != want_id)
+		return false;
+	if ((f & NP_FIELD_SADDR) &&
+	    !match_addr(key->saddr, cfg->saddr_mask, cfg->saddr))
+		return false;
+	if ((f & NP_FIELD_DADDR) &&
+	    !match_addr(key->daddr, cfg->daddr_mask, cfg->daddr))
+		return false;
+	if ((f & NP_FIELD_MARK) &&
+	    (NP_READ(skb, mark) & cfg->mark_mask) != cfg->mark)
+		return false;
+	if ((f & NP_FIELD_NETNS) && key->netns != cfg->netns)
+		return false;
+	if ((f & NP_FIELD_PROTO) &&
+	    cfg->l4_proto != (key->version == 4 ? IPPROTO_ICMP : 58))
+		return false;
+	if ((f & NP_FIELD_IFINDEX) &&
+	    (!dev || NP_READ(dev, ifindex) != cfg->ifindex))
+		return false;
+	return true;
+}
+
+static __always_inline void read_dev(struct icmp_event *e,
+				     struct net_device *dev)
+{
+	if (!dev)
+		return;
+	e->ifindex = NP_READ(dev, ifindex);
+	BPF_CORE_READ_STR_INTO(&e->ifname, dev, name);
+}
+
+/* Who is current: the idle task, ksoftirqd, or any other task. */
+static __always_inline __u8 current_context(const struct np_head *head)
+{
+	const char name[] = "ksoftirqd/";
+	struct task_struct *task;
+
+	if (!head->pid)
+		return ICMP_CONTEXT_IDLE;
+	for (int i = 0; i < sizeof(name) - 1; i++)
+		if (head->comm[i] != name[i])
+			return ICMP_CONTEXT_TASK;
+	/* Anybody can take the name: a kernel thread it must be. */
+	task = NP_CAST(struct task_struct, bpf_get_current_task());
+	return NP_READ(task, flags) & PF_KTHREAD ? ICMP_CONTEXT_KSOFTIRQD
+						 : ICMP_CONTEXT_TASK;
+}
+
+/* A request is handled now: skb's transport header is the ICMP header. */
+static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
+{
+	struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct net_device *dev = NP_READ(skb, dev);
+	struct icmp_event e = {};
+	struct icmp_times *times;
+	struct np_stats *count;
+	__u8 one = 1;
+
+	if (!cfg || !read_handled(skb, version, &e.key, &e.icmp_type))
+		return 0;
+	if (want_cpu >= 0 && bpf_get_smp_processor_id() != want_cpu)
+		return 0;
+	if (!match(cfg, skb, &e.key, dev))
+		return 0;
+	np_head_fill(&e.head, ICMP_KIND_ECHO);
+	e.context = current_context(&e.head);
+	read_dev(&e, dev);
+	e.len = l3_len(skb);
+	if (with_stages) {
+		times = bpf_map_lookup_elem(&arriving, &e.key);
+		if (times) {
+			e.times = *times;
+			bpf_map_delete_elem(&arriving, &e.key);
+		}
+		bpf_map_update_elem(&answering, &e.key, &one, BPF_ANY);
+	}
+	count = np_stats_get();
+	if (count)
+		count->hits++;
+	np_output(ctx, &e.head, sizeof(e));
+	return 0;
+}
+
+SEC("kprobe/icmp_echo")
+int BPF_KPROBE(icmp_echo, void *skb)
+{
+	return handle_echo(ctx, skb, 4);
+}
+
+/* Or icmpv6_rcv, where the compiler left no icmpv6_echo_reply. */
+SEC("kprobe/icmpv6_echo_reply")
+int BPF_KPROBE(icmpv6_echo, void *skb)
+{
+	return handle_echo(ctx, skb, 6);
+}
+
+/* A packet on its way to the stack: was it queued, and by which CPU? */
+static __always_inline int queued(void *skb_ptr, __u8 backlog)
+{
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct icmp_softirq *running;
+	struct icmp_times t = {};
+	struct icmp_key key = {};
+
+	if (read_received(skb, &key) != ECHO_REQUEST)
+		return 0;
+	t.queued = bpf_ktime_get_ns();
+	t.queued_cpu = bpf_get_smp_processor_id();
+	t.receive_cpu = t.queued_cpu;
+	t.backlog = backlog;
+	running = softirq_running();
+	if (running)
+		t.first = *running;
+	bpf_map_update_elem(&arriving, &key, &t, BPF_ANY);
+	return 0;
+}
+
+SEC("raw_tp/netif_rx")
+int netif_rx(struct bpf_raw_tracepoint_args *ctx)
+{
+	return queued((void *)ctx->args[0], 1);
+}
+
+SEC("raw_tp/netif_receive_skb_entry")
+int receive_entry(struct bpf_raw_tracepoint_args *ctx)
+{
+	return queued((void *)ctx->args[0], 0);
+}
+
+SEC("raw_tp/napi_gro_receive_entry")
+int gro_entry(struct bpf_raw_tracepoint_args *ctx)
+{
+	return queued((void *)ctx->args[0], 0);
+}
+
+SEC("raw_tp/netif_receive_skb")
+int receive(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct icmp_softirq *running;
+	struct icmp_times *seen, t = {};
+	struct icmp_key key = {};
+
+	if (read_received(skb, &key) != ECHO_REQUEST)
+		return 0;
+	/* Of an earlier hop (a bridge, a lower device) nothing is kept. */
+	seen = bpf_map_lookup_elem(&arriving, &key);
+	if (seen && !seen->receive)
+		t = *seen;
+	t.receive = bpf_ktime_get_ns();
+	t.receive_cpu = bpf_get_smp_processor_id();
+	if (!t.queued)
+		t.queued_cpu = t.receive_cpu;
+	running = softirq_running();
+	if (running)
+		t.last = *running;
+	bpf_map_update_elem(&arriving, &key, &t, BPF_ANY);
+	return 0;
+}
+
+/* A packet is handed to a device's driver. */
+SEC("raw_tp/net_dev_start_xmit")
+int xmit(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct net_device *dev = NP_CAST(struct net_device, ctx->args[1]);
+	struct icmp_event e = {};
+
+	if (read_sent(skb, &e.key) != ECHO_REPLY)
+		return 0;
+	if (!bpf_map_lookup_elem(&answering, &e.key))
+		return 0;
+	bpf_map_delete_elem(&answering, &e.key);
+	np_head_fill(&e.head, ICMP_KIND_REPLY);
+	read_dev(&e, dev);
+	e.len = l3_len(skb);
+	np_output(ctx, &e.head, sizeof(e));
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The events of `netprobe icmp`. All that belong to one echo have the same
+ * key: user space joins them by it.
+ */
+#ifndef NETPROBE_ICMP_H
+#define NETPROBE_ICMP_H
+
+#include "event.h"
+
+/* The answering side. */
+#define ICMP_KIND_ECHO 1 /* the kernel handles a request (icmp_echo) */
+#define ICMP_KIND_REPLY 2 /* its reply is handed to a device's driver */
+/* The sending side. */
+#define ICMP_KIND_SEND 3 /* a process' request, headers complete */
+#define ICMP_KIND_XMIT 4 /* it is handed to a device's driver */
+#define ICMP_KIND_RETURN 5 /* its reply is received from a device */
+#define ICMP_KIND_READ 6 /* a process reads the reply */
+#define ICMP_KIND_DROP 7 /* this kernel frees the request or its reply */
+/* The CPU that made an echo wait. */
+#define ICMP_KIND_GAP 8 /* struct icmp_gap */
+#define ICMP_KIND_SAMPLE 9 /* struct icmp_sample */
+
+/* icmp_event.context: who was current when the request was handled. */
+#define ICMP_CONTEXT_TASK 0
+#define ICMP_CONTEXT_IDLE 1
+#define ICMP_CONTEXT_KSOFTIRQD 2
+
+#define ICMP_IFNAMSIZ 16
+
+/* An echo, always as its request has it: saddr is who asks. */
+struct icmp_key {
+	__u64 saddr[2]; /* network byte order; IPv4 as ::ffff:a.b.c.d */
+	__u64 daddr[2];
+	__u32 netns; /* inode */
+	__u16 id; /* host byte order */
+	__u16 seq; /* host byte order */
+	__u8 version; /* of IP: 4 or 6 */
+	__u8 pad[7];
+};
+
+/* One NET_RX softirq of a CPU. ns of CLOCK_MONOTONIC, 0: not seen. */
+struct icmp_softirq {
+	__u64 irq; /* start of the hard interrupt that raised it */
+	__u64 raise; /* irq:softirq_raise */
+	__u64 entry; /* irq:softirq_entry */
+};
+
+/* A request's way in. */
+struct icmp_times {
+	__u64 queued; /* net:netif_rx, or the driver handed it to the stack */
+	struct icmp_softirq first; /* what queued_cpu ran then */
+	struct icmp_softirq last; /* what receive_cpu ran then */
+	__u64 receive; /* net:netif_receive_skb */
+	__u16 queued_cpu;
+	__u16 receive_cpu;
+	__u8 backlog; /* `queued` is by net:netif_rx */
+	__u8 pad[3];
+};
+
+struct icmp_event {
+	struct np_head head;
+	struct icmp_key key;
+	struct icmp_times times; /* ECHO; RETURN: of the reply */
+	__u64 start; /* SEND: entry of the system call's sendmsg */
+	__u64 location; /* DROP: where in the kernel */
+	__u32 reason; /* DROP: enum skb_drop_reason, 0 if the kernel has none */
+	__u32 ifindex; /* 0: none */
+	__u32 len; /* bytes of the IP packet */
+	__u8 icmp_type;
+	__u8 context; /* ECHO: ICMP_CONTEXT_* */
+	__u8 reply; /* DROP: it is the reply that is freed */
+	__u8 pad;
+	__u8 ifname[ICMP_IFNAMSIZ]; /* NUL-padded */
+};
+
+_Static_assert(sizeof(struct icmp_key) == 48,
+	       "icmp_key is part of the contract");
+_Static_assert(sizeof(struct icmp_times) == 72,
+	       "icmp_times is part of the contract");
+_Static_assert(sizeof(struct icmp_event) == 208,
+	       "icmp_event is part of the contract");
+
+#endif

@@ -1,0 +1,133 @@
+//! The flags of `netprobe icmp`.
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::bpf::skb::types::np_config;
+use crate::output::OutputArgs;
+use crate::tools::EngineArgs;
+use crate::tools::fields::FieldArgs;
+
+/// What a time stamp counts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Timestamp {
+    /// no time stamp
+    None,
+    /// the kernel's monotonic clock, seconds
+    Current,
+    /// since the first line, seconds
+    Relative,
+    /// wall clock, UTC
+    Absolute,
+}
+
+/// Who answered a ping, on which core, and where the time went.
+///
+/// One line for each echo request that this kernel handles (IPv4 and IPv6): who was current on the CPU when icmp_echo or
+/// icmpv6_echo_reply ran, and the microseconds of each stage on the way there:
+///   IRQ    start of the hard interrupt to the softirq raise
+///   RPS    queued by one CPU to the raise on another (receive packet steering)
+///   WAIT   NET_RX softirq raised to entered
+///   POLL   softirq entered to netif_receive_skb
+///   STACK  netif_receive_skb to icmp_echo
+///   REPLY  icmp_echo to the reply handed to the device's driver
+///   TOTAL  the first that was seen to the last
+/// A stage that was not seen, or that this packet did not have, is `-`.
+#[derive(Debug, clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Print exactly what the script traceicmpsoftirq.py prints: TGID, PID, COMM and SEQ of IPv4 requests, without a header.
+    /// SEQ is the 16 bits of the packet read as a number of this machine, as the script reads them: on a little-endian
+    /// machine sequence 1 is 256
+    #[arg(long, conflicts_with_all = ["output_json", "timestamp", "min_us", "stages"])]
+    pub legacy: bool,
+
+    /// Measure the stages (on; =false attaches the probes on icmp_echo and icmpv6_echo_reply and nothing else)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = true, default_missing_value = "true", require_equals = true, action = clap::ArgAction::Set)]
+    pub stages: bool,
+
+    /// Only echoes that took N microseconds or more in all (TOTAL)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub min_us: u64,
+
+    /// In place of lines: histograms (powers of two, microseconds) of each stage on each CPU, at the end
+    #[arg(long, conflicts_with_all = ["legacy", "timestamp", "min_us", "output_limit_lines"])]
+    pub histogram: bool,
+
+    /// Histograms every SECONDS, each of that time alone
+    #[arg(short, long, value_name = "SECONDS", requires = "histogram", value_parser = clap::value_parser!(u64).range(1..))]
+    pub interval: Option<u64>,
+
+    #[command(flatten)]
+    pub filter: IcmpFilterArgs,
+
+    /// Show a time stamp
+    #[arg(long, value_enum, default_value_t = Timestamp::None, help_heading = "Output")]
+    pub timestamp: Timestamp,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+/// Filters by field. Source and destination are those of the request.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Filter (all must hold; decided in the kernel)")]
+pub struct IcmpFilterArgs {
+    /// The request comes from this address
+    #[arg(long, value_name = "ADDR[/LEN]")]
+    pub filter_src_ip: Option<String>,
+
+    /// The request goes to this address
+    #[arg(long, value_name = "ADDR[/LEN]")]
+    pub filter_dst_ip: Option<String>,
+
+    /// The echo's id
+    #[arg(long, value_name = "ID")]
+    pub filter_id: Option<u16>,
+
+    /// Received on this interface, in the namespace of --filter-netns or the current one
+    #[arg(long, value_name = "NAME")]
+    pub filter_ifname: Option<String>,
+
+    /// In this network namespace: a path such as /proc/PID/ns/net, a name under /run/netns, or inode:N
+    #[arg(long, value_name = "NETNS")]
+    pub filter_netns: Option<String>,
+
+    /// Handled on this CPU
+    #[arg(long, value_name = "CPU")]
+    pub filter_cpu: Option<u16>,
+
+    /// icmp: IPv4 only, icmp6: IPv6 only
+    #[arg(long, value_name = "PROTO")]
+    pub filter_proto: Option<String>,
+
+    /// skb->mark is MARK, decimal or 0x…; with a mask: (mark & MASK) == MARK
+    #[arg(long, value_name = "MARK[/MASK]")]
+    pub filter_mark: Option<String>,
+}
+
+impl IcmpFilterArgs {
+    /// The value of the config map. Looks up namespaces and interfaces.
+    pub fn config(&self) -> Result<np_config> {
+        FieldArgs {
+            filter_mark: self.filter_mark.clone(),
+            filter_netns: self.filter_netns.clone(),
+            filter_ifname: self.filter_ifname.clone(),
+            filter_proto: self.filter_proto.clone(),
+            filter_src_ip: self.filter_src_ip.clone(),
+            filter_dst_ip: self.filter_dst_ip.clone(),
+            ..FieldArgs::default()
+        }
+        .config()
+    }
+}
+
+impl Args {
+    /// Stages are measured.
+    pub fn with_stages(&self) -> bool {
+        self.stages && !self.legacy
+    }
+}

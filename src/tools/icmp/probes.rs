@@ -1,0 +1,192 @@
+//! What `netprobe icmp` attaches: two kprobes, and the tracepoints that the run needs.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use anyhow::{Result, bail};
+use libbpf_rs::{Link, OpenProgramMut, ProgramMut};
+
+use crate::bpf::icmp::{IcmpSkel, OpenIcmpSkel};
+use crate::engine::loss;
+
+use super::args::Args;
+
+/// What belongs together: without one of its probes, something is blank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// handling of IPv4 requests
+    Echo4,
+    /// handling of IPv6 requests
+    Echo6,
+    /// the stages of a request
+    Stages,
+}
+
+/// How a program is attached.
+#[derive(Debug, Clone, Copy)]
+enum Point {
+    /// the first of these functions that the kernel has
+    Function(&'static [&'static str]),
+    /// a tracepoint, and what is blank without it
+    Tracepoint(&'static str, &'static str),
+}
+
+/// A program of icmp.bpf.c.
+struct Probe {
+    part: Part,
+    point: Point,
+    open: for<'a, 'o> fn(&'a mut OpenIcmpSkel<'o>) -> &'a mut OpenProgramMut<'o>,
+    loaded: for<'a, 'o> fn(&'a IcmpSkel<'o>) -> &'a ProgramMut<'o>,
+}
+
+/// A row of [`PROBES`].
+macro_rules! probe {
+    ($part:ident, $prog:ident, $point:expr) => {
+        Probe {
+            part: Part::$part,
+            point: $point,
+            open: |s| &mut s.progs.$prog,
+            loaded: |s| &s.progs.$prog,
+        }
+    };
+}
+
+use Point::{Function, Tracepoint};
+
+const PROBES: &[Probe] = &[
+    probe!(Echo4, icmp_echo, Function(&["icmp_echo"])),
+    probe!(
+        Echo6,
+        icmpv6_echo,
+        Function(&["icmpv6_echo_reply", "icmpv6_rcv"])
+    ),
+    probe!(Stages, irq_entry, Tracepoint("irq_handler_entry", "IRQ")),
+    probe!(Stages, irq_exit, Tracepoint("irq_handler_exit", "IRQ")),
+    probe!(
+        Stages,
+        softirq_raise,
+        Tracepoint("softirq_raise", "IRQ, RPS and WAIT")
+    ),
+    probe!(
+        Stages,
+        softirq_entry,
+        Tracepoint("softirq_entry", "WAIT and POLL")
+    ),
+    probe!(
+        Stages,
+        softirq_exit,
+        Tracepoint(
+            "softirq_exit",
+            "nothing (but WAIT may be wrong in threaded NAPI)"
+        )
+    ),
+    probe!(Stages, netif_rx, Tracepoint("netif_rx", "RPS")),
+    probe!(
+        Stages,
+        receive_entry,
+        Tracepoint("netif_receive_skb_entry", "RPS")
+    ),
+    probe!(
+        Stages,
+        gro_entry,
+        Tracepoint("napi_gro_receive_entry", "RPS")
+    ),
+    probe!(
+        Stages,
+        receive,
+        Tracepoint("netif_receive_skb", "POLL and STACK")
+    ),
+    probe!(Stages, xmit, Tracepoint("net_dev_start_xmit", "REPLY")),
+];
+
+fn wanted(part: Part, args: &Args) -> bool {
+    match part {
+        Part::Echo4 => true,
+        Part::Echo6 => !args.legacy,
+        Part::Stages => args.with_stages(),
+    }
+}
+
+/// Tells the open object which programs to load.
+pub fn prepare(open: &mut OpenIcmpSkel<'_>, args: &Args) {
+    for probe in PROBES {
+        (probe.open)(open).set_autoload(wanted(probe.part, args));
+    }
+}
+
+/// What is attached; dropping it detaches.
+pub struct Attached {
+    /// only dropped
+    _links: Vec<Link>,
+    progs: Vec<i32>,
+    names: Vec<String>,
+}
+
+/// Attaches everything. What this kernel does not have is told on stderr, with what is blank without it.
+pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
+    let mut attached = Attached {
+        _links: Vec::new(),
+        progs: Vec::new(),
+        names: Vec::new(),
+    };
+    let mut refused = Vec::new();
+    // What the stages are joined to comes last: no request is told that was seen only in part.
+    let (echo, rest): (Vec<&Probe>, Vec<&Probe>) = PROBES
+        .iter()
+        .filter(|p| wanted(p.part, args))
+        .partition(|p| matches!(p.part, Part::Echo4 | Part::Echo6));
+    for probe in rest.into_iter().chain(echo) {
+        let program = (probe.loaded)(skel);
+        match probe.point {
+            Tracepoint(name, blank) => match program.attach_raw_tracepoint(name) {
+                Ok(link) => attached.add(link, program, None),
+                Err(e) => eprintln!(
+                    "netprobe: no tracepoint {name} on this kernel ({e:#}): blank without it: {blank}"
+                ),
+            },
+            Function(names) => {
+                let found = names
+                    .iter()
+                    .find_map(|&n| program.attach_kprobe(false, n).ok().map(|link| (n, link)));
+                match found {
+                    Some((name, link)) => attached.add(link, program, Some(name)),
+                    None => refused.push(names.join(" or ")),
+                }
+            }
+        }
+    }
+    if attached.names.is_empty() {
+        bail!(
+            "the kernel refuses a kprobe on {}: no request can be seen",
+            refused.join(" and ")
+        );
+    }
+    for names in refused {
+        eprintln!(
+            "netprobe: the kernel refuses a kprobe on {names} (IPv6 as a module that is not loaded?): those requests are not seen"
+        );
+    }
+    Ok(attached)
+}
+
+impl Attached {
+    fn add(&mut self, link: Link, program: &ProgramMut<'_>, function: Option<&str>) {
+        self._links.push(link);
+        self.progs.push(program.as_fd().as_raw_fd());
+        self.names.extend(function.map(str::to_owned));
+    }
+
+    /// One line for stderr.
+    pub fn summary(&self) -> String {
+        let points = self.progs.len() - self.names.len();
+        let stages = match points {
+            0 => String::new(),
+            n => format!(" and {n} tracepoints"),
+        };
+        format!("tracing {}{stages}", self.names.join(", "))
+    }
+
+    /// Hits that the kernel skipped.
+    pub fn missed(&self) -> u64 {
+        self.progs.iter().map(|&fd| loss::missed(fd)).sum()
+    }
+}
