@@ -51,6 +51,10 @@ unsafe impl Plain for skb::types::skb_event {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_meta {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::skb_owner {}
+// SAFETY: see above.
+unsafe impl Plain for skb::types::skb_track {}
+// SAFETY: see above.
 unsafe impl Plain for skb::types::np_tuple {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_config {}

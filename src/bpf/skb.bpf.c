@@ -2,7 +2,8 @@
 /*
  * netprobe skb: one program for each argument position of the skb (1 to 5),
  * attached to every function with such a parameter; two more for functions
- * that also say why they free it.
+ * that also say why they free it; two for those that tracking must know of;
+ * one for the tracepoint of drops.
  *
  * The order within a hit is by cost: config map, then sk_buff fields (mark,
  * interface, namespace), then the expression, the packet's headers, the event.
@@ -19,16 +20,21 @@
 #include "event.bpf.h"
 #include "filter.bpf.h"
 #include "packet.bpf.h"
+#include "skb_owner.bpf.h"
+#include "skb_track.bpf.h"
 
 /* SKB_SECTION_* to write. */
 const volatile __u32 sections = 0;
 /* bpf_get_func_ip exists (kernels from 5.15). */
 const volatile __u8 has_func_ip = 0;
+/* enum skb_drop_reason exists (kernels from 5.17). */
+const volatile __u8 has_reasons = 0;
 
 /* Room for an event with all its sections: too much for the BPF stack. */
 struct skb_scratch {
 	__u8 bytes[sizeof(struct skb_event) + sizeof(struct skb_meta) +
-		   sizeof(struct np_tuple) + SKB_STACK_DEPTH * sizeof(__u64)];
+		   sizeof(struct np_tuple) + sizeof(struct skb_owner) +
+		   (2 + SKB_STACK_DEPTH) * sizeof(__u64)];
 };
 
 struct {
@@ -123,45 +129,68 @@ static __always_inline __u64 func_addr(struct pt_regs *ctx)
 #endif
 }
 
-static __always_inline int handle(struct pt_regs *ctx, void *skb_ptr,
-				  __u16 kind, __u32 reason)
+/* Address to which the probed function returns. */
+static __always_inline __u64 caller_addr(struct pt_regs *ctx)
 {
-	struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
-	struct np_tuple tuple = {};
+	__u64 addr = 0;
+
+#ifdef __TARGET_ARCH_x86
+	bpf_probe_read_kernel(&addr, sizeof(addr), (void *)PT_REGS_SP(ctx));
+#else
+	addr = PT_REGS_RET(ctx);
+#endif
+	return addr;
+}
+
+/* What a hit is, beside the skb. */
+struct hit {
+	__u64 func;
+	__u64 caller;
+	__u64 packet; /* identity, where tracking is on */
+	__u32 reason;
+	__u16 kind;
+};
+
+/* Writes the event: the fixed part and the sections asked for. */
+static __always_inline void write_event(void *ctx, struct sk_buff *skb,
+					const struct np_tuple *tuple,
+					const struct hit *hit)
+{
 	struct skb_scratch *buf;
 	struct skb_event *event;
-	__u32 zero = 0;
 	__u64 len = sizeof(*event);
+	__u32 zero = 0;
 	long stack;
-
-	if (!cfg || !skb_ptr || (cfg->fields & NP_PAUSED) ||
-	    !match_skb(cfg, skb))
-		return 0;
-	if (!np_filter_skb(skb))
-		return 0;
-	if ((cfg->fields & NP_FIELDS_PACKET) || (sections & SKB_SECTION_TUPLE))
-		np_read_tuple(skb, &tuple);
-	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
-		return 0;
 
 	buf = bpf_map_lookup_elem(&scratch, &zero);
 	if (!buf)
-		return 0;
+		return;
 	event = (struct skb_event *)buf->bytes;
-	np_head_fill(&event->head, kind);
-	event->skb = (__u64)skb_ptr;
-	event->func = func_addr(ctx);
+	np_head_fill(&event->head, hit->kind);
+	event->skb = (__u64)skb;
+	event->func = hit->func;
 	event->sections = sections;
-	event->reason = reason;
+	event->reason = hit->reason;
 	/* `sections` is known to the verifier, so each offset is a constant. */
 	if (sections & SKB_SECTION_META) {
 		read_meta(skb, (struct skb_meta *)&buf->bytes[len]);
 		len += sizeof(struct skb_meta);
 	}
 	if (sections & SKB_SECTION_TUPLE) {
-		*(struct np_tuple *)&buf->bytes[len] = tuple;
+		*(struct np_tuple *)&buf->bytes[len] = *tuple;
 		len += sizeof(struct np_tuple);
+	}
+	if (sections & SKB_SECTION_PACKET) {
+		*(__u64 *)&buf->bytes[len] = hit->packet;
+		len += sizeof(__u64);
+	}
+	if (sections & SKB_SECTION_OWNER) {
+		owner_read(skb, (struct skb_owner *)&buf->bytes[len]);
+		len += sizeof(struct skb_owner);
+	}
+	if (sections & SKB_SECTION_CALLER) {
+		*(__u64 *)&buf->bytes[len] = hit->caller;
+		len += sizeof(__u64);
 	}
 	if (sections & SKB_SECTION_STACK) {
 		stack = bpf_get_stack(ctx, &buf->bytes[len],
@@ -170,17 +199,62 @@ static __always_inline int handle(struct pt_regs *ctx, void *skb_ptr,
 			len += stack & (1024 - 1);
 	}
 	if (len > sizeof(buf->bytes))
-		return 0;
+		return;
 	np_output(ctx, &event->head, len);
-	return 0;
 }
 
-#define SKB_PROBE(n)                                                           \
-	SEC("kprobe/skb_" #n)                                                  \
-	int skb_##n(struct pt_regs *ctx)                                       \
-	{                                                                      \
-		return handle(ctx, (void *)PT_REGS_PARM##n(ctx), SKB_KIND_HIT, \
-			      0);                                              \
+/* The tuple is needed for the filter or for the event. */
+static __always_inline bool wants_tuple(const struct np_config *cfg)
+{
+	return (cfg->fields & NP_FIELDS_PACKET) ||
+	       (sections & SKB_SECTION_TUPLE);
+}
+
+/*
+ * One hit. Gives true where the skb is one of ours. With `begin` false it is
+ * so only where it is tracked already.
+ */
+static __always_inline bool handle(struct pt_regs *ctx, void *skb_ptr,
+				   __u16 kind, __u32 reason, bool begin)
+{
+	struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct np_tuple tuple = {};
+	struct hit hit = {.kind = kind, .reason = reason};
+	bool matched;
+
+	if (!cfg || !skb_ptr || (cfg->fields & NP_PAUSED))
+		return false;
+	matched = match_skb(cfg, skb) && np_filter_skb(skb);
+	if (track)
+		hit.packet = track_find(skb);
+	if (!matched && !hit.packet && !track_stack)
+		return false;
+	if (wants_tuple(cfg))
+		np_read_tuple(skb, &tuple);
+	if (matched && (cfg->fields & NP_FIELDS_PACKET))
+		matched = match_tuple(cfg, &tuple);
+	if (track) {
+		hit.packet = track_packet(ctx, skb, hit.packet, matched, begin);
+		matched = matched || hit.packet;
+	}
+	if (!matched)
+		return false;
+
+	hit.func = func_addr(ctx);
+	if (sections & SKB_SECTION_CALLER)
+		hit.caller = caller_addr(ctx);
+	write_event(ctx, skb, &tuple, &hit);
+	return true;
+}
+
+#define SKB_PROBE(n)                                                       \
+	SEC("kprobe/skb_" #n)                                              \
+	int skb_##n(struct pt_regs *ctx)                                   \
+	{                                                                  \
+		handle(ctx, (void *)PT_REGS_PARM##n(ctx), SKB_KIND_HIT, 0, \
+		       true);                                              \
+		return 0;                                                  \
 	}
 
 SKB_PROBE(1)
@@ -193,16 +267,68 @@ SKB_PROBE(5)
 SEC("kprobe/skb_drop_1")
 int skb_drop_1(struct pt_regs *ctx)
 {
-	return handle(ctx, (void *)PT_REGS_PARM1(ctx), SKB_KIND_DROP,
-		      (__u32)PT_REGS_PARM2(ctx));
+	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), SKB_KIND_DROP,
+		   (__u32)PT_REGS_PARM2(ctx), true) &&
+	    track)
+		track_dying(TRACK_SKB(1));
+	return 0;
 }
 
 /* sk_skb_reason_drop(sk, skb, reason) (from 6.11). */
 SEC("kprobe/skb_drop_2")
 int skb_drop_2(struct pt_regs *ctx)
 {
-	return handle(ctx, (void *)PT_REGS_PARM2(ctx), SKB_KIND_DROP,
-		      (__u32)PT_REGS_PARM3(ctx));
+	if (handle(ctx, (void *)PT_REGS_PARM2(ctx), SKB_KIND_DROP,
+		   (__u32)PT_REGS_PARM3(ctx), true) &&
+	    track)
+		track_dying(TRACK_SKB(2));
+	return 0;
+}
+
+/* consume_skb(skb) and its like, where tracking is on */
+SEC("kprobe/skb_free_1")
+int skb_free_1(struct pt_regs *ctx)
+{
+	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), SKB_KIND_HIT, 0, true))
+		track_dying(TRACK_SKB(1));
+	return 0;
+}
+
+/* kfree_skbmem(skb), where tracking is on: the entry goes behind the event. */
+SEC("kprobe/skb_gone_1")
+int skb_gone_1(struct pt_regs *ctx)
+{
+	__u64 key = PT_REGS_PARM1(ctx);
+
+	if (handle(ctx, (void *)key, SKB_KIND_HIT, 0, false))
+		bpf_map_delete_elem(&tracked, &key);
+	return 0;
+}
+
+/*
+ * --drops: tracepoint skb:kfree_skb(skb, location), from 5.17 with the reason,
+ * from 6.11 with the receiving socket behind it.
+ */
+SEC("raw_tp/kfree_skb")
+int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct hit hit = {.kind = SKB_KIND_DROPPED};
+	struct np_tuple tuple = {};
+
+	if (!cfg || (cfg->fields & NP_PAUSED) || !match_skb(cfg, skb) ||
+	    !np_filter_skb(skb))
+		return 0;
+	if (wants_tuple(cfg))
+		np_read_tuple(skb, &tuple);
+	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
+		return 0;
+	hit.func = ctx->args[1];
+	if (has_reasons)
+		hit.reason = (__u32)ctx->args[2];
+	write_event(ctx, skb, &tuple, &hit);
+	return 0;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

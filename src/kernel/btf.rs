@@ -77,7 +77,7 @@ impl Btf {
     /// BTF of the loaded module `name`; `self` is vmlinux's. Kernels from 5.11.
     fn module(&self, name: &str) -> Result<Self> {
         let c = CString::new(name).context("a module name with a NUL byte")?;
-        // SAFETY: `c` and the base are valid; functions_taking, the only caller, drops the result before `self` can go.
+        // SAFETY: `c` and the base are valid; the callers (of this file) drop the result before `self` can go.
         let raw = unsafe { sys::btf__load_module_btf(c.as_ptr(), self.raw.as_ptr()) };
         Ok(Self {
             raw: NonNull::new(raw).ok_or_else(|| {
@@ -140,6 +140,11 @@ impl Btf {
                 (i64::from(t.word(2 * i + 1) as i32), name)
             })
             .collect()
+    }
+
+    /// The same of an enum of the loaded module `module`.
+    pub fn module_enum_values(&self, module: &str, name: &str) -> Result<Vec<(i64, String)>> {
+        Ok(self.module(module)?.enum_values(name))
     }
 
     /// vmlinux has a function of this name.

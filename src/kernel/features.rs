@@ -83,6 +83,15 @@ impl Features {
         }
     }
 
+    /// One line that says why raw tracepoints cannot be used, and what to do.
+    pub fn require_drops(&self, tool: &str) -> Result<()> {
+        let why = self.why_no_bpf().or_else(|| self.why_no_kernel_memory());
+        match why {
+            None => Ok(()),
+            Some(why) => Err(anyhow!("{tool} cannot run here: {why}")),
+        }
+    }
+
     /// One line that says why XDP programs cannot be used, and what to do.
     pub fn require_xdp(&self, tool: &str) -> Result<()> {
         match self.why_no_bpf() {
@@ -111,16 +120,19 @@ impl Features {
         None
     }
 
+    fn why_no_kernel_memory(&self) -> Option<String> {
+        (self.lockdown.as_deref() == Some("confidentiality")).then(|| {
+            "kernel lockdown is in confidentiality mode, which refuses to show kernel memory: boot with lockdown=integrity or none".into()
+        })
+    }
+
     /// The first thing that keeps kprobes from being attached; `None` where nothing does.
     pub fn why_no_tracing(&self) -> Option<String> {
         if let Some(why) = self.why_no_bpf() {
             return Some(why);
         }
-        if self.lockdown.as_deref() == Some("confidentiality") {
-            return Some(
-                "kernel lockdown is in confidentiality mode, which refuses kprobes: boot with lockdown=integrity or none"
-                    .into(),
-            );
+        if let Some(why) = self.why_no_kernel_memory() {
+            return Some(why);
         }
         if !self.kprobe && !self.kprobe_multi {
             let lockdown = match self.lockdown.as_deref() {

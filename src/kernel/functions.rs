@@ -95,6 +95,11 @@ impl TraceableSet {
             });
     }
 
+    /// All functions called `name`, of the kernel proper and of any module.
+    pub fn everywhere(&self, name: &str) -> &[Traceable] {
+        self.by_name.get(name).map_or(&[], Vec::as_slice)
+    }
+
     /// All functions called `name` in `module`.
     pub fn get(&self, name: &str, module: Option<&str>) -> Vec<&Traceable> {
         self.by_name

@@ -3,10 +3,12 @@
 pub mod attach;
 pub mod btf;
 pub mod clock;
+pub mod drop_reason;
 pub mod features;
 pub mod functions;
 pub mod ksyms;
 pub mod netdev;
 pub mod netns;
 pub mod pages;
+pub mod process;
 pub mod xdp;

@@ -8,12 +8,14 @@
 mod common;
 mod harness;
 mod icmp;
+mod skb_more;
 mod xdpdump;
 
 fn main() {
     let mut cases = Vec::new();
     cases.extend(harness::cases());
     cases.extend(icmp::cases());
+    cases.extend(skb_more::cases());
     cases.extend(xdpdump::cases());
     common::run(cases)
 }

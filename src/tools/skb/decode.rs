@@ -1,14 +1,20 @@
 //! Bytes of an event (src/bpf/skb.h) to an owned value. Pure; short or odd data gives `None`.
 
 use crate::bpf::read;
-use crate::bpf::skb::types::{np_tuple, skb_event, skb_meta};
+use crate::bpf::skb::types::{np_tuple, skb_event, skb_meta, skb_owner};
 use crate::event::head::Head;
 use crate::event::tuple::{Tuple, address};
 
-use super::args::{SECTION_META, SECTION_STACK, SECTION_TUPLE};
+use super::args::{
+    SECTION_CALLER, SECTION_META, SECTION_OWNER, SECTION_PACKET, SECTION_STACK, SECTION_TUPLE,
+};
 
 /// SKB_KIND_DROP
 const KIND_DROP: u16 = 2;
+/// SKB_KIND_DROPPED
+const KIND_DROPPED: u16 = 3;
+/// SKB_PACKET_CPU_BITS
+const PACKET_CPU_BITS: u32 = 16;
 
 /// A function was entered with this skb.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,15 +22,45 @@ pub struct Event {
     pub head: Head,
     /// address of the sk_buff
     pub skb: u64,
-    /// address of the function
+    /// address of the function, or of the place of the drop
     pub func: u64,
+    /// from the tracepoint of drops
+    pub dropped: bool,
     /// value of enum skb_drop_reason, where the function says why it frees the skb
     pub reason: Option<u32>,
     pub meta: Option<Meta>,
     /// outer: the section is there; inner: the packet is IP
     pub tuple: Option<Option<Tuple>>,
+    pub packet: Option<Packet>,
+    /// outer: the section is there; inner: the packet has a socket
+    pub owner: Option<Option<Owner>>,
+    /// address of the function's caller
+    pub caller: Option<u64>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
+}
+
+/// A packet's identity: the number that the CPU which saw it first gave it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    pub number: u64,
+    pub cpu: u16,
+}
+
+/// `struct skb_owner`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// address of the socket
+    pub sock: u64,
+    /// 0 where the kernel has not made one yet
+    pub cookie: u64,
+    pub cgroup: u64,
+    pub inode: u64,
+    pub uid: u32,
+    /// 0: made before the trace, or by the kernel
+    pub pid: u32,
+    /// NUL-padded
+    pub comm: [u8; 16],
 }
 
 /// `struct skb_meta`
@@ -54,9 +90,13 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         },
         skb: e.skb,
         func: e.func,
-        reason: (e.head.kind == KIND_DROP).then_some(e.reason),
+        dropped: e.head.kind == KIND_DROPPED,
+        reason: matches!(e.head.kind, KIND_DROP | KIND_DROPPED).then_some(e.reason),
         meta: None,
         tuple: None,
+        packet: None,
+        owner: None,
+        caller: None,
         stack: None,
     };
     if e.sections & SECTION_META != 0 {
@@ -77,6 +117,32 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         rest = r;
         event.tuple = Some(tuple(&t));
     }
+    if e.sections & SECTION_PACKET != 0 {
+        let id;
+        (id, rest) = word(rest)?;
+        event.packet = Some(Packet {
+            number: id >> PACKET_CPU_BITS,
+            cpu: id as u16,
+        });
+    }
+    if e.sections & SECTION_OWNER != 0 {
+        let (o, r) = read::<skb_owner>(rest)?;
+        rest = r;
+        event.owner = Some((o.sock != 0).then_some(Owner {
+            sock: o.sock,
+            cookie: o.cookie,
+            cgroup: o.cgroup,
+            inode: o.inode,
+            uid: o.uid,
+            pid: o.pid,
+            comm: o.comm,
+        }));
+    }
+    if e.sections & SECTION_CALLER != 0 {
+        let caller;
+        (caller, rest) = word(rest)?;
+        event.caller = Some(caller);
+    }
     if e.sections & SECTION_STACK != 0 {
         event.stack = Some(
             rest.chunks_exact(8)
@@ -85,6 +151,11 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         );
     }
     Some(event)
+}
+
+fn word(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let (word, rest) = bytes.split_first_chunk()?;
+    Some((u64::from_ne_bytes(*word), rest))
 }
 
 fn tuple(t: &np_tuple) -> Option<Tuple> {

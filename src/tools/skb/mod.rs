@@ -2,15 +2,18 @@
 
 pub mod args;
 mod decode;
+mod hooks;
+mod json;
 mod present;
 mod probes;
+mod track;
 
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags};
+use libbpf_rs::{MapCore, MapFlags, OpenMapMut};
 
 use crate::bpf::skb::{SkbSkel, SkbSkelBuilder, types};
 use crate::engine::drain::Drain;
@@ -21,6 +24,7 @@ use crate::engine::session::{self, Consumer, Flow};
 use crate::engine::{log, signals};
 use crate::filter::Filters;
 use crate::kernel::btf::Btf;
+use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
 use crate::output::{self, Output};
@@ -28,7 +32,8 @@ use crate::tools::fields;
 
 use args::Args;
 use present::Presenter;
-use probes::Plan;
+use probes::{Plan, Wants};
+use track::Sweeper;
 
 pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
@@ -37,10 +42,23 @@ pub fn run(args: &Args) -> Result<()> {
     let filters = args.expression.filters()?;
     log::init(args.engine.verbose);
     let features = Features::detect();
-    features.require_tracing("skb")?;
+    let wants = Wants {
+        track: args.track(),
+        owner: args.output_owner,
+        drops: args.drops,
+    };
+    if args.drops && !wants.owner {
+        features.require_drops("skb --drops")?;
+    } else {
+        features.require_tracing("skb")?;
+    }
     let btf = Btf::vmlinux(None)?;
-    let plan = Plan::make(&btf, &features, args.backend, pattern.as_ref())?;
-    let reasons = btf.enum_values("skb_drop_reason");
+    let plan = if args.drops {
+        Plan::drops(&features, args.backend, wants)?
+    } else {
+        Plan::make(&btf, &features, args.backend, pattern.as_ref(), wants)?
+    };
+    let reasons = DropReasons::load(&btf);
     drop(btf);
 
     let stop = signals::stop_channel()?;
@@ -64,6 +82,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut consumer = Lines {
         presenter: &mut presenter,
         out: &mut out,
+        sweeper: wants.track.then(|| Sweeper::new(&skel.maps.tracked)),
         undecodable: 0,
     };
     let ended = session::run(drain, &stop, None, &mut consumer, || {
@@ -110,12 +129,26 @@ fn load<'a>(
         .context("the BPF object has no .rodata")?;
     rodata.use_cast = u8::from(features.rdonly_cast);
     rodata.has_func_ip = u8::from(features.func_ip);
+    rodata.has_reasons = u8::from(features.drop_reasons);
     rodata.sections = args.sections();
     if filters.on() != 0 {
         let pages = PageVariables::find();
         rodata.np_filter_on = filters.on();
         rodata.np_filter_vmemmap_base = pages.vmemmap_base;
         rodata.np_filter_page_offset_base = pages.page_offset_base;
+    }
+    rodata.track = u8::from(args.track());
+    rodata.track_stack = u8::from(args.filter_track_skb_by_stackid);
+    let size = |map: &mut OpenMapMut<'_>, entries: u32| {
+        map.set_max_entries(entries)
+            .context("failed to set the size of a map")
+    };
+    if args.track() {
+        size(&mut open.maps.tracked, args.track_entries)?;
+        size(&mut open.maps.contexts, 4096)?;
+    }
+    if args.output_owner {
+        size(&mut open.maps.owners, args.track_entries)?;
     }
     plan.prepare(&mut open);
     filters.inject(open.open_object_mut())?;
@@ -138,6 +171,7 @@ fn set_config(skel: &SkbSkel<'_>, config: &types::np_config) -> Result<()> {
 struct Lines<'a> {
     presenter: &'a mut Presenter,
     out: &'a mut Output,
+    sweeper: Option<Sweeper<'a>>,
     undecodable: u64,
 }
 
@@ -152,6 +186,9 @@ impl Consumer for Lines<'_> {
 
     fn tick(&mut self) -> Result<Flow> {
         self.out.flush()?;
+        if let Some(sweeper) = &mut self.sweeper {
+            sweeper.tick()?;
+        }
         Ok(Flow::Continue)
     }
 }

@@ -1,20 +1,22 @@
 //! The lines of `netprobe skb`: text columns and JSON.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io::Write;
 
 use anyhow::Result;
-use serde::Serialize;
 
 use crate::engine::loss::Loss;
 use crate::engine::session::Flow;
-use crate::event::tuple::proto_name;
+use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
+use crate::kernel::process::SocketHolders;
 use crate::output::Output;
 use crate::output::escape::{escaped, push_escaped};
 
 use super::args::{Args, Timestamp};
-use super::decode::Event;
+use super::decode::{Event, Owner};
+use super::json::{Frame, LossRow, OwnerRow, Row, packet_name};
 use super::probes::Attached;
 
 /// skbs whose last event is remembered for relative time stamps.
@@ -28,7 +30,12 @@ pub struct Presenter {
     /// CLOCK_REALTIME - CLOCK_MONOTONIC, ns
     wall_offset: i128,
     names: HashMap<u64, String>,
-    reasons: HashMap<u32, String>,
+    reasons: DropReasons,
+    drops: bool,
+    track: bool,
+    tcp_flags: bool,
+    caller: bool,
+    holders: Option<SocketHolders>,
     symbols: KernelSymbols,
     last_seen: HashMap<u64, u64>,
     widths: Widths,
@@ -39,26 +46,32 @@ pub struct Presenter {
 #[derive(Debug, Clone, Copy)]
 struct Widths {
     process: usize,
+    packet: usize,
+    owner: usize,
     iface: usize,
     tuple: usize,
 }
 
 impl Presenter {
-    pub fn new(args: &Args, attached: &Attached, reasons: Vec<(i64, String)>) -> Self {
+    pub fn new(args: &Args, attached: &Attached, reasons: DropReasons) -> Self {
         Self {
             meta: args.output_meta,
             tuple: args.output_tuple,
             timestamp: args.timestamp(),
             wall_offset: wall_offset(),
             names: attached.names().clone(),
-            reasons: reasons
-                .into_iter()
-                .filter_map(|(v, n)| u32::try_from(v).ok().map(|v| (v, n)))
-                .collect(),
+            reasons,
+            drops: args.drops,
+            track: args.track(),
+            tcp_flags: args.output_tcp_flags,
+            caller: args.output_caller,
+            holders: args.output_owner.then(SocketHolders::look),
             symbols: KernelSymbols::default(),
             last_seen: HashMap::new(),
             widths: Widths {
                 process: 16,
+                packet: 6,
+                owner: 16,
                 iface: 10,
                 tuple: 36,
             },
@@ -85,6 +98,12 @@ impl Presenter {
             "PROCESS",
             pw = w.process
         );
+        if self.track {
+            line += &format!("{:<kw$} ", "PACKET", kw = w.packet);
+        }
+        if self.holders.is_some() {
+            line += &format!("{:<ow$} ", "OWNER", ow = w.owner);
+        }
         if self.meta {
             line += &format!(
                 "{:<10} {:<8} {:<iw$} {:<6} {:<5} {:<5} ",
@@ -100,7 +119,11 @@ impl Presenter {
         if self.tuple {
             line += &format!("{:<tw$} ", "TUPLE", tw = w.tuple);
         }
-        line += "FUNC";
+        line += match (self.drops, self.caller) {
+            (true, _) => "REASON AT",
+            (false, true) => "FUNC CALLER",
+            (false, false) => "FUNC",
+        };
         out.line(|b| b.extend_from_slice(line.as_bytes()))?;
         out.flush()
     }
@@ -110,7 +133,12 @@ impl Presenter {
         if let Some(stack) = &event.stack {
             self.symbols.resolve(stack)?;
         }
-        if !self.names.contains_key(&event.func) {
+        if let Some(caller) = event.caller {
+            self.symbols.resolve(&[caller])?;
+        }
+        if event.dropped {
+            self.symbols.resolve(&[event.func])?;
+        } else if !self.names.contains_key(&event.func) {
             self.symbols.resolve(&[event.func])?;
             let name = match self.symbols.get(event.func) {
                 Some(s) => s.name.clone(),
@@ -154,6 +182,22 @@ impl Presenter {
         event.head.push_process(line);
         pad(line, start, &mut self.widths.process);
         self.time(line, event.head.ts, since);
+        if let Some(packet) = event.packet {
+            let start = line.len();
+            line.extend_from_slice(packet_name(packet).as_bytes());
+            pad(line, start, &mut self.widths.packet);
+        }
+        if let Some(owner) = &event.owner {
+            let start = line.len();
+            match owner.as_ref().map(|o| self.process(o)) {
+                None => line.push(b'-'),
+                Some(None) => line.push(b'?'),
+                Some(Some((pid, comm))) => {
+                    let _ = write!(line, "{comm}:{pid}");
+                }
+            }
+            pad(line, start, &mut self.widths.owner);
+        }
         if let (true, Some(m)) = (self.meta, &event.meta) {
             let _ = write!(line, "{:<10} {:<8x} ", m.netns, m.mark);
             let start = line.len();
@@ -171,28 +215,23 @@ impl Presenter {
             match tuple {
                 Some(t) => {
                     let _ = write!(line, "{t}");
+                    if self.tcp_flags && t.proto == 6 && !t.fragment {
+                        // Behind the protocol, within its bracket.
+                        line.pop();
+                        let _ = write!(line, ",{})", TcpFlags(t.tcp_flags));
+                    }
                 }
                 None => line.push(b'-'),
             }
             pad(line, start, &mut self.widths.tuple);
         }
-        line.extend_from_slice(self.name(event.func).as_bytes());
-        if let Some(reason) = event.reason {
-            line.push(b'(');
-            line.extend_from_slice(self.reason(reason).as_bytes());
-            line.push(b')');
-        }
+        self.place(line, event);
         if late {
             line.extend_from_slice(b" [late]");
         }
         for &addr in event.stack.iter().flatten() {
             line.extend_from_slice(b"\n    ");
-            match self.symbols.get(addr) {
-                Some(s) => push_symbol(line, s),
-                None => {
-                    let _ = write!(line, "{addr:#018x}");
-                }
-            }
+            self.push_address(line, addr);
         }
     }
 
@@ -226,53 +265,76 @@ impl Presenter {
         self.names.get(&func).map_or("?", String::as_str)
     }
 
-    fn reason(&self, reason: u32) -> String {
-        match self.reasons.get(&reason) {
-            Some(name) => name.clone(),
-            None => format!("reason {reason:#x}"),
+    /// The function with its drop reason and its caller, or the reason and the place of a drop.
+    fn place(&mut self, line: &mut Vec<u8>, event: &Event) {
+        let reason = event.reason.filter(|_| self.reasons.any());
+        if event.dropped {
+            if let Some(reason) = reason {
+                line.extend_from_slice(self.reasons.short(reason).as_bytes());
+                line.push(b' ');
+            }
+            self.push_address(line, event.func);
+            return;
+        }
+        line.extend_from_slice(self.name(event.func).as_bytes());
+        if let Some(reason) = reason {
+            let _ = write!(line, "({})", self.reasons.name(reason));
+        }
+        if let Some(caller) = event.caller {
+            line.push(b' ');
+            self.push_address(line, caller);
         }
     }
 
-    fn row<'a>(&'a self, event: &'a Event, late: bool, since: Option<u64>) -> Row<'a> {
-        Row {
-            kind: "event",
-            ts_ns: event.head.ts,
+    fn push_address(&self, line: &mut Vec<u8>, addr: u64) {
+        match self.symbols.get(addr) {
+            Some(s) => push_symbol(line, s),
+            None => {
+                let _ = write!(line, "{addr:#018x}");
+            }
+        }
+    }
+
+    /// Who owns a socket: as the trace saw it, else who holds it open; the name is escaped.
+    fn process(&mut self, owner: &Owner) -> Option<(u32, String)> {
+        if owner.pid != 0 {
+            return Some((owner.pid, escaped(&owner.comm)));
+        }
+        let holder = self.holders.as_mut()?.of(owner.inode)?;
+        Some((holder.pid, escaped(holder.comm.as_bytes())))
+    }
+
+    fn frame(&self, addr: u64) -> Frame<'_> {
+        Frame {
+            addr: format!("{addr:#x}"),
+            symbol: self.symbols.get(addr),
+        }
+    }
+
+    fn row(&mut self, event: &Event, late: bool, since: Option<u64>) -> Row<'_> {
+        let reason = event.reason.filter(|_| self.reasons.any());
+        let owner = event.owner.as_ref().map(|owner| {
+            let owner = owner.as_ref()?;
+            Some(OwnerRow::new(owner, self.process(owner)))
+        });
+        let mut row = Row {
             wall_ns: (i128::from(event.head.ts) + self.wall_offset).max(0) as u64,
             since_ns: since,
             late,
-            skb: format!("{:#x}", event.skb),
-            cpu: event.head.cpu,
-            pid: event.head.tgid,
-            tid: event.head.pid,
-            comm: escaped(&event.head.comm),
-            func: self.name(event.func),
-            reason: event.reason.map(|r| self.reason(r)),
-            netns: event.meta.as_ref().map(|m| m.netns),
-            mark: event.meta.as_ref().map(|m| m.mark),
-            ifindex: event.meta.as_ref().map(|m| m.ifindex),
-            iface: event.meta.as_ref().map(|m| escaped(&m.ifname)),
-            protocol: event.meta.as_ref().map(|m| m.protocol),
-            mtu: event.meta.as_ref().map(|m| m.mtu),
-            len: event.meta.as_ref().map(|m| m.len),
-            tuple: event.tuple.flatten().map(|t| TupleRow {
-                saddr: t.saddr.to_string(),
-                daddr: t.daddr.to_string(),
-                sport: t.sport,
-                dport: t.dport,
-                proto: t.proto,
-                proto_name: proto_name(t.proto),
-                tcp_flags: t.tcp_flags,
-                fragment: t.fragment,
-            }),
-            stack: event.stack.as_ref().map(|s| {
-                s.iter()
-                    .map(|&addr| Frame {
-                        addr: format!("{addr:#x}"),
-                        symbol: self.symbols.get(addr),
-                    })
-                    .collect()
-            }),
+            reason: reason.map(|r| self.reasons.name(r)),
+            subsystem: reason.and_then(|r| self.reasons.subsystem(r)),
+            owner,
+            ..Row::new(event)
+        };
+        if event.dropped {
+            row.location = Some(self.frame(event.func));
+        } else {
+            row.func = Some(self.name(event.func));
         }
+        row.caller = event.caller.map(|addr| self.frame(addr));
+        let stack = event.stack.as_ref();
+        row.stack = stack.map(|s| s.iter().map(|&addr| self.frame(addr)).collect());
+        row
     }
 
     /// What the run lost: on stderr, and in JSON as the last record.
@@ -302,6 +364,25 @@ fn push_symbol(line: &mut Vec<u8>, s: &Symbol) {
     }
 }
 
+/// `SYN|ACK`
+struct TcpFlags(u8);
+
+impl fmt::Display for TcpFlags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // From bit 0 on, RFC 9293 section 3.1.
+        const NAMES: [&str; 8] = ["FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR"];
+        let mut first = true;
+        for (bit, name) in NAMES.iter().enumerate() {
+            if self.0 & (1 << bit) != 0 {
+                f.write_str(if first { "" } else { "|" })?;
+                f.write_str(name)?;
+                first = false;
+            }
+        }
+        if first { f.write_str("-") } else { Ok(()) }
+    }
+}
+
 /// CLOCK_REALTIME - CLOCK_MONOTONIC now, ns.
 fn wall_offset() -> i128 {
     use nix::time::{ClockId, clock_gettime};
@@ -313,76 +394,16 @@ fn wall_offset() -> i128 {
     now(ClockId::CLOCK_REALTIME) - now(ClockId::CLOCK_MONOTONIC)
 }
 
-/// One JSON object a line. Zeros are kept; a field is missing only where its section was not asked for or does not apply.
-#[derive(Serialize)]
-struct Row<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    ts_ns: u64,
-    wall_ns: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    since_ns: Option<u64>,
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    late: bool,
-    skb: String,
-    cpu: u16,
-    pid: u32,
-    tid: u32,
-    comm: String,
-    func: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    netns: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    mark: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ifindex: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    iface: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    protocol: Option<u16>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    mtu: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    len: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tuple: Option<TupleRow>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    stack: Option<Vec<Frame<'a>>>,
-}
-
-#[derive(Serialize)]
-struct TupleRow {
-    saddr: String,
-    daddr: String,
-    sport: u16,
-    dport: u16,
-    proto: u8,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    proto_name: Option<&'static str>,
-    tcp_flags: u8,
-    fragment: bool,
-}
-
-#[derive(Serialize)]
-struct Frame<'a> {
-    addr: String,
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    symbol: Option<&'a Symbol>,
-}
-
-#[derive(Serialize)]
-struct LossRow<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    #[serde(flatten)]
-    loss: &'a Loss,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flags_by_name() {
+        assert_eq!(TcpFlags(0x12).to_string(), "SYN|ACK");
+        assert_eq!(TcpFlags(0).to_string(), "-");
+        assert_eq!(TcpFlags(0xff).to_string().split('|').count(), 8);
+    }
 
     #[test]
     fn a_column_grows_and_stays_grown() {

@@ -1,11 +1,12 @@
 //! Which functions `netprobe skb` attaches to, by which program, and how.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::AsRawFd;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use crossbeam_channel::Receiver;
-use libbpf_rs::{Link, OpenProgramMut, ProgramAttachType, ProgramMut};
+use libbpf_rs::skel::{OpenSkel, Skel};
+use libbpf_rs::{Link, ProgramAttachType, ProgramMut};
 use nix::sys::signal::Signal;
 use regex::Regex;
 
@@ -18,62 +19,36 @@ use crate::kernel::features::Features;
 use crate::kernel::functions::TraceableSet;
 
 use super::args::Backend;
+use super::hooks::{self, Hook};
 
-/// A program of skb.bpf.c.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Prog {
-    /// the skb is the nth argument
-    Arg(u8),
-    /// the skb is the nth argument, the drop reason the one after it
-    Drop(u8),
+/// A program of skb.bpf.c, by name.
+type Prog = &'static str;
+
+/// Programs that no plan knows: attached by [`Plan::attach`] itself, or not at all.
+const DROPS: Prog = "skb_dropped";
+
+/// The program that shows hits of a function.
+fn program_of(f: &Function) -> Prog {
+    // Others that take a reason (skb_release_data) do so for every skb, a dropped one or not.
+    let drops = f.name.contains("kfree_skb") || f.name.contains("drop");
+    match (f.arg, f.reason_arg) {
+        (1, Some(2)) if drops => "skb_drop_1",
+        (2, Some(3)) if drops => "skb_drop_2",
+        (1, _) => "skb_1",
+        (2, _) => "skb_2",
+        (3, _) => "skb_3",
+        (4, _) => "skb_4",
+        _ => "skb_5",
+    }
 }
 
-impl Prog {
-    const ALL: [Self; 7] = [
-        Self::Arg(1),
-        Self::Arg(2),
-        Self::Arg(3),
-        Self::Arg(4),
-        Self::Arg(5),
-        Self::Drop(1),
-        Self::Drop(2),
-    ];
-
-    fn of(f: &Function) -> Self {
-        // Others that take a reason (skb_release_data) do so for every skb, a dropped one or not.
-        let drops = f.name.contains("kfree_skb") || f.name.contains("drop");
-        match (f.arg, f.reason_arg) {
-            (1, Some(2)) if drops => Self::Drop(1),
-            (2, Some(3)) if drops => Self::Drop(2),
-            (n, _) => Self::Arg(n),
-        }
-    }
-
-    fn open<'a, 'o>(self, skel: &'a mut OpenSkbSkel<'o>) -> &'a mut OpenProgramMut<'o> {
-        let p = &mut skel.progs;
-        match self {
-            Self::Arg(1) => &mut p.skb_1,
-            Self::Arg(2) => &mut p.skb_2,
-            Self::Arg(3) => &mut p.skb_3,
-            Self::Arg(4) => &mut p.skb_4,
-            Self::Arg(_) => &mut p.skb_5,
-            Self::Drop(1) => &mut p.skb_drop_1,
-            Self::Drop(_) => &mut p.skb_drop_2,
-        }
-    }
-
-    fn loaded<'a, 'o>(self, skel: &'a SkbSkel<'o>) -> &'a ProgramMut<'o> {
-        let p = &skel.progs;
-        match self {
-            Self::Arg(1) => &p.skb_1,
-            Self::Arg(2) => &p.skb_2,
-            Self::Arg(3) => &p.skb_3,
-            Self::Arg(4) => &p.skb_4,
-            Self::Arg(_) => &p.skb_5,
-            Self::Drop(1) => &p.skb_drop_1,
-            Self::Drop(_) => &p.skb_drop_2,
-        }
-    }
+/// What a run needs beside the functions that it shows.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wants {
+    pub track: bool,
+    pub owner: bool,
+    /// the tracepoint of drops in place of functions
+    pub drops: bool,
 }
 
 /// A function to attach to.
@@ -88,7 +63,10 @@ struct Target {
 #[derive(Debug)]
 pub struct Plan {
     backend: Backend,
-    targets: HashMap<Prog, Vec<Target>>,
+    targets: BTreeMap<Prog, Vec<Target>>,
+    /// functions attached to for tracking and owners, without events
+    hooks: BTreeMap<Prog, Vec<Target>>,
+    drops: bool,
     count: usize,
     /// functions with an skb that the kernel does not let one trace
     untraceable: usize,
@@ -101,18 +79,9 @@ impl Plan {
         features: &Features,
         backend: Option<Backend>,
         pattern: Option<&Regex>,
+        wants: Wants,
     ) -> Result<Self> {
-        let backend = match backend {
-            Some(Backend::KprobeMulti) if !features.kprobe_multi => {
-                bail!(
-                    "kernel {} has no kprobe.multi (it needs 5.18 with CONFIG_FPROBE=y): use --backend kprobe",
-                    features.release
-                );
-            }
-            Some(b) => b,
-            None if features.kprobe_multi => Backend::KprobeMulti,
-            None => Backend::Kprobe,
-        };
+        let backend = choose(features, backend)?;
         let mut functions = btf.functions_taking("sk_buff", &btf::modules())?;
         let all = functions.len();
         if let Some(pattern) = pattern {
@@ -124,17 +93,16 @@ impl Plan {
                 pattern.map_or("", Regex::as_str)
             )));
         }
-        let names: std::collections::HashSet<&str> =
-            functions.iter().map(|f| f.name.as_str()).collect();
+        let mut plan = Self::empty(backend, wants);
+        let hooks = plan.hooks_wanted(wants);
+        let names: HashSet<&str> = functions
+            .iter()
+            .map(|f| f.name.as_str())
+            .chain(hooks.iter().map(|(_, f)| *f))
+            .collect();
         let traceable = TraceableSet::load(|n| names.contains(n));
-        let mut plan = Self {
-            backend,
-            targets: HashMap::new(),
-            count: 0,
-            untraceable: 0,
-        };
         for f in &functions {
-            plan.add(f, &traceable);
+            plan.add(f, &traceable, wants);
         }
         if plan.count == 0 {
             bail!(
@@ -142,10 +110,55 @@ impl Plan {
                 functions.len()
             );
         }
+        plan.add_hooks(&hooks, &traceable);
         Ok(plan)
     }
 
-    fn add(&mut self, f: &Function, traceable: &TraceableSet) {
+    /// The tracepoint of drops alone, with what `wants` says beside it.
+    pub fn drops(features: &Features, backend: Option<Backend>, wants: Wants) -> Result<Self> {
+        let mut plan = Self::empty(choose(features, backend)?, wants);
+        let hooks = plan.hooks_wanted(wants);
+        if !hooks.is_empty() {
+            let names: HashSet<&str> = hooks.iter().map(|(_, f)| *f).collect();
+            let traceable = TraceableSet::load(|n| names.contains(n));
+            plan.add_hooks(&hooks, &traceable);
+        }
+        Ok(plan)
+    }
+
+    fn empty(backend: Backend, wants: Wants) -> Self {
+        Self {
+            backend,
+            targets: BTreeMap::new(),
+            hooks: BTreeMap::new(),
+            drops: wants.drops,
+            count: 0,
+            untraceable: 0,
+        }
+    }
+
+    fn hooks_wanted(&self, wants: Wants) -> Vec<Hook> {
+        let track = wants.track.then_some(&hooks::TRACK[..]);
+        let owner = wants.owner.then_some(&hooks::OWNER[..]);
+        track.into_iter().chain(owner).flatten().copied().collect()
+    }
+
+    fn add_hooks(&mut self, hooks: &[Hook], traceable: &TraceableSet) {
+        for (prog, name) in hooks {
+            let done = hooks::shown(prog)
+                .and_then(|shown| self.targets.get(shown))
+                .is_some_and(|targets| targets.iter().any(|t| t.name == *name));
+            // Several of one name, or in a module: none of these is.
+            if let ([place], false) = (traceable.everywhere(name), done) {
+                self.hooks.entry(prog).or_default().push(Target {
+                    name: (*name).to_string(),
+                    addr: place.addr,
+                });
+            }
+        }
+    }
+
+    fn add(&mut self, f: &Function, traceable: &TraceableSet, wants: Wants) {
         let places = traceable.get(&f.name, f.module.as_deref());
         let by_addr = places.iter().all(|p| p.addr != 0);
         let found: Vec<Target> = places
@@ -166,16 +179,24 @@ impl Plan {
         }
         self.count += usable.len();
         if !usable.is_empty() {
-            self.targets.entry(Prog::of(f)).or_default().extend(usable);
+            let mut prog = program_of(f);
+            if wants.track && prog == "skb_1" {
+                let hook = hooks::TRACK.iter().find(|(_, name)| *name == f.name);
+                prog = hook.and_then(|(p, _)| hooks::shown(p)).unwrap_or(prog);
+            }
+            self.targets.entry(prog).or_default().extend(usable);
         }
     }
 
     /// Tells the open object which programs to load, and for which kind of probe.
     pub fn prepare(&self, open: &mut OpenSkbSkel<'_>) {
-        for prog in Prog::ALL {
-            let p = prog.open(open);
-            p.set_autoload(self.targets.contains_key(&prog));
-            if self.backend == Backend::KprobeMulti {
+        for mut p in open.open_object_mut().progs_mut() {
+            let name = p.name().to_string_lossy().into_owned();
+            let used = self.targets.contains_key(name.as_str())
+                || self.hooks.contains_key(name.as_str())
+                || self.drops && name == DROPS;
+            p.set_autoload(used);
+            if self.backend == Backend::KprobeMulti && name != DROPS {
                 p.set_attach_type(ProgramAttachType::KprobeMulti);
             }
         }
@@ -188,31 +209,59 @@ impl Plan {
             names: HashMap::new(),
             progs: Vec::new(),
             backend: self.backend,
+            drops: self.drops,
             functions: 0,
-            refused: self.untraceable,
+            refused: 0,
             refusal: None,
         };
-        let mut progress = Progress::new("netprobe: attaching", self.count);
-        let mut groups: Vec<_> = self.targets.iter().collect();
-        groups.sort_by_key(|(prog, _)| **prog);
-        for (prog, targets) in groups {
-            let program = prog.loaded(skel);
-            attached.progs.push(program.as_fd_raw());
-            match self.backend {
-                Backend::KprobeMulti => {
-                    attached.many(program, targets, &mut progress, stop)?;
-                }
-                Backend::Kprobe => attached.singly(program, targets, &mut progress, stop)?,
-            }
+        let hooks = self.hooks.values().map(Vec::len).sum::<usize>();
+        let mut progress = Progress::new("netprobe: attaching", self.count + hooks);
+        // Hooks first: a packet must not be seen before its end can be.
+        for (prog, targets) in &self.hooks {
+            attached.group(skel, prog, targets, &mut progress, stop)?;
         }
-        if attached.functions == 0 {
+        // Only functions that are shown count as traced.
+        (attached.functions, attached.refused) = (0, self.untraceable);
+        for (prog, targets) in &self.targets {
+            attached.group(skel, prog, targets, &mut progress, stop)?;
+        }
+        if self.drops {
+            let program = program(skel, DROPS)?;
+            let link = program
+                .attach_raw_tracepoint("kfree_skb")
+                .context("failed to attach to the tracepoint skb:kfree_skb")?;
+            attached.progs.push(program.as_fd_raw());
+            attached.links.push(link);
+        } else if attached.functions == 0 {
             bail!(
-                "the kernel refused a probe on each of the {} functions",
-                self.count
+                "the kernel refused a probe on each of the {} functions ({})",
+                self.count,
+                attached.refusal.unwrap_or_default()
             );
         }
         Ok(attached)
     }
+}
+
+/// The backend asked for, or the better one that the kernel has.
+fn choose(features: &Features, backend: Option<Backend>) -> Result<Backend> {
+    match backend {
+        Some(Backend::KprobeMulti) if !features.kprobe_multi => bail!(
+            "kernel {} has no kprobe.multi (it needs 5.18 with CONFIG_FPROBE=y): use --backend kprobe",
+            features.release
+        ),
+        Some(b) => Ok(b),
+        None if features.kprobe_multi => Ok(Backend::KprobeMulti),
+        None => Ok(Backend::Kprobe),
+    }
+}
+
+/// A loaded program by its name.
+fn program<'a>(skel: &'a SkbSkel<'_>, name: &str) -> Result<ProgramMut<'a>> {
+    skel.object()
+        .progs_mut()
+        .find(|p| p.name() == name)
+        .with_context(|| format!("the BPF object has no program {name}"))
 }
 
 /// What is attached; dropping it detaches.
@@ -223,6 +272,7 @@ pub struct Attached {
     /// fds of the programs, open as long as the skeleton
     progs: Vec<i32>,
     backend: Backend,
+    drops: bool,
     functions: usize,
     refused: usize,
     /// the first function that the kernel refused, and why
@@ -230,6 +280,22 @@ pub struct Attached {
 }
 
 impl Attached {
+    fn group(
+        &mut self,
+        skel: &SkbSkel<'_>,
+        prog: Prog,
+        targets: &[Target],
+        progress: &mut Progress,
+        stop: &Receiver<Signal>,
+    ) -> Result<()> {
+        let program = program(skel, prog)?;
+        self.progs.push(program.as_fd_raw());
+        match self.backend {
+            Backend::KprobeMulti => self.many(&program, targets, progress, stop),
+            Backend::Kprobe => self.singly(&program, targets, progress, stop),
+        }
+    }
+
     fn many(
         &mut self,
         program: &ProgramMut<'_>,
@@ -305,6 +371,9 @@ impl Attached {
 
     /// One line for stderr.
     pub fn summary(&self) -> String {
+        if self.drops {
+            return "tracing drops (tracepoint skb:kfree_skb)".to_string();
+        }
         let how = match self.backend {
             Backend::Kprobe => "kprobe",
             Backend::KprobeMulti => "kprobe-multi",

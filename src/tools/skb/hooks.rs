@@ -1,0 +1,80 @@
+//! Functions that tracking and owners depend on, as data: by which program of skb.bpf.c each is attached to. A kernel has some
+//! of them only; more than one leads to the same end where a compiler may have inlined one.
+
+/// A function, and the program that is attached to it where its hits are not shown.
+pub type Hook = (&'static str, &'static str);
+
+/// --filter-track-skb (src/bpf/skb_track.bpf.h)
+pub const TRACK: [Hook; 25] = [
+    // An skb is given up, or freed where this is its last reference.
+    ("track_free_1", "consume_skb"),
+    ("track_free_1", "kfree_skb"),
+    ("track_free_1", "kfree_skb_reason"),
+    ("track_free_2", "sk_skb_reason_drop"),
+    ("track_free_1", "__kfree_skb"),
+    ("track_free_1", "skb_release_head_state"),
+    ("track_free_1", "skb_release_all"),
+    ("track_free_1", "kfree_skb_partial"),
+    ("track_free_1", "napi_consume_skb"),
+    ("track_free_1", "napi_skb_free_stolen_head"),
+    ("track_free_1", "__consume_stateless_skb"),
+    ("track_free_1", "__kfree_skb_defer"),
+    ("track_free_1", "__napi_kfree_skb"),
+    // The memory goes back.
+    ("track_gone_1", "kfree_skbmem"),
+    ("track_gone_1", "napi_skb_cache_put"),
+    // Another skb of the same packet: clone, copy, segment, fragment, the rest of a split one.
+    ("track_copy_to_1", "__copy_skb_header"),
+    ("track_copy_to_1", "__skb_clone"),
+    ("track_copy_to_1", "skb_copy_header"),
+    ("track_copy_to_1", "skb_morph"),
+    ("track_copy_to_1", "ip_copy_metadata"),
+    ("track_copy_to_1", "ip6_copy_metadata"),
+    ("track_copy_to_2", "skb_split"),
+    // One skb for several packets.
+    ("track_merge_to_1", "skb_gro_receive"),
+    ("track_merge_to_1", "skb_gro_receive_list"),
+    // Its data moves.
+    ("track_head_1", "pskb_expand_head"),
+];
+
+/// --output-owner (src/bpf/skb_owner.bpf.h)
+pub const OWNER: [Hook; 14] = [
+    ("owner_made", "sock_init_data"),
+    ("owner_connects", "tcp_v4_connect"),
+    ("owner_connects", "tcp_v6_connect"),
+    ("owner_connects", "__ip4_datagram_connect"),
+    ("owner_connects", "__ip6_datagram_connect"),
+    ("owner_sends", "tcp_sendmsg"),
+    ("owner_sends", "tcp_recvmsg"),
+    ("owner_sends", "udp_sendmsg"),
+    ("owner_sends", "udpv6_sendmsg"),
+    ("owner_sends", "raw_sendmsg"),
+    ("owner_sends", "rawv6_sendmsg"),
+    ("owner_sends", "packet_sendmsg"),
+    ("owner_gone", "inet_sock_destruct"),
+    ("owner_gone", "packet_sock_destruct"),
+];
+
+/// The program that shows a hit and does what `hook`'s own program does, where tracking needs both in one.
+pub fn shown(hook: &str) -> Option<&'static str> {
+    match hook {
+        "track_free_1" => Some("skb_free_1"),
+        "track_gone_1" => Some("skb_gone_1"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn each_function_once() {
+        for table in [&TRACK[..], &OWNER[..]] {
+            let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
+            assert_eq!(names.len(), table.len());
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The JSON form of an event: one object a line. Zeros are kept; a field is missing only where its section was not asked for
+//! or does not apply.
+
+use serde::Serialize;
+
+use crate::engine::loss::Loss;
+use crate::event::tuple::Tuple;
+use crate::event::tuple::proto_name;
+use crate::kernel::ksyms::Symbol;
+use crate::output::escape::escaped;
+
+use super::decode::{Event, Owner, Packet};
+
+/// An event.
+#[derive(Serialize)]
+pub struct Row<'a> {
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub ts_ns: u64,
+    pub wall_ns: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since_ns: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub late: bool,
+    pub skb: String,
+    pub cpu: u16,
+    pub pid: u32,
+    pub tid: u32,
+    pub comm: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub func: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub location: Option<Frame<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subsystem: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub packet: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Option<OwnerRow>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netns: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netns_name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mark: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ifindex: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iface: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub len: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuple: Option<TupleRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caller: Option<Frame<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stack: Option<Vec<Frame<'a>>>,
+}
+
+#[derive(Serialize)]
+pub struct TupleRow {
+    pub saddr: String,
+    pub daddr: String,
+    pub sport: u16,
+    pub dport: u16,
+    pub proto: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proto_name: Option<&'static str>,
+    pub tcp_flags: u8,
+    pub fragment: bool,
+}
+
+#[derive(Serialize)]
+pub struct Frame<'a> {
+    pub addr: String,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub symbol: Option<&'a Symbol>,
+}
+
+#[derive(Serialize)]
+pub struct LossRow<'a> {
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    #[serde(flatten)]
+    pub loss: &'a Loss,
+}
+
+/// Whose socket it is. `pid` and `comm` are null where nobody knows.
+#[derive(Serialize)]
+pub struct OwnerRow {
+    pub pid: Option<u32>,
+    pub comm: Option<String>,
+    pub uid: u32,
+    pub cgroup: u64,
+    pub sock: String,
+    pub cookie: u64,
+    pub inode: u64,
+}
+
+impl OwnerRow {
+    pub fn new(owner: &Owner, process: Option<(u32, String)>) -> Self {
+        let (pid, comm) = process.unzip();
+        Self {
+            pid,
+            comm,
+            uid: owner.uid,
+            cgroup: owner.cgroup,
+            sock: format!("{:#x}", owner.sock),
+            cookie: owner.cookie,
+            inode: owner.inode,
+        }
+    }
+}
+
+impl TupleRow {
+    pub fn new(t: &Tuple) -> Self {
+        Self {
+            saddr: t.saddr.to_string(),
+            daddr: t.daddr.to_string(),
+            sport: t.sport,
+            dport: t.dport,
+            proto: t.proto,
+            proto_name: proto_name(t.proto),
+            tcp_flags: t.tcp_flags,
+            fragment: t.fragment,
+        }
+    }
+}
+
+/// A number that the packet keeps through all its skbs: `7` on CPU 0, `7@3` on others.
+pub fn packet_name(p: Packet) -> String {
+    match p.cpu {
+        0 => p.number.to_string(),
+        cpu => format!("{}@{cpu}", p.number),
+    }
+}
+
+impl<'a> Row<'a> {
+    /// What needs no look-up; the rest is for the caller to fill in.
+    pub fn new(event: &Event) -> Self {
+        let meta = event.meta.as_ref();
+        Self {
+            kind: if event.dropped { "drop" } else { "event" },
+            ts_ns: event.head.ts,
+            wall_ns: 0,
+            since_ns: None,
+            late: false,
+            skb: format!("{:#x}", event.skb),
+            cpu: event.head.cpu,
+            pid: event.head.tgid,
+            tid: event.head.pid,
+            comm: escaped(&event.head.comm),
+            func: None,
+            location: None,
+            reason: None,
+            subsystem: None,
+            packet: event.packet.map(packet_name),
+            owner: None,
+            netns: meta.map(|m| m.netns),
+            netns_name: None,
+            mark: meta.map(|m| m.mark),
+            ifindex: meta.map(|m| m.ifindex),
+            iface: meta.map(|m| escaped(&m.ifname)),
+            protocol: meta.map(|m| m.protocol),
+            mtu: meta.map(|m| m.mtu),
+            len: meta.map(|m| m.len),
+            tuple: event.tuple.flatten().as_ref().map(TupleRow::new),
+            caller: None,
+            stack: None,
+        }
+    }
+}
