@@ -10,21 +10,21 @@ use crate::common::{Case, Netns, Netprobe, Pair, SHORT, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("skb_drops_nft", drops_nft).trace().program("nft"),
-        case("skb_drops_text", drops_text).trace(),
-        case("skb_drops_filters", drops_filters).trace(),
-        case("skb_owner_of_retransmits", owner_of_retransmits)
+        case("skb_more_drops_nft", drops_nft).trace().program("nft"),
+        case("skb_more_drops_text", drops_text).trace(),
+        case("skb_more_drops_filters", drops_filters).trace(),
+        case("skb_more_owner_of_retransmits", owner_of_retransmits)
             .trace()
             .program("nft"),
-        case("skb_owner_older_than_the_trace", owner_older).trace(),
-        case("skb_track_nat_bridge_vxlan", track_path)
+        case("skb_more_owner_older_than_the_trace", owner_older).trace(),
+        case("skb_more_track_nat_bridge_vxlan", track_path)
             .trace()
             .program("nft")
             .limit(300),
-        case("skb_track_full_map", track_full_map).trace(),
-        case("skb_track_address_reuse", track_reuse).trace(),
-        case("skb_track_by_stack", track_by_stack).trace(),
-        case("skb_tcp_flags_and_caller", flags_and_caller).trace(),
+        case("skb_more_track_full_map", track_full_map).trace(),
+        case("skb_more_track_address_reuse", track_reuse).trace(),
+        case("skb_more_track_by_stack", track_by_stack).trace(),
+        case("skb_more_tcp_flags_and_caller", flags_and_caller).trace(),
     ]
 }
 
