@@ -10,6 +10,7 @@ mod harness;
 mod icmp;
 mod skb_more;
 mod xdpdump;
+mod skb;
 
 fn main() {
     let mut cases = Vec::new();
@@ -17,5 +18,6 @@ fn main() {
     cases.extend(icmp::cases());
     cases.extend(skb_more::cases());
     cases.extend(xdpdump::cases());
+    cases.extend(skb::cases());
     common::run(cases)
 }

@@ -1,0 +1,822 @@
+//! `netprobe skb`: drops and their reasons, each filter both ways, backends, stacks, JSON, pins, loss, and every way to end.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::common::{
+    Case, Env, Finished, Netns, Netprobe, Pair, SHORT, binary, case, deadline, wait_for,
+};
+
+/// Few enough to attach one by one under emulation; each kernel has some of them.
+const FUNCS: &str = "ip_output|ip6_output|nf_hook_slow|kfree_skb|kfree_skb_reason|sk_skb_reason_drop|ip_rcv|ipv6_rcv|dev_hard_start_xmit";
+const PINS: &str = "/sys/fs/bpf/netprobe";
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("skb_drop_iptables_v4", || drop_by(Rule::Iptables, false))
+            .trace()
+            .program("iptables"),
+        case("skb_drop_iptables_v6", || drop_by(Rule::Iptables, true))
+            .trace()
+            .program("ip6tables"),
+        case("skb_drop_nft_v4", || drop_by(Rule::Nft, false))
+            .trace()
+            .program("nft"),
+        case("skb_drop_nft_v6", || drop_by(Rule::Nft, true))
+            .trace()
+            .program("nft"),
+        case("skb_tcp_before_the_rule", tcp_before_the_rule).trace(),
+        case("skb_filter_proto", filter_proto).trace(),
+        case("skb_filter_addresses_v4", || filter_addresses(false)).trace(),
+        case("skb_filter_addresses_v6", || filter_addresses(true)).trace(),
+        case("skb_filter_ports", filter_ports).trace(),
+        case("skb_filter_mark", filter_mark).trace(),
+        case("skb_filter_netns", filter_netns).trace(),
+        case("skb_filter_ifname", filter_ifname).trace(),
+        case("skb_backend_kprobe", || backend("kprobe")).trace(),
+        case("skb_backend_kprobe_multi", || backend("kprobe-multi")).kprobe_multi(),
+        case("skb_backend_refused", backend_refused)
+            .trace()
+            .when(|e| {
+                e.lacks_kprobe_multi()
+                    .is_none()
+                    .then(|| "has kprobe.multi".into())
+            }),
+        case("skb_stack_names_the_callers", stack).trace(),
+        case("skb_json_parses_and_keeps_zeros", json).trace(),
+        case("skb_relative_time_and_order", relative_time).trace(),
+        case("skb_config_is_pinned", config_is_pinned).trace(),
+        case("skb_flood_seen_and_lost", flood).trace(),
+        case("skb_limit_ends_the_run", limit).trace(),
+        case("skb_pins_after_each_end", pins_after_each_end).trace(),
+        case("skb_stdout_closed", stdout_closed).trace(),
+        case("skb_without_bpffs", without_bpffs)
+            .trace()
+            .program("unshare"),
+        case("skb_without_btf", without_btf)
+            .trace()
+            .program("unshare"),
+        case("skb_no_function_matches", no_function_matches).trace(),
+        case("skb_all_functions", all_functions).trace().limit(600),
+        case("skb_not_root", not_root),
+        case("features_agree_with_the_kernel", features),
+    ]
+}
+
+/// `netprobe skb` on [`FUNCS`], inside the client's namespace.
+fn skb<'a>(net: &'a Pair, args: &[&str]) -> Netprobe<'a> {
+    Netprobe::new("skb")
+        .args(["--filter-func", FUNCS])
+        .args(args)
+        .netns(&net.client)
+}
+
+enum Rule {
+    Iptables,
+    Nft,
+}
+
+/// The name that a drop by netfilter has in the kernel's own list of reasons; `None` before 5.17.
+fn netfilter_reason() -> Option<&'static str> {
+    let symbols = std::fs::read("/sys/kernel/btf/vmlinux").unwrap_or_default();
+    let name = "SKB_DROP_REASON_NETFILTER_DROP";
+    symbols
+        .windows(name.len())
+        .any(|w| w == name.as_bytes())
+        .then_some(name)
+}
+
+/// The case of the source documents: OUTPUT drops TCP to an address; the trace ends in nf_hook_slow, then kfree_skb.
+fn drop_by(rule: Rule, v6: bool) -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let server = net.server.tcp_listen(address(&net.server, v6, 0))?;
+    let to = server.address();
+    match rule {
+        Rule::Iptables => {
+            let tool = if v6 { "ip6tables" } else { "iptables" };
+            net.client.cmd(&format!(
+                "{tool} -t filter -I OUTPUT 1 -m tcp --proto tcp --dst {} -j DROP",
+                to.ip()
+            ))?;
+        }
+        Rule::Nft => {
+            let family = if v6 { "ip6" } else { "ip" };
+            net.client.nft(&format!(
+                "table {family} t {{ chain c {{ type filter hook output priority 0; {family} daddr {} drop; }}; }}",
+                to.ip()
+            ))?;
+        }
+    }
+    let ip = to.ip().to_string();
+    let run = skb(&net, &["--filter-dst-ip", &ip, "--filter-proto", "tcp"]).start()?;
+    ensure!(
+        net.client.tcp_connect(to, SHORT)?.is_err(),
+        "the rule does not drop"
+    );
+    let dropped = match netfilter_reason() {
+        Some(reason) => format!("({reason})"),
+        None => " kfree_skb".to_string(),
+    };
+    let line = run.wait_line(&dropped)?;
+    ensure!(line.contains(&to.to_string()), "no tuple: {line}");
+    let done = run.stop()?;
+    done.expect_success()?;
+    let skb = line.split_whitespace().next().unwrap_or_default();
+    let way: Vec<&str> = done
+        .lines_with(skb)
+        .iter()
+        .filter_map(|l| l.split_whitespace().last())
+        .collect();
+    let hook = way.iter().position(|f| *f == "nf_hook_slow");
+    let free = way
+        .iter()
+        .position(|f| f.contains("kfree_skb") || f.contains("reason_drop"));
+    ensure!(
+        hook.is_some() && hook < free,
+        "not nf_hook_slow, then kfree_skb: {way:?}\n{done}"
+    );
+    Ok(())
+}
+
+fn address(netns: &Netns, v6: bool, port: u16) -> SocketAddr {
+    if v6 { netns.v6(port) } else { netns.v4(port) }
+}
+
+/// Without a rule, the same connection goes out through the device.
+fn tcp_before_the_rule() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let server = net.server.tcp_listen(net.server.v4(0))?;
+    let run = skb(
+        &net,
+        &["--filter-dst-ip", "10.77.0.2", "--filter-proto", "tcp"],
+    )
+    .start()?;
+    net.client.tcp_connect(server.address(), deadline())??;
+    run.wait_line("dev_hard_start_xmit")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let to = server.address().to_string();
+    ensure!(done.lines_with(&to).len() > 2, "{done}");
+    ensure!(
+        done.stdout.contains(":3 ") || done.stdout.contains("veth0:"),
+        "no interface:\n{done}"
+    );
+    Ok(())
+}
+
+/// One run with one filter: `other` is sent first and must not be seen, `wanted` is sent then and must be.
+fn both_ways(
+    net: &Pair,
+    filter: &[&str],
+    other: impl FnOnce() -> Result<String>,
+    wanted: impl FnOnce() -> Result<String>,
+) -> Result<Finished> {
+    let run = skb(net, filter).start()?;
+    let other = other()?;
+    let wanted = wanted()?;
+    run.wait_line(&wanted)?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    ensure!(
+        done.lines_with(&other).is_empty(),
+        "{filter:?} let {other} through:\n{done}"
+    );
+    Ok(done)
+}
+
+/// Sends a datagram and gives what its tuple shows.
+fn udp(from: &Netns, to: SocketAddr) -> Result<String> {
+    from.udp_send(to, b"hello")?;
+    Ok(format!("->{to}(udp)"))
+}
+
+fn ping(from: &Netns, to: SocketAddr) -> Result<String> {
+    ensure!(from.ping(to, 1)?, "no answer from {to}");
+    let proto = if to.is_ipv4() { "icmp" } else { "icmp6" };
+    Ok(format!("->{}({proto})", to.ip()))
+}
+
+fn filter_proto() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let (c, s) = (&net.client, &net.server);
+    let udp4 = || udp(c, s.v4(4000));
+    both_ways(&net, &["--filter-proto", "icmp"], udp4, || ping(c, s.v4(0)))?;
+    both_ways(&net, &["--filter-proto", "udp"], || ping(c, s.v4(0)), udp4)?;
+    both_ways(
+        &net,
+        &["--filter-proto", "icmp6"],
+        || ping(c, s.v4(0)),
+        || ping(c, s.v6(0)),
+    )?;
+    both_ways(
+        &net,
+        &["--filter-proto", "17"],
+        || ping(c, s.v6(0)),
+        || udp(c, s.v6(4000)),
+    )?;
+    Ok(())
+}
+
+fn filter_addresses(v6: bool) -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let (c, s) = (&net.client, &net.server);
+    let (second, prefix) = if v6 {
+        ("fd77::3", "fd77::2/127")
+    } else {
+        ("10.77.0.3", "10.77.0.2/31")
+    };
+    // The next address up from the server's, in its network: fd77::3 and 10.77.0.3 are within the prefix, the client's are not.
+    s.ip(&format!(
+        "addr add {second}/{} dev veth0{}",
+        if v6 { 64 } else { 24 },
+        if v6 { " nodad" } else { "" }
+    ))?;
+    let mac = s.mac(Pair::IFACE)?;
+    c.ip(&format!(
+        "neigh replace {second} lladdr {mac} dev veth0 nud permanent"
+    ))?;
+    let first = address(s, v6, 4000);
+    let second = SocketAddr::new(second.parse()?, 4000);
+    let first_ip = first.ip().to_string();
+    both_ways(
+        &net,
+        &["--filter-dst-ip", &first_ip, "--filter-proto", "udp"],
+        || udp(c, second),
+        || udp(c, first),
+    )?;
+    both_ways(
+        &net,
+        &["--filter-src-ip", &first_ip],
+        || udp(c, second),
+        // The answer to a ping comes from there.
+        || {
+            ensure!(c.ping(first, 1)?);
+            Ok(format!("{first_ip}->"))
+        },
+    )?;
+    let done = both_ways(
+        &net,
+        &["--filter-dst-ip", prefix, "--filter-proto", "udp"],
+        || udp(s, address(c, v6, 4000)),
+        || {
+            udp(c, first)?;
+            udp(c, second)
+        },
+    )?;
+    done.expect_stdout(&format!("->{first}"))
+}
+
+fn filter_ports() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let (c, s) = (&net.client, &net.server);
+    both_ways(
+        &net,
+        &["--filter-dst-port", "4001"],
+        || udp(c, s.v4(4000)),
+        || udp(c, s.v4(4001)),
+    )?;
+    let from = |port: u16, to: SocketAddr| -> Result<String> {
+        let socket = c.udp_bind(c.v4(port))?;
+        socket.send_to(b"hello", to)?;
+        Ok(format!("{}->{to}", c.v4(port)))
+    };
+    both_ways(
+        &net,
+        &["--filter-src-port", "5001"],
+        || from(5000, s.v4(4000)),
+        || from(5001, s.v4(4000)),
+    )?;
+    Ok(())
+}
+
+fn filter_mark() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let (c, s) = (&net.client, &net.server);
+    let marked = |mark: u32, port: u16| -> Result<String> {
+        let socket = c.udp_bind("0.0.0.0:0".parse()?)?;
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Mark, &mark)?;
+        socket.send_to(b"hello", s.v4(port))?;
+        Ok(format!("->{}", s.v4(port)))
+    };
+    both_ways(
+        &net,
+        &["--filter-mark", "0x12"],
+        || marked(0x13, 4000),
+        || marked(0x12, 4001),
+    )?;
+    let done = both_ways(
+        &net,
+        &["--filter-mark", "0x10/0xf0"],
+        || marked(0x21, 4000),
+        || marked(0x13, 4001),
+    )?;
+    ensure!(
+        done.stdout
+            .lines()
+            .any(|l| l.split_whitespace().nth(4) == Some("13")),
+        "the mark is not shown:\n{done}"
+    );
+    Ok(())
+}
+
+fn filter_netns() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let other = Netns::new("other")?;
+    let (c, s) = (&net.client, &net.server);
+    let inode = format!("inode:{}", c.inode()?);
+    let path = c.path().display().to_string();
+    for netns in [path.as_str(), &inode, c.name()] {
+        both_ways(
+            &net,
+            &["--filter-netns", netns],
+            || udp(&other, "127.0.0.1:4009".parse()?),
+            || udp(c, s.v4(4000)),
+        )?;
+    }
+    let done = Netprobe::new("skb")
+        .args(["--filter-netns", "no-such-netns"])
+        .run()?;
+    done.expect_code(2)?;
+    done.expect_stderr("no-such-netns")
+}
+
+fn filter_ifname() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let (c, s) = (&net.client, &net.server);
+    both_ways(
+        &net,
+        &["--filter-ifname", "veth0"],
+        || udp(c, "127.0.0.1:4009".parse()?),
+        || {
+            ensure!(c.ping(s.v4(0), 1)?);
+            Ok("10.77.0.2->10.77.0.1(icmp)".into())
+        },
+    )?;
+    both_ways(
+        &net,
+        &["--filter-ifname", "lo"],
+        || ping(c, s.v4(0)),
+        || udp(c, "127.0.0.1:4009".parse()?),
+    )?;
+    let done = skb(&net, &["--filter-ifname", "nope0"]).run()?;
+    done.expect_code(2)?;
+    done.expect_stderr("nope0")?;
+    done.expect_stderr("veth0")
+}
+
+fn backend(name: &str) -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let (c, s) = (&net.client, &net.server);
+    let done = both_ways(
+        &net,
+        &["--backend", name, "--filter-proto", "udp"],
+        || ping(c, s.v4(0)),
+        || udp(c, s.v4(4000)),
+    )?;
+    done.expect_stderr(&format!("by {name}"))?;
+    // The function is named right by either way.
+    done.expect_stdout(" ip_output\n")
+}
+
+fn backend_refused() -> Result<()> {
+    let done = Netprobe::new("skb")
+        .args(["--backend", "kprobe-multi"])
+        .run()?;
+    done.expect_code(1)?;
+    done.expect_stderr("--backend kprobe")
+}
+
+fn stack() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = skb(
+        &net,
+        &[
+            "--filter-dst-port",
+            "4000",
+            "--filter-proto",
+            "udp",
+            "--output-stack",
+        ],
+    )
+    .start()?;
+    net.client.udp_send(net.server.v4(4000), b"hello")?;
+    run.wait_line("entry_SYSCALL_64")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let lines: Vec<&str> = done.stdout.lines().collect();
+    let at = lines
+        .iter()
+        .position(|l| l.ends_with(" ip_output"))
+        .context("no ip_output")?;
+    let frames: Vec<&str> = lines[at + 1..]
+        .iter()
+        .take_while(|l| l.starts_with("    "))
+        .map(|l| l.trim())
+        .collect();
+    ensure!(
+        frames
+            .first()
+            .is_some_and(|f| f.starts_with("ip_output+0x")),
+        "{frames:?}"
+    );
+    // From the function up to the system call, in this order.
+    let mut rest = frames.iter();
+    for caller in ["udp_sendmsg+0x", "__sys_sendto+0x", "do_syscall_64+0x"] {
+        ensure!(
+            rest.any(|f| f.starts_with(caller)),
+            "no {caller} in its place: {frames:?}"
+        );
+    }
+    Ok(())
+}
+
+fn json() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = skb(
+        &net,
+        &[
+            "--filter-dst-port",
+            "4000",
+            "--output-json",
+            "--output-stack",
+        ],
+    )
+    .start()?;
+    net.client.udp_send(net.server.v4(4000), b"hello")?;
+    run.wait_line("dev_hard_start_xmit")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    let row = rows
+        .iter()
+        .find(|r| r["func"] == "ip_output")
+        .context("no ip_output")?;
+    // Zeros are values.
+    for field in ["mark", "mtu", "ifindex"] {
+        ensure!(row[field] == 0, "{field} of {row}");
+    }
+    ensure!(row["tuple"]["tcp_flags"] == 0, "{row}");
+    ensure!(
+        row["tuple"]["dport"] == 4000 && row["tuple"]["proto_name"] == "udp",
+        "{row}"
+    );
+    ensure!(row["netns"] == net.client.inode()?, "{row}");
+    ensure!(
+        row["len"] == 33,
+        "20 bytes of IP, 8 of UDP, 5 of payload: {row}"
+    );
+    ensure!(row["stack"][0]["name"] == "ip_output", "{row}");
+    ensure!(
+        row["skb"].as_str().is_some_and(|s| s.starts_with("0x")),
+        "{row}"
+    );
+    let sent = rows
+        .iter()
+        .find(|r| r["func"] == "dev_hard_start_xmit")
+        .context("no dev_hard_start_xmit")?;
+    ensure!(sent["iface"] == "veth0" && sent["mtu"] == 1500, "{sent}");
+    ensure!(sent["protocol"] == 0x0800, "{sent}");
+    Ok(())
+}
+
+fn relative_time() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = skb(
+        &net,
+        &[
+            "--filter-proto",
+            "icmp",
+            "--output-json",
+            "--output-relative-timestamp",
+        ],
+    )
+    .start()?;
+    ensure!(net.client.ping(net.server.v4(0), 20)?);
+    run.wait_lines("20 echo requests", |text| {
+        (text.matches("dev_hard_start_xmit").count() >= 40).then_some(())
+    })?;
+    let done = run.stop()?;
+    let rows = done.json()?;
+    let mut last = 0;
+    let mut seen = HashSet::new();
+    for row in &rows {
+        let ts = row["ts_ns"].as_u64().context("no ts_ns")?;
+        ensure!(ts >= last, "out of order: {row}");
+        last = ts;
+        let since = row["since_ns"].as_u64().context("no since_ns")?;
+        let first = seen.insert(row["skb"].to_string());
+        ensure!(!first || since == 0, "first event of an skb: {row}");
+    }
+    ensure!(
+        rows.iter().any(|r| r["since_ns"].as_u64() > Some(0)),
+        "no time passed at all"
+    );
+    Ok(())
+}
+
+/// The folder of a run's pins.
+fn pins_of(pid: u32) -> String {
+    format!("{PINS}/skb-{pid}")
+}
+
+fn config_is_pinned() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = skb(&net, &["--filter-dst-port", "4000", "--filter-mark", "7"]).start()?;
+    let path = format!("{}/config", pins_of(run.pid()));
+    let map = MapHandle::from_pinned_path(&path).with_context(|| path.clone())?;
+    let value = map
+        .lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?
+        .context("no value")?;
+    let word = |at: usize| u32::from_ne_bytes(value[at..at + 4].try_into().unwrap_or_default());
+    // struct np_config: version, fields, mark, mark_mask, …, dport at 90.
+    ensure!(
+        word(0) == 1 && word(8) == 7 && word(12) == u32::MAX,
+        "{value:?}"
+    );
+    ensure!(value[90..92] == 4000u16.to_ne_bytes(), "{value:?}");
+    // A second program changes it while the probes stay attached: no filter but the port.
+    let mut wider = value.clone();
+    wider[4..8].copy_from_slice(&(1u32 << 7).to_ne_bytes());
+    net.client.udp_send(net.server.v4(4000), b"unmarked")?;
+    map.update(&0u32.to_ne_bytes(), &wider, MapFlags::ANY)?;
+    let port = net.client.udp_send(net.server.v4(4000), b"seen")?;
+    run.wait_line(&format!(":{port}->"))?;
+    let mode = std::fs::metadata(pins_of(run.pid()))?;
+    ensure!(
+        std::os::unix::fs::PermissionsExt::mode(&mode.permissions()) & 0o777 == 0o700,
+        "the folder is open to others"
+    );
+    let done = run.stop()?;
+    let ports: HashSet<&str> = done
+        .lines_with("->10.77.0.2:4000")
+        .iter()
+        .filter_map(|l| l.split("->").next()?.rsplit(':').next())
+        .collect();
+    ensure!(ports.len() == 1, "the unmarked one was seen too:\n{done}");
+    Ok(())
+}
+
+/// Through a buffer of one page: what is printed and what is lost add up to what the kernel sent.
+fn flood() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = skb(
+        &net,
+        &[
+            "--filter-dst-port",
+            "4000",
+            "--output-json",
+            "--buffer-pages",
+            "1",
+        ],
+    )
+    .start()?;
+    net.client.enter(|| -> Result<()> {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        for _ in 0..3000 {
+            let _ = socket.send_to(b"flood", net.server.v4(4000));
+        }
+        Ok(())
+    })??;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    let number = |row: &Value, field: &str| row[field].as_u64().unwrap_or(u64::MAX);
+    let printed = rows.iter().filter(|r| r["type"] == "event").count() as u64;
+    let loss = rows
+        .iter()
+        .find(|r| r["type"] == "loss")
+        .with_context(|| format!("no record of loss among {} rows", rows.len()))?;
+    ensure!(number(loss, "lost") > 0, "{loss}");
+    ensure!(
+        printed == number(loss, "received"),
+        "{printed} printed: {loss}"
+    );
+    ensure!(
+        printed + number(loss, "lost") == number(loss, "sent"),
+        "{printed} printed: {loss}"
+    );
+    // At least ip_output and dev_hard_start_xmit of each packet.
+    ensure!(
+        number(loss, "sent") + number(loss, "missed") >= 6000,
+        "{loss}"
+    );
+    done.expect_stderr("perf buffers were full")?;
+    done.expect_stderr("cpu ")
+}
+
+fn limit() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = skb(
+        &net,
+        &["--filter-proto", "icmp", "--output-limit-lines", "3"],
+    )
+    .start()?;
+    ensure!(net.client.ping(net.server.v4(0), 3)?);
+    let done = run.wait()?;
+    done.expect_success()?;
+    // The header and three events.
+    ensure!(done.stdout.lines().count() == 4, "{done}");
+    Ok(())
+}
+
+fn pins_after_each_end() -> Result<()> {
+    let net = Pair::new()?;
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let run = skb(&net, &[]).start()?;
+        let pins = pins_of(run.pid());
+        ensure!(std::path::Path::new(&pins).exists(), "{pins} is missing");
+        run.signal(signal)?;
+        run.wait()?.expect_success()?;
+        ensure!(
+            !std::path::Path::new(&pins).exists(),
+            "{pins} after {signal}"
+        );
+    }
+    let run = skb(&net, &[]).start()?;
+    let left = pins_of(run.pid());
+    run.kill9()?;
+    ensure!(
+        std::path::Path::new(&left).exists(),
+        "{left} is gone already"
+    );
+    let next = skb(&net, &[]).start()?;
+    ensure!(
+        !std::path::Path::new(&left).exists(),
+        "{left} after the next start"
+    );
+    next.stop()?.expect_success()
+}
+
+fn stdout_closed() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let dir = tempfile::tempdir()?;
+    let ready = dir.path().join("ready");
+    let mut child = net.client.enter(|| {
+        Command::new(binary())
+            .args(["skb", "--filter-func", FUNCS, "--filter-proto", "icmp"])
+            .arg("--ready-file")
+            .arg(&ready)
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+    })??;
+    wait_for("the ready file", || Ok(ready.exists().then_some(())))?;
+    // The reader goes away, as `| head` does; netprobe notices even when nothing is printed.
+    drop(child.stdout.take());
+    let status = wait_for("its end", || Ok(child.try_wait()?));
+    if status.is_err() {
+        child.kill()?;
+    }
+    let status = status?;
+    ensure!(status.code() == Some(0), "{status}");
+    Ok(())
+}
+
+fn unshared(script: &str) -> Result<Finished> {
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", script])
+        .env("NETPROBE", binary())
+        .output()?;
+    Ok(Finished {
+        command: script.to_string(),
+        status: output.status,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
+
+fn without_bpffs() -> Result<()> {
+    let done = unshared(
+        "umount /sys/fs/bpf; \"$NETPROBE\" skb --filter-func ip_rcv --output-limit-lines 1 --filter-proto icmp & \
+         pid=$!; while kill -0 $pid 2>/dev/null; do ping -q -c 1 -W 1 127.0.0.1 >/dev/null; done; wait $pid",
+    )?;
+    done.expect_success()?;
+    done.expect_stderr("bpffs is not mounted")?;
+    done.expect_stdout("ip_rcv")
+}
+
+fn without_btf() -> Result<()> {
+    let done = unshared("mount -t tmpfs none /sys/kernel/btf && \"$NETPROBE\" skb")?;
+    done.expect_code(1)?;
+    done.expect_stderr("CONFIG_DEBUG_INFO_BTF")
+}
+
+fn no_function_matches() -> Result<()> {
+    let done = Netprobe::new("skb")
+        .args(["--filter-func", "no_such_function_.*"])
+        .run()?;
+    done.expect_code(2)?;
+    done.expect_stderr("no_such_function_")
+}
+
+/// All of them: ready, a whole way from send to receive, and back within seconds even where detaching takes minutes.
+fn all_functions() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = Netprobe::new("skb")
+        .args(["--filter-proto", "udp", "--filter-dst-port", "4000"])
+        .netns(&net.client);
+    let run = run.env("NETPROBE_LIVE", "1").start()?;
+    let receiver = net.server.udp_bind(net.server.v4(4000))?;
+    net.client.udp_send(net.server.v4(4000), b"hello")?;
+    receiver.recv(&mut [0; 16])?;
+    run.wait_line("udp_rcv")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let functions: HashSet<&str> = done
+        .lines_with("(udp)")
+        .iter()
+        .filter_map(|l| l.split_whitespace().last())
+        .collect();
+    ensure!(functions.len() > 25, "{functions:?}");
+    for name in ["ip_output", "dev_hard_start_xmit", "veth_xmit", "ip_rcv"] {
+        ensure!(functions.contains(name), "no {name}: {functions:?}");
+    }
+    let traced: usize = done
+        .stderr
+        .lines()
+        .find_map(|l| l.split("tracing ").nth(1)?.split(' ').next()?.parse().ok())
+        .context("no count of functions")?;
+    ensure!(traced > 1000, "{traced}");
+    // Columns line up at 160: the function's column starts before it.
+    let header = done.stdout.lines().next().unwrap_or_default();
+    ensure!(header.find("FUNC").is_some_and(|at| at < 140), "{header}");
+    Ok(())
+}
+
+fn not_root() -> Result<()> {
+    // A copy that anybody may run.
+    let dir = tempfile::tempdir()?;
+    let copy = dir.path().join("netprobe");
+    std::fs::copy(binary(), &copy)?;
+    for path in [dir.path(), copy.as_path()] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    }
+    let mut command = Command::new(&copy);
+    command.arg("skb");
+    std::os::unix::process::CommandExt::uid(&mut command, 65534);
+    let output = command.output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1), "{stderr}");
+    ensure!(
+        stderr.contains("CAP_BPF") && stderr.contains("root"),
+        "{stderr}"
+    );
+    ensure!(stderr.lines().count() == 1, "{stderr}");
+    Ok(())
+}
+
+/// The preflight against what the test finds out in its own ways.
+fn features() -> Result<()> {
+    let done = Netprobe::new("features").arg("--output-json").run()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    let f = rows.first().context("no object")?;
+    let env = Env::look();
+    ensure!(f["release"] == env.release.as_str(), "{f}");
+    let expect = |field: &str, yes: bool| {
+        if f[field] == yes {
+            Ok(())
+        } else {
+            bail!("{field} should be {yes}: {f}")
+        }
+    };
+    expect("kprobe_multi", env.lacks_kprobe_multi().is_none())?;
+    if env.lacks_tracing().is_none() {
+        expect("kprobe", true)?;
+        expect("rdonly_cast", env.kernel >= (6, 2))?;
+        expect("func_ip", env.kernel >= (5, 15))?;
+        expect("drop_reasons", netfilter_reason().is_some())?;
+        expect("module_btf", env.kernel >= (5, 11))?;
+    }
+    let text = Netprobe::new("features").run()?;
+    for tool in ["skb", "tcpconnect", "icmp", "xdpdump"] {
+        ensure!(
+            text.lines_with(tool).iter().any(|l| l.contains("here")),
+            "{text}"
+        );
+    }
+    Ok(())
+}
