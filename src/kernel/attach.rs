@@ -57,6 +57,20 @@ fn multi(program: &ProgramMut<'_>, opts: &sys::bpf_kprobe_multi_opts) -> Result<
     Ok(unsafe { Link::from_ptr(link) })
 }
 
+/// Raises the limit of open files so that `links` more fit: a single kprobe holds one or two.
+pub fn make_room(links: usize) -> Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let wanted = 2 * links as u64 + 1024;
+    let (soft, hard) =
+        getrlimit(Resource::RLIMIT_NOFILE).context("failed to read the limit of open files")?;
+    if soft >= wanted {
+        return Ok(());
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, hard.max(wanted)).with_context(|| {
+        format!("failed to raise the limit of open files from {soft} to {wanted} (ulimit -n)")
+    })
+}
+
 /// Leaves the closing of `links` to a child process, which outlives this one and holds the last references; so this process can
 /// end at once. Falls back to closing them here.
 pub fn close_in_child(links: Vec<Link>) {

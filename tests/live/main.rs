@@ -8,9 +8,9 @@
 mod common;
 mod harness;
 mod icmp;
+mod skb;
 mod skb_more;
 mod xdpdump;
-mod skb;
 
 fn main() {
     let mut cases = Vec::new();

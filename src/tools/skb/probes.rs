@@ -215,6 +215,9 @@ impl Plan {
             refusal: None,
         };
         let hooks = self.hooks.values().map(Vec::len).sum::<usize>();
+        if self.backend == Backend::Kprobe {
+            attach::make_room(self.count + hooks)?;
+        }
         let mut progress = Progress::new("netprobe: attaching", self.count + hooks);
         // Hooks first: a packet must not be seen before its end can be.
         for (prog, targets) in &self.hooks {
