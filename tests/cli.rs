@@ -1,0 +1,136 @@
+//! The command line as a user meets it: exit codes, one clear line for each wrong value, help and README that agree.
+//! Needs no privilege.
+
+use std::process::{Command, Output};
+
+use clap::{CommandFactory, Parser};
+use netprobe::cli::Cli;
+
+fn netprobe(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_netprobe"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Exit code 2, nothing on stdout, and a message that names the input.
+fn refused(args: &[&str], names: &str) {
+    let output = netprobe(args);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+    assert!(text.contains(names), "{args:?} does not name {names}: {text}");
+    assert!(output.stdout.is_empty(), "{args:?} wrote to stdout");
+}
+
+#[test]
+fn wrong_values_of_skb() {
+    for (args, names) in [
+        (&["--backend", "uprobe"][..], "uprobe"),
+        (&["--filter-mark", "0xzz"], "0xzz"),
+        (&["--filter-mark", "5/1"], "5/1"),
+        (&["--filter-src-ip", "10.0.0.256"], "10.0.0.256"),
+        (&["--filter-dst-ip", "10.0.0.1/40"], "10.0.0.1/40"),
+        (&["--filter-dst-ip", "host.example"], "host.example"),
+        (&["--filter-src-port", "70000"], "70000"),
+        (&["--filter-proto", "tpc"], "tpc"),
+        (&["--filter-func", "ip_(rcv"], "ip_(rcv"),
+        (&["--filter-func", "a)|(b"], "a)|(b"),
+        (&["--filter-netns", "/proc/0/ns/net"], "/proc/0/ns/net"),
+        (&["--filter-netns", "no-such-name"], "no-such-name"),
+        (&["--filter-ifname", "no-such-if0"], "no-such-if0"),
+        (&["--timestamp", "yesterday"], "yesterday"),
+        (&["--output-limit-lines", "-1"], "-1"),
+        (&["--no-such-flag"], "--no-such-flag"),
+    ] {
+        let mut all = vec!["skb"];
+        all.extend(args);
+        refused(&all, names);
+    }
+}
+
+#[test]
+fn no_subcommand_and_an_unknown_one() {
+    assert_eq!(netprobe(&[]).status.code(), Some(2));
+    refused(&["skbb"], "skbb");
+}
+
+#[test]
+fn every_subcommand_has_help_on_stdout() {
+    for sub in Cli::command().get_subcommands() {
+        let output = netprobe(&[sub.get_name(), "--help"]);
+        assert!(output.status.success(), "{}", sub.get_name());
+        let help = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(help.contains("Usage: netprobe"), "{help}");
+        for arg in sub.get_arguments().filter(|a| !a.is_hide_set()) {
+            assert!(
+                arg.get_help().is_some() || arg.get_id() == "help",
+                "{} of {} has no help",
+                arg.get_id(),
+                sub.get_name()
+            );
+        }
+    }
+}
+
+#[test]
+fn features_needs_no_privilege_and_is_json_on_request() {
+    let output = netprobe(&["features", "--output-json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(value["release"].is_string() && value["btf"].is_boolean(), "{value}");
+}
+
+#[test]
+fn a_full_disk_under_stdout_is_an_error() {
+    let status = Command::new(env!("CARGO_BIN_EXE_netprobe"))
+        .arg("features")
+        .stdout(std::fs::File::create("/dev/full").unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(status.status.code(), Some(1));
+    assert!(stderr(&status).contains("stdout"), "{}", stderr(&status));
+}
+
+/// Each `netprobe …` line in README's shell blocks is one that the program understands.
+#[test]
+fn the_commands_in_readme_parse() {
+    let readme = include_str!("../README.md");
+    let mut count = 0;
+    let mut in_block = false;
+    for line in readme.lines() {
+        if line.starts_with("```") {
+            in_block = !in_block && line.trim() == "```sh";
+            continue;
+        }
+        let line = line.split(" # ").next().unwrap_or_default().trim();
+        if !in_block || !line.starts_with("netprobe ") {
+            continue;
+        }
+        let words = split(line);
+        if let Err(e) = Cli::try_parse_from(&words) {
+            panic!("README: {line}\n{e}");
+        }
+        count += 1;
+    }
+    assert!(count >= 10, "only {count} commands found in README.md");
+}
+
+/// Words of a simple shell line: blanks divide, single quotes keep together; a pipe or redirection ends it.
+fn split(line: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut quoted = false;
+    for c in line.chars() {
+        match c {
+            '\'' => quoted = !quoted,
+            ' ' if !quoted => words.push(String::new()),
+            '|' | '>' if !quoted => break,
+            c => words.last_mut().unwrap().push(c),
+        }
+    }
+    words.retain(|w| !w.is_empty());
+    words
+}
