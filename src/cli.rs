@@ -29,6 +29,10 @@ enum Command {
     Xdpdump(Box<tools::xdpdump::args::Args>),
     /// Put XDP programs of yours into an interface's chain, list them, take them out
     Xdpchain(tools::xdpchain::Args),
+    /// Show what a packet expression is compiled to, or try it on a file's packets in this kernel
+    Filter(tools::filter::Args),
+    /// See runs of netprobe that are in progress, and change their field filters
+    Ctl(tools::ctl::Args),
     /// Say what this kernel can do, and what that means for each subcommand
     Features(tools::features::Args),
 }
@@ -53,6 +57,8 @@ fn run(command: Command) -> Result<()> {
         Command::Icmp(args) => tools::icmp::run(&args),
         Command::Xdpdump(args) => tools::xdpdump::run(&args),
         Command::Xdpchain(args) => tools::xdpchain::run(&args),
+        Command::Filter(args) => tools::filter::run(&args),
+        Command::Ctl(args) => tools::ctl::run(&args),
         Command::Features(args) => tools::features::run(&args),
     }
 }

@@ -1,9 +1,11 @@
 //! One folder or file per subcommand: `args` (its flags), `probes` (what it attaches), `decode` (its events), `present` (its lines).
 
+pub mod ctl;
 pub mod expression;
 pub mod features;
 pub mod fields;
 pub mod icmp;
+pub mod filter;
 pub mod skb;
 pub mod xdpchain;
 pub mod xdpdump;
