@@ -6,6 +6,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod filter;
 mod harness;
 mod icmp;
 mod skb;
@@ -17,6 +18,7 @@ fn main() {
     cases.extend(harness::cases());
     cases.extend(icmp::cases());
     cases.extend(skb_more::cases());
+    cases.extend(filter::cases());
     cases.extend(xdpdump::cases());
     cases.extend(skb::cases());
     common::run(cases)
