@@ -8,6 +8,7 @@
 //! | `cbpf` | programs that passed the kernel's checks, a plain interpreter |
 //! | `ebpf` | the translation |
 //! | `asm` | eBPF instructions, labels, text |
+//! | `members` | conditions on members of kernel structs |
 //! | `inject` | instructions in place of a stub |
 //! | `run` | a translated filter over packets, in this kernel, without a network |
 
@@ -16,6 +17,7 @@ pub mod cbpf;
 pub mod ebpf;
 pub mod expr;
 pub mod inject;
+pub mod members;
 pub mod pcap;
 pub mod run;
 
@@ -29,6 +31,7 @@ use cbpf::Program;
 use ebpf::{Beyond, LoadMode};
 use expr::Compiled;
 use inject::Body;
+use members::Condition;
 
 /// Bytes of header that a tracing program copies once, for all loads (NP_FILTER_BLOCK of filter.bpf.h).
 pub const BLOCK: u32 = 96;
@@ -37,6 +40,7 @@ pub const BLOCK: u32 = 96;
 const EXPRESSION: u32 = 1 << 0;
 const TUNNEL_L2: u32 = 1 << 1;
 const TUNNEL_L3: u32 = 1 << 2;
+const MEMBERS: u32 = 1 << 3;
 
 /// The filters of a program that has an sk_buff (filter.bpf.h); all that are given must hold.
 #[derive(Debug, Default)]
@@ -46,6 +50,8 @@ pub struct Filters {
     pub tunnel_l2: Option<Program>,
     /// On the IP packet inside a tunnel; what is not tunnelled passes.
     pub tunnel_l3: Option<Program>,
+    /// On members of the sk_buff and what it points to.
+    pub members: Option<Condition>,
 }
 
 impl Filters {
@@ -55,6 +61,7 @@ impl Filters {
         bit(self.expression.is_some(), EXPRESSION)
             | bit(self.tunnel_l2.is_some(), TUNNEL_L2)
             | bit(self.tunnel_l3.is_some(), TUNNEL_L3)
+            | bit(self.members.is_some(), MEMBERS)
     }
 
     /// The stubs' new bodies.
@@ -83,6 +90,12 @@ impl Filters {
         }
         if let Some(program) = &self.tunnel_l3 {
             add("np_filter_tunnel_l3", program)?;
+        }
+        if let Some(condition) = &self.members {
+            bodies.push(Body {
+                stub: "np_filter_members",
+                insns: condition.translate()?,
+            });
         }
         Ok(bodies)
     }

@@ -10,7 +10,11 @@ use std::ptr::NonNull;
 use anyhow::{Context, Result, anyhow};
 use libbpf_sys as sys;
 
+use super::members::Member;
+
+const KIND_INT: u32 = 1;
 const KIND_PTR: u32 = 2;
+const KIND_ARRAY: u32 = 3;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
 const KIND_ENUM: u32 = 6;
@@ -21,6 +25,10 @@ const KIND_RESTRICT: u32 = 11;
 const KIND_FUNC: u32 = 12;
 const KIND_FUNC_PROTO: u32 = 13;
 const KIND_TYPE_TAG: u32 = 18;
+const KIND_ENUM64: u32 = 19;
+
+/// BTF_INT_SIGNED among an integer's encoding bits
+const INT_SIGNED: u32 = 1 << 24;
 
 /// Where vmlinux and the modules show their BTF.
 const SYSFS: &str = "/sys/kernel/btf";
@@ -147,6 +155,109 @@ impl Btf {
         Ok(self.module(module)?.enum_values(name))
     }
 
+    /// The struct of this name.
+    pub fn struct_named(&self, name: &str) -> Option<u32> {
+        self.ids(KIND_STRUCT, name).first().copied()
+    }
+
+    /// What kind of type it is, behind typedefs and qualifiers.
+    pub fn shape(&self, id: u32) -> Shape {
+        let Some(t) = self.get(self.skip_modifiers(id)) else {
+            return Shape::Other;
+        };
+        match t.kind() {
+            KIND_INT => Shape::Int {
+                size: t.size_or_type,
+                signed: t.word(0) & INT_SIGNED != 0,
+            },
+            KIND_PTR => Shape::Pointer(t.size_or_type),
+            // struct btf_array { __u32 type; __u32 index_type; __u32 nelems; } behind the type
+            KIND_ARRAY => Shape::Array {
+                element: t.word(0),
+                count: t.word(2),
+            },
+            KIND_STRUCT => Shape::Struct(format!("struct {}", self.name(t))),
+            KIND_UNION => Shape::Struct(format!("union {}", self.name(t))),
+            KIND_ENUM | KIND_ENUM64 => Shape::Enum {
+                size: t.size_or_type,
+                signed: t.kind_flag(),
+            },
+            _ => Shape::Other,
+        }
+    }
+
+    /// Bytes that a value of the type takes.
+    pub fn size(&self, id: u32) -> u32 {
+        // SAFETY: the BTF is valid as long as self; an id that is not there gives an error, less than 0.
+        let size = unsafe { sys::btf__resolve_size(self.raw.as_ptr(), id) };
+        u32::try_from(size).unwrap_or(0)
+    }
+
+    /// Members of a struct or union, behind typedefs and qualifiers; none of another type.
+    pub fn members(&self, id: u32) -> Vec<Member> {
+        let Some(t) = self.get(self.skip_modifiers(id)) else {
+            return Vec::new();
+        };
+        if !matches!(t.kind(), KIND_STRUCT | KIND_UNION) {
+            return Vec::new();
+        }
+        // struct btf_member { __u32 name_off; __u32 type; __u32 offset; } behind the type
+        (0..t.vlen())
+            .map(|i| {
+                let (name, type_id, offset) = (t.word(3 * i), t.word(3 * i + 1), t.word(3 * i + 2));
+                let (bit_offset, bits) = if t.kind_flag() {
+                    (offset & 0xff_ffff, offset >> 24)
+                } else {
+                    (offset, 0)
+                };
+                Member {
+                    name: self.string(name),
+                    type_id,
+                    bit_offset,
+                    bits,
+                }
+            })
+            .collect()
+    }
+
+    /// The value of an enum's constant: of the enum given, else of any.
+    pub fn constant(&self, of: Option<u32>, name: &str) -> Option<i64> {
+        let own = of.and_then(|id| self.constant_of(self.skip_modifiers(id), name));
+        own.or_else(|| (1..self.count()).find_map(|id| self.constant_of(id, name)))
+    }
+
+    fn constant_of(&self, id: u32, name: &str) -> Option<i64> {
+        let t = self.get(id)?;
+        // Entries of two words, or three: name, value (lower and upper half).
+        let words = match t.kind() {
+            KIND_ENUM => 2,
+            KIND_ENUM64 => 3,
+            _ => return None,
+        };
+        let i =
+            (0..t.vlen()).find(|&i| self.str(t.word(words * i)).to_bytes() == name.as_bytes())?;
+        let low = t.word(words * i + 1);
+        Some(match (words, t.kind_flag()) {
+            (3, _) => (u64::from(t.word(words * i + 2)) << 32 | u64::from(low)) as i64,
+            (_, true) => i64::from(low as i32),
+            (_, false) => i64::from(low),
+        })
+    }
+
+    /// Names of the constants of all enums.
+    pub fn constants(&self) -> Vec<String> {
+        let of = |id| {
+            let t: &Type = self.get(id)?;
+            let words = match t.kind() {
+                KIND_ENUM => 2,
+                KIND_ENUM64 => 3,
+                _ => return None,
+            };
+            Some((0..t.vlen()).map(move |i| self.string(t.word(words * i))))
+        };
+        (1..self.count()).filter_map(of).flatten().collect()
+    }
+
     /// vmlinux has a function of this name.
     pub fn has_function(&self, name: &str) -> bool {
         !self.ids(KIND_FUNC, name).is_empty()
@@ -263,6 +374,28 @@ impl Drop for Btf {
     }
 }
 
+/// A type, as far as reading a value needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shape {
+    /// to a type
+    Pointer(u32),
+    /// a struct or union, by its name
+    Struct(String),
+    Array {
+        element: u32,
+        count: u32,
+    },
+    Int {
+        size: u32,
+        signed: bool,
+    },
+    Enum {
+        size: u32,
+        signed: bool,
+    },
+    Other,
+}
+
 /// `struct btf_type`: what follows it in memory depends on its kind.
 #[repr(C)]
 struct Type {
@@ -280,11 +413,23 @@ impl Type {
         (self.info & 0xffff) as usize
     }
 
+    /// What it means depends on the kind: of a struct, that members' offsets have a bit field's size in the upper byte; of
+    /// an enum, that it is signed.
+    fn kind_flag(&self) -> bool {
+        self.info >> 31 != 0
+    }
+
     /// The `i`th 32-bit word behind the type.
     fn word(&self, i: usize) -> u32 {
-        debug_assert!(i < 2 * self.vlen());
-        // SAFETY: callers ask for words below 2 * vlen of an enum or a prototype, which has vlen entries of two words behind
-        // it; libbpf checked that they are within the BTF when it loaded it.
+        let words = match self.kind() {
+            KIND_INT => 1,
+            KIND_ARRAY => 3,
+            KIND_STRUCT | KIND_UNION | KIND_ENUM64 => 3 * self.vlen(),
+            _ => 2 * self.vlen(),
+        };
+        debug_assert!(i < words);
+        // SAFETY: callers ask for words that a type of this kind has behind it (see the assertion); libbpf checked that they
+        // are within the BTF when it loaded it.
         unsafe { std::ptr::from_ref(self).add(1).cast::<u32>().add(i).read() }
     }
 }

@@ -7,6 +7,7 @@ pub mod drop_reason;
 pub mod features;
 pub mod functions;
 pub mod ksyms;
+pub mod members;
 pub mod netdev;
 pub mod netns;
 pub mod pages;

@@ -6,7 +6,9 @@ use crate::engine::usage;
 use crate::filter::Filters;
 use crate::filter::cbpf::Program;
 use crate::filter::expr::{self, Compiled, SNAPLEN};
+use crate::filter::members::Condition;
 use crate::filter::pcap::Linktype;
+use crate::kernel::btf::Btf;
 
 /// Filters by expression, decided in the kernel. All that are given must hold, beside the field filters.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -23,6 +25,11 @@ pub struct ExpressionArgs {
     /// The IP packet inside VXLAN, GENEVE, IPIP or GRE matches; what is not tunnelled passes
     #[arg(long, value_name = "EXPRESSION")]
     pub filter_tunnel_pcap_l3: Option<String>,
+
+    /// Members of the sk_buff and of what it points to, in C: 'skb->dev->ifindex == 3 && skb->mark & 0xff != 0';
+    /// constants may be names of enums; values are in the kernel's byte order (htons(…), htonl(…))
+    #[arg(long, value_name = "CONDITION")]
+    pub filter_skb_expr: Option<String>,
 }
 
 impl ExpressionArgs {
@@ -47,7 +54,18 @@ impl ExpressionArgs {
                 &self.filter_tunnel_pcap_l3,
                 Linktype::RAW_IP,
             )?,
+            members: self.members()?,
         })
+    }
+
+    fn members(&self) -> Result<Option<Condition>> {
+        let Some(text) = &self.filter_skb_expr else {
+            return Ok(None);
+        };
+        let btf = Btf::vmlinux(None)?;
+        Condition::parse(text, ("skb", "sk_buff"), &btf)
+            .map(Some)
+            .map_err(|e| usage(format!("--filter-skb-expr '{text}': {e:#}")))
     }
 }
 

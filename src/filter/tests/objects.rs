@@ -9,6 +9,8 @@ use super::privileged;
 use crate::bpf::filter_probe::FilterProbeSkelBuilder;
 use crate::filter::Filters;
 use crate::filter::expr::Compiled;
+use crate::filter::members::Condition;
+use crate::kernel::btf::Btf;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
 
@@ -61,7 +63,24 @@ fn loads_beyond_the_block_and_tunnels_load() {
         expression: Some(expression("tcp[100] = 3 and ether[2000] = 1")),
         tunnel_l2: Some(expression("tcp port 80 or icmp").l2),
         tunnel_l3: Some(expression("host 10.1.1.1 and udp[200:2] = 77").l3.unwrap()),
+        ..Filters::default()
     });
+}
+
+#[test]
+fn conditions_on_members_load() {
+    let btf = Btf::vmlinux(None).unwrap();
+    for text in [
+        "skb->mark",
+        "skb->dev->ifindex == 3 && skb->dev->nd_net.net->ns.inum != 0xfffffff0",
+        "!(skb->pkt_type == 4 || skb->cb[3] >= 0x80) || skb->sk->__sk_common.skc_daddr == htonl(0x0a000001)",
+    ] {
+        let members = Some(Condition::parse(text, ("skb", "sk_buff"), &btf).unwrap());
+        loads(&Filters {
+            members,
+            ..Filters::default()
+        });
+    }
 }
 
 #[test]
