@@ -12,4 +12,5 @@ pub mod netdev;
 pub mod netns;
 pub mod pages;
 pub mod process;
+pub mod program;
 pub mod xdp;

@@ -7,10 +7,12 @@ use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
 use crate::engine::usage;
-use crate::kernel::xdp::Mode;
+use crate::kernel::xdp;
 use crate::output::OutputArgs;
 use crate::output::pcapng::{Format, MAX_SNAPLEN};
 use crate::tools::EngineArgs;
+
+use super::trace::Points;
 
 /// The most of a packet that one event can carry (NP_XDP_MAX_CAPTURE).
 const MAX_CAPTURE: u32 = 65_400;
@@ -25,6 +27,34 @@ pub enum XdpMode {
     Native,
     /// in the stack's receive path; every interface
     Skb,
+}
+
+/// Where to capture beside programs that are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// trace where a program is and the kernel lets one, else chain
+    Auto,
+    /// in front of the programs, by tail call; every kernel
+    Chain,
+    /// at a program's entry and exit, by fentry and fexit: shows verdicts, changes nothing at the interface
+    Trace,
+}
+
+/// Ends of a traced program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Point {
+    Entry,
+    Exit,
+}
+
+/// What an XDP program said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Verdict {
+    Aborted,
+    Drop,
+    Pass,
+    Tx,
+    Redirect,
 }
 
 /// Capture at XDP, before the stack, beside whatever XDP program is there.
@@ -57,6 +87,23 @@ pub struct Args {
     /// Send one in N matching packets (of each CPU); decided in the kernel
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub sample: u32,
+
+    /// How to capture where an XDP program is
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    pub mode: Mode,
+
+    /// Ends of the traced program; exit shows its verdict
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Point::Entry])]
+    pub rx_capture: Vec<Point>,
+
+    /// The programs to trace: function, function@id, id, or all (also those of a libxdp dispatcher, and subprograms that
+    /// take the packet); the default is the main one
+    #[arg(short, long, value_name = "NAME", value_delimiter = ',')]
+    pub program_names: Vec<String>,
+
+    /// Only packets with one of these verdicts: traced at exit, or of a file
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub action: Vec<Verdict>,
 
     /// How to attach where no XDP program is
     #[arg(long, alias = "load-xdp-mode", value_enum, default_value_t = XdpMode::Auto)]
@@ -129,6 +176,12 @@ impl Args {
         if !self.expression.is_empty() {
             return Err(usage("expressions are not built into xdpdump yet"));
         }
+        let traces = !self.program_names.is_empty() || !self.action.is_empty();
+        if traces && captures && self.mode == Mode::Chain {
+            return Err(usage(
+                "-p and --action need --mode trace: a program in front of others knows no verdict",
+            ));
+        }
         if self.sample == 0 {
             return Err(usage("--sample 0: must be 1 or more"));
         }
@@ -153,6 +206,40 @@ impl Args {
             return Err(usage("--iface names an interface twice"));
         }
         Ok(())
+    }
+
+    /// What cannot be done in front of a chain.
+    pub fn check_chain(&self) -> Result<()> {
+        if self.program_names.is_empty()
+            && self.action.is_empty()
+            && !self.rx_capture.contains(&Point::Exit)
+        {
+            return Ok(());
+        }
+        Err(usage(
+            "--rx-capture exit, -p and --action need an XDP program that can be traced (--mode trace says why not)",
+        ))
+    }
+
+    /// What to send of traced programs. Verdicts are asked for at exit alone.
+    pub fn points(&self) -> Points {
+        let exit_only = !self.action.is_empty();
+        Points {
+            entry: self.rx_capture.contains(&Point::Entry) && !exit_only,
+            exit: self.rx_capture.contains(&Point::Exit) || exit_only,
+            verdicts: match self.action.as_slice() {
+                [] => u32::MAX,
+                some => some
+                    .iter()
+                    .fold(0, |bits, verdict| bits | 1 << *verdict as u32),
+            },
+        }
+    }
+
+    /// Whether a packet of a file is wanted.
+    pub fn wants(&self, verdict: Option<u32>) -> bool {
+        self.action.is_empty()
+            || verdict.is_some_and(|verdict| self.action.iter().any(|one| *one as u32 == verdict))
     }
 
     /// Bytes of each packet that are sent.
@@ -196,11 +283,11 @@ impl Args {
 
 impl XdpMode {
     /// What to try, in this order.
-    pub fn modes(self, driver: Option<&str>) -> Vec<Mode> {
+    pub fn modes(self, driver: Option<&str>) -> Vec<xdp::Mode> {
         match (self, driver) {
-            (XdpMode::Native, _) => vec![Mode::Native],
-            (XdpMode::Skb, _) | (XdpMode::Auto, Some("veth")) => vec![Mode::Generic],
-            (XdpMode::Auto, _) => vec![Mode::Native, Mode::Generic],
+            (XdpMode::Native, _) => vec![xdp::Mode::Native],
+            (XdpMode::Skb, _) | (XdpMode::Auto, Some("veth")) => vec![xdp::Mode::Generic],
+            (XdpMode::Auto, _) => vec![xdp::Mode::Native, xdp::Mode::Generic],
         }
     }
 }
@@ -244,16 +331,16 @@ mod tests {
 
     #[test]
     fn modes_by_driver() {
-        assert_eq!(XdpMode::Auto.modes(Some("veth")), [Mode::Generic]);
+        assert_eq!(XdpMode::Auto.modes(Some("veth")), [xdp::Mode::Generic]);
         assert_eq!(
             XdpMode::Auto.modes(Some("virtio_net")),
-            [Mode::Native, Mode::Generic]
+            [xdp::Mode::Native, xdp::Mode::Generic]
         );
         assert_eq!(
             parse("-i a --load-xdp-mode native")
                 .xdp_mode
                 .modes(Some("veth")),
-            [Mode::Native]
+            [xdp::Mode::Native]
         );
     }
 }

@@ -8,34 +8,40 @@ mod list;
 pub mod place;
 mod present;
 pub mod probes;
+mod read;
+mod sink;
+mod trace;
 
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
-use std::time::Instant;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use libbpf_rs::OpenObject;
+use libbpf_rs::{MapHandle, OpenObject};
 
 use crate::engine::drain::Drain;
 use crate::engine::loss::Loss;
 use crate::engine::merge::Record;
 use crate::engine::session::{self, Consumer, Flow};
-use crate::engine::{log, signals};
+use crate::engine::{UsageError, log, signals};
 use crate::kernel::clock::WallClock;
 use crate::kernel::features::Features;
 use crate::kernel::netns::Netns;
 use crate::kernel::{netdev, xdp};
-use crate::output::pcapng::{Counters, Direction, Interface, Packet};
-use crate::output::{self, Output};
+use crate::output;
 
-use args::Args;
-use file::{CaptureFile, Rotation};
+use args::{Args, Mode};
+use decode::Point;
 use place::{Lock, Place};
-use present::{Presenter, Shown};
-use probes::{Capture, Options};
+use probes::{Capture, Counts, Options};
+use sink::{Sink, Source};
+use trace::{Target, Trace};
 
 pub fn run(args: &Args) -> Result<()> {
     args.check()?;
+    if let Some(path) = &args.read {
+        return read::run(args, path);
+    }
     if let Some(netns) = &args.netns {
         Netns::parse(netns)?.enter()?;
     }
@@ -64,46 +70,62 @@ fn restore(ifaces: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// An interface and what is to be traced at it; nothing: capture in front of its programs.
+struct Planned {
+    iface: String,
+    ifindex: u32,
+    targets: Vec<Target>,
+}
+
+/// The BPF objects of one interface live here.
+struct Storage {
+    chain: MaybeUninit<OpenObject>,
+    traces: Vec<MaybeUninit<OpenObject>>,
+}
+
 fn capture(args: &Args) -> Result<()> {
-    let ifaces = args
+    let planned = args
         .iface
         .iter()
-        .map(|name| Ok((netdev::index(name)?, name.clone())))
+        .map(|iface| plan(args, iface))
         .collect::<Result<Vec<_>>>()?;
     let stop = signals::stop_channel()?;
     let clock = WallClock::new()?;
-    let begun = std::time::SystemTime::now();
+    let begun = SystemTime::now();
     let options = Options {
         snaplen: args.capture_len(),
         sample: args.sample,
     };
-    let mut sink = Sink::open(args, &ifaces)?;
+    let mut storage = planned
+        .iter()
+        .map(|planned| Storage {
+            chain: MaybeUninit::uninit(),
+            traces: planned
+                .targets
+                .iter()
+                .map(|_| MaybeUninit::uninit())
+                .collect(),
+        })
+        .collect::<Vec<_>>();
 
-    let mut storage: Vec<MaybeUninit<OpenObject>> =
-        ifaces.iter().map(|_| MaybeUninit::uninit()).collect();
-    let mut captures: Vec<Capture<'_>> = Vec::new();
-    let mut drain = None;
-    for ((_, name), storage) in ifaces.iter().zip(&mut storage) {
-        let modes = args.xdp_mode.modes(netdev::driver(name).as_deref());
-        let events = captures.first().map(Capture::events).transpose()?;
-        let capture = Capture::begin(
-            name,
+    // The buffers are drained before the first program can write to them.
+    let events = probes::event_map()?;
+    let drain = Drain::start(events.as_fd(), args.engine.buffer())?;
+    let mut probes: Vec<Probe<'_>> = Vec::new();
+    for (planned, storage) in planned.iter().zip(&mut storage) {
+        let first = probes.len() as u32;
+        probes.extend(begin(
+            args,
+            planned,
+            first,
             &options,
-            modes,
-            events.as_ref().map(AsFd::as_fd),
+            events.as_fd(),
             storage,
-        )?;
-        if drain.is_none() {
-            drain = Some(Drain::start(
-                capture.events()?.as_fd(),
-                args.engine.buffer(),
-            )?);
-        }
-        tell(&capture);
-        captures.push(capture);
+        )?);
     }
-    let _promiscuous = promiscuous(args, &captures)?;
-    let drain = drain.context("no interface")?;
+    let _promiscuous = promiscuous(args, &planned)?;
+    let sources = probes.iter().flat_map(Probe::sources).collect::<Vec<_>>();
+    let mut sink = Sink::open(args, None, sources)?;
     output::ready(args.output.ready_file.as_deref())?;
 
     let mut consumer = Live {
@@ -112,12 +134,14 @@ fn capture(args: &Args) -> Result<()> {
         captured: 0,
         limit: args.limit(),
         undecodable: 0,
+        stats: probes.iter().map(Probe::stats).collect::<Result<_>>()?,
+        lost: 0,
     };
     let deadline = args.duration().map(|duration| Instant::now() + duration);
     let mut taken_away = Ok(());
     let ended = session::run(drain, &stop, deadline, &mut consumer, || {
-        for capture in &mut captures {
-            let ended = capture.end();
+        for probe in &mut probes {
+            let ended = probe.end();
             if taken_away.is_ok() {
                 taken_away = ended;
             }
@@ -132,13 +156,93 @@ fn capture(args: &Args) -> Result<()> {
         undecodable: undecodable + received.short,
         ..Loss::default()
     };
-    let mut counts = Vec::new();
-    for capture in &captures {
-        capture.add_loss(&mut loss)?;
-        counts.push((capture.place.name.clone(), capture.counts()?));
+    let (mut counts, mut total) = (Vec::new(), Counts::default());
+    for probe in &probes {
+        probe.add_loss(&mut loss)?;
+        let of_probe = probe.counts()?;
+        total.add(&of_probe);
+        counts.extend(probe.sources().iter().map(|_| of_probe));
     }
-    sink.finish(&counts, captured, &loss, begun)?;
+    sink.finish(&counts, total, captured, &loss, begun)?;
     taken_away
+}
+
+/// Decides what is to be watched at an interface.
+fn plan(args: &Args, iface: &str) -> Result<Planned> {
+    let ifindex = netdev::index(iface)?;
+    let mut planned = Planned {
+        iface: iface.to_owned(),
+        ifindex,
+        targets: Vec::new(),
+    };
+    let trace = match args.mode {
+        Mode::Chain => false,
+        Mode::Trace => true,
+        Mode::Auto => {
+            // A chain of netprobe's own is joined; a capture without a program to look at makes its own.
+            let lock = Lock::take()?;
+            let chained = chain::recover(&Place::find(iface, &lock)?)?.is_some();
+            !chained && xdp::query(ifindex).ok().flatten().is_some()
+        }
+    };
+    if trace {
+        match trace::targets(iface, ifindex, &args.program_names) {
+            Ok(targets) => planned.targets = targets,
+            Err(error) if args.mode == Mode::Trace || error.is::<UsageError>() => {
+                return Err(error);
+            }
+            Err(error) => eprintln!("netprobe: {iface}: {error:#}"),
+        }
+    }
+    Ok(planned)
+}
+
+/// Attaches to one interface. In auto mode tracing gives way to the chain where the kernel refuses it.
+fn begin<'a>(
+    args: &Args,
+    planned: &Planned,
+    first: u32,
+    options: &Options,
+    events: BorrowedFd<'_>,
+    storage: &'a mut Storage,
+) -> Result<Vec<Probe<'a>>> {
+    let mut traces = Vec::new();
+    let mut refused = None;
+    for ((target, storage), index) in planned.targets.iter().zip(&mut storage.traces).zip(first..) {
+        match Trace::begin(target, index, options, args.points(), events, storage) {
+            Ok(trace) => traces.push(Probe::Trace {
+                trace,
+                iface: planned.iface.clone(),
+                index,
+            }),
+            Err(error) if args.mode == Mode::Trace => return Err(error),
+            Err(error) => refused = Some(error),
+        }
+    }
+    if let Some(error) = refused {
+        eprintln!("netprobe: {}: {error}: chaining instead", planned.iface);
+        if !args.action.is_empty() || !args.program_names.is_empty() {
+            return Err(error);
+        }
+        traces.clear();
+    }
+    if !traces.is_empty() {
+        let names = planned
+            .targets
+            .iter()
+            .map(Target::name)
+            .collect::<Vec<_>>()
+            .join(", ");
+        eprintln!("netprobe: capturing at {}, tracing {names}", planned.iface);
+        return Ok(traces);
+    }
+    args.check_chain()?;
+    let modes = args
+        .xdp_mode
+        .modes(netdev::driver(&planned.iface).as_deref());
+    let capture = Capture::begin(&planned.iface, options, modes, events, &mut storage.chain)?;
+    tell(&capture);
+    Ok(vec![Probe::Chain(capture)])
 }
 
 /// Says on stderr where the programs stand.
@@ -153,158 +257,85 @@ fn tell(capture: &Capture<'_>) {
     }
 }
 
-fn promiscuous(args: &Args, captures: &[Capture<'_>]) -> Result<Vec<std::os::fd::OwnedFd>> {
-    let wanted = captures.iter().filter(|_| args.promiscuous);
+fn promiscuous(args: &Args, planned: &[Planned]) -> Result<Vec<OwnedFd>> {
+    let wanted = planned.iter().filter(|_| args.promiscuous);
     wanted
-        .map(|capture| {
-            netdev::promiscuous(capture.place.ifindex)
-                .with_context(|| format!("failed to make {} promiscuous", capture.place.name))
+        .map(|planned| {
+            netdev::promiscuous(planned.ifindex)
+                .with_context(|| format!("failed to make {} promiscuous", planned.iface))
         })
         .collect()
 }
 
-/// Where packets go: lines, or a capture file.
-enum Sink {
-    Lines {
-        out: Output,
-        presenter: Box<Presenter>,
-        names: Vec<(u32, String)>,
-    },
-    File {
-        file: Box<CaptureFile>,
-        out: Output,
-        ifindices: Vec<u32>,
-        dropped: u64,
+/// What captures: in front of an interface's programs, or beside one of them.
+enum Probe<'a> {
+    Chain(Capture<'a>),
+    Trace {
+        trace: Trace<'a>,
+        iface: String,
+        index: u32,
     },
 }
 
-impl Sink {
-    fn open(args: &Args, ifaces: &[(u32, String)]) -> Result<Self> {
-        let out = Output::open(&args.output)?;
-        let Some(path) = &args.write else {
-            let names = ifaces.to_vec();
-            return Ok(Sink::Lines {
-                out,
-                presenter: Box::new(Presenter::new(args)),
-                names,
-            });
-        };
-        let interfaces = ifaces
-            .iter()
-            .map(|(_, name)| Interface {
-                snaplen: args.told_snaplen(),
-                ..Interface::ethernet(name)
-            })
-            .collect();
-        let rotation = Rotation {
-            bytes: args.rotate_size.map(|mb| mb * 1_000_000),
-            time: args.rotate_seconds.map(std::time::Duration::from_secs),
-            keep: args.rotate_files,
-        };
-        let file = CaptureFile::create(
-            path,
-            args.format(),
-            rotation,
-            interfaces,
-            args.told_snaplen(),
-        )?;
-        let ifindices = ifaces.iter().map(|(index, _)| *index).collect();
-        Ok(Sink::File {
-            file: Box::new(file),
-            out,
-            ifindices,
-            dropped: 0,
-        })
+impl Probe<'_> {
+    /// The places where its packets are seen.
+    fn sources(&self) -> Vec<Source> {
+        match self {
+            Probe::Chain(capture) => vec![Source {
+                iface: capture.place.name.clone(),
+                ifindex: capture.place.ifindex,
+                point: Point::Chain,
+                program: 0,
+                function: None,
+            }],
+            Probe::Trace {
+                trace,
+                iface,
+                index,
+            } => trace
+                .points()
+                .into_iter()
+                .map(|point| Source {
+                    iface: iface.clone(),
+                    ifindex: trace.ifindex(),
+                    point,
+                    program: *index,
+                    function: Some(trace.function().to_owned()),
+                })
+                .collect(),
+        }
     }
 
-    fn packet(&mut self, seen: &decode::Seen<'_>, wall: u64, late: bool) -> Result<Flow> {
+    fn end(&mut self) -> Result<()> {
         match self {
-            Sink::Lines {
-                out,
-                presenter,
-                names,
-            } => {
-                let name = names.iter().find(|(index, _)| *index == seen.ifindex);
-                let shown = Shown {
-                    wall,
-                    iface: name.map_or("?", |(_, name)| name),
-                    queue: Some(seen.queue),
-                    id: Some(seen.id),
-                    verdict: seen.verdict,
-                    len: seen.len,
-                    data: seen.data,
-                    late,
-                    comment: None,
-                };
-                presenter.packet(out, &shown)
-            }
-            Sink::File {
-                file,
-                ifindices,
-                dropped,
-                ..
-            } => {
-                let at = ifindices
-                    .iter()
-                    .position(|index| *index == seen.ifindex)
-                    .unwrap_or_default();
-                let packet = Packet {
-                    interface: at as u32,
-                    ts: wall,
-                    len: seen.len,
-                    data: seen.data,
-                    direction: Some(Direction::Inbound),
-                    id: Some(seen.id),
-                    queue: Some(seen.queue),
-                    verdict: seen.verdict.map(u64::from),
-                    dropped: (*dropped > 0).then_some(std::mem::take(dropped)),
-                    comment: None,
-                };
-                file.packet(&packet)?;
-                Ok(Flow::Continue)
+            Probe::Chain(capture) => capture.end(),
+            Probe::Trace { trace, .. } => {
+                trace.end();
+                Ok(())
             }
         }
     }
 
-    fn flush(&mut self) -> Result<()> {
+    fn counts(&self) -> Result<Counts> {
         match self {
-            Sink::Lines { out, .. } => out.flush(),
-            Sink::File { file, .. } => file.flush(),
+            Probe::Chain(capture) => capture.counts(),
+            Probe::Trace { trace, .. } => trace.counts(),
         }
     }
 
-    /// Summary, statistics blocks, and everything written.
-    fn finish(
-        &mut self,
-        counts: &[(String, probes::Counts)],
-        captured: u64,
-        loss: &Loss,
-        begun: std::time::SystemTime,
-    ) -> Result<()> {
+    fn stats(&self) -> Result<MapHandle> {
         match self {
-            Sink::Lines { out, .. } => present::summary(out, counts, captured, loss),
-            Sink::File { file, out, .. } => {
-                for (interface, (_, counts)) in counts.iter().enumerate() {
-                    let counters = Counters {
-                        start: nanoseconds(begun),
-                        end: nanoseconds(std::time::SystemTime::now()),
-                        received: Some(counts.seen),
-                        accepted: Some(counts.matched),
-                        dropped: Some(counts.lost),
-                        delivered: Some(counts.sent.saturating_sub(counts.lost)),
-                    };
-                    file.statistics(interface as u32, &counters)?;
-                }
-                file.flush()?;
-                present::summary(out, counts, captured, loss)
-            }
+            Probe::Chain(capture) => capture.stats(),
+            Probe::Trace { trace, .. } => trace.stats(),
         }
     }
-}
 
-fn nanoseconds(time: std::time::SystemTime) -> u64 {
-    time.duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_nanos() as u64)
+    fn add_loss(&self, loss: &mut Loss) -> Result<()> {
+        match self {
+            Probe::Chain(capture) => capture.add_loss(loss),
+            Probe::Trace { trace, .. } => trace.add_loss(loss),
+        }
+    }
 }
 
 /// Events of a running capture.
@@ -315,6 +346,24 @@ struct Live<'a> {
     /// 0: none
     limit: u64,
     undecodable: u64,
+    /// The counters of all probes, to tell in the file where packets were lost.
+    stats: Vec<MapHandle>,
+    lost: u64,
+}
+
+impl Live<'_> {
+    fn watch_loss(&mut self) -> Result<()> {
+        if !self.sink.tells_loss() {
+            return Ok(());
+        }
+        let mut loss = Loss::default();
+        for stats in &self.stats {
+            loss.add_stats(stats)?;
+        }
+        self.sink.lost(loss.lost - self.lost);
+        self.lost = loss.lost;
+        Ok(())
+    }
 }
 
 impl Consumer for Live<'_> {
@@ -339,6 +388,7 @@ impl Consumer for Live<'_> {
 
     fn tick(&mut self) -> Result<Flow> {
         self.clock.refresh()?;
+        self.watch_loss()?;
         self.sink.flush()?;
         Ok(Flow::Continue)
     }

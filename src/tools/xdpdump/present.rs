@@ -22,6 +22,8 @@ pub struct Shown<'a> {
     /// ns since 1970
     pub wall: u64,
     pub iface: &'a str,
+    /// The end of a traced program: `xdp_prog()@exit`.
+    pub place: Option<&'a str>,
     pub queue: Option<u32>,
     pub id: Option<u64>,
     pub verdict: Option<u32>,
@@ -68,7 +70,7 @@ impl Presenter {
         flow
     }
 
-    /// `12:34:56.123456 veth0 q0 [PASS] IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 64 (98 bytes)`.
+    /// `12:34:56.123456 veth0 q0 xdp_prog()@exit[PASS] IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 64 (98 bytes)`.
     /// Writes to a Vec do not fail, so their results are dropped here.
     fn text(&mut self, line: &mut Vec<u8>, shown: &Shown<'_>, frame: Option<&Frame>) {
         let second = shown.wall / 1_000_000_000;
@@ -86,8 +88,12 @@ impl Presenter {
         if let Some(queue) = shown.queue {
             let _ = write!(line, " q{queue}");
         }
+        if let Some(place) = shown.place {
+            line.push(b' ');
+            push_escaped(line, place.as_bytes());
+        }
         if let Some(verdict) = shown.verdict {
-            let _ = write!(line, " [{}]", verdict_name(verdict));
+            let _ = write!(line, "[{}]", verdict_name(verdict));
         }
         if let (true, Some(id)) = (self.details, shown.id) {
             let _ = write!(line, " id {id:#x}");
@@ -129,19 +135,7 @@ impl Presenter {
 }
 
 /// The end of a capture: a summary for people, a record for programs.
-pub fn summary(
-    out: &mut Output,
-    counts: &[(String, Counts)],
-    captured: u64,
-    loss: &Loss,
-) -> Result<()> {
-    let mut sum = Counts::default();
-    for (_, of) in counts {
-        sum.seen += of.seen;
-        sum.matched += of.matched;
-        sum.sent += of.sent;
-        sum.lost += of.lost;
-    }
+pub fn summary(out: &mut Output, sum: Counts, captured: u64, loss: &Loss) -> Result<()> {
     eprintln!(
         "netprobe: {captured} packets captured, {} lost, {} matched the filter, {} seen at XDP",
         sum.lost, sum.matched, sum.seen
@@ -186,6 +180,8 @@ struct Row {
     /// ns since 1970
     time_ns: u64,
     iface: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     queue: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -238,6 +234,7 @@ fn row(shown: &Shown<'_>, frame: Option<&Frame>) -> Row {
         kind: "packet",
         time_ns: shown.wall,
         iface: escaped(shown.iface.as_bytes()),
+        place: shown.place.map(|place| escaped(place.as_bytes())),
         queue: shown.queue,
         id: shown.id,
         verdict: shown.verdict.map(verdict_name),

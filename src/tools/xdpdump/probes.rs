@@ -1,11 +1,13 @@
 //! The capture programs: loaded as the interface wants them, put in front of its chain, counted and taken away.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, OpenObject, OpenProgramMut, ProgramAttachType};
+use libbpf_rs::{
+    MapCore, MapFlags, MapHandle, MapType, OpenObject, OpenProgramMut, ProgramAttachType,
+};
 
 use crate::bpf;
 use crate::bpf::xdpdump::types::np_xdp_count;
@@ -36,6 +38,49 @@ pub struct Counts {
     pub lost: u64,
 }
 
+impl Counts {
+    /// Of the CPUs' packets before and after the filter, and what was sent and lost of them.
+    pub fn sum(
+        per_cpu: impl Iterator<Item = (u64, u64)>,
+        add_loss: impl FnOnce(&mut Loss) -> Result<()>,
+    ) -> Result<Self> {
+        let mut counts = Self::default();
+        for (seen, matched) in per_cpu {
+            counts.seen += seen;
+            counts.matched += matched;
+        }
+        let mut loss = Loss::default();
+        add_loss(&mut loss)?;
+        (counts.sent, counts.lost) = (loss.sent, loss.lost);
+        Ok(counts)
+    }
+
+    pub fn add(&mut self, other: &Self) {
+        self.seen += other.seen;
+        self.matched += other.matched;
+        self.sent += other.sent;
+        self.lost += other.lost;
+    }
+}
+
+/// The perf event array that all programs of a run send to.
+pub fn event_map() -> Result<MapHandle> {
+    let opts = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _,
+        ..Default::default()
+    };
+    let cpus = libbpf_rs::num_possible_cpus().context("failed to count the CPUs")?;
+    MapHandle::create(
+        MapType::PerfEventArray,
+        Some("events"),
+        4,
+        4,
+        cpus as u32,
+        &opts,
+    )
+    .context("failed to make the perf event array")
+}
+
 /// The programs loaded for one interface, and their place there.
 pub struct Capture<'a> {
     skel: XdpdumpSkel<'a>,
@@ -47,12 +92,12 @@ pub struct Capture<'a> {
 }
 
 impl<'a> Capture<'a> {
-    /// Loads the programs and puts them to the interface. `events`: the perf buffers of an interface before this one, to be shared.
+    /// Loads the programs and puts them to the interface. `events`: the perf buffers of all interfaces.
     pub fn begin(
         iface: &str,
         options: &Options,
         modes: Vec<Mode>,
-        events: Option<BorrowedFd<'_>>,
+        events: BorrowedFd<'_>,
         storage: &'a mut MaybeUninit<OpenObject>,
     ) -> Result<Self> {
         let lock = Lock::take()?;
@@ -84,16 +129,6 @@ impl<'a> Capture<'a> {
         })
     }
 
-    /// The perf event array of this interface's programs.
-    pub fn events(&self) -> Result<OwnedFd> {
-        self.skel
-            .maps
-            .events
-            .as_fd()
-            .try_clone_to_owned()
-            .context("failed to duplicate an fd")
-    }
-
     /// Takes our program away; what it has sent until then can still be read.
     pub fn end(&mut self) -> Result<()> {
         let Some(chain) = self.chain.take() else {
@@ -110,16 +145,18 @@ impl<'a> Capture<'a> {
             .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)
             .context("failed to read the packet counters")?
             .unwrap_or_default();
-        let mut counts = Counts::default();
-        for bytes in per_cpu {
-            let (count, _) = bpf::read::<np_xdp_count>(&bytes).unwrap_or_default();
-            counts.seen += count.seen;
-            counts.matched += count.matched;
-        }
-        let mut loss = Loss::default();
-        self.add_loss(&mut loss)?;
-        (counts.sent, counts.lost) = (loss.sent, loss.lost);
-        Ok(counts)
+        let counts = per_cpu
+            .iter()
+            .filter_map(|bytes| bpf::read::<np_xdp_count>(bytes));
+        Counts::sum(
+            counts.map(|(count, _)| (count.seen, count.matched)),
+            |loss| self.add_loss(loss),
+        )
+    }
+
+    /// The counters of what was sent and lost.
+    pub fn stats(&self) -> Result<MapHandle> {
+        MapHandle::try_from(&self.skel.maps.stats).context("failed to duplicate an fd")
     }
 
     pub fn add_loss(&self, loss: &mut Loss) -> Result<()> {
@@ -130,7 +167,7 @@ impl<'a> Capture<'a> {
 fn load<'a>(
     plan: &Plan,
     options: &Options,
-    events: Option<BorrowedFd<'_>>,
+    events: BorrowedFd<'_>,
     storage: &'a mut MaybeUninit<OpenObject>,
 ) -> Result<XdpdumpSkel<'a>> {
     let mut open = open(plan, storage)?;
@@ -142,12 +179,10 @@ fn load<'a>(
     rodata.snaplen = options.snaplen;
     rodata.sample_every = options.sample;
     rodata.use_buff_len = u8::from(xdp::has_frags());
-    if let Some(events) = events {
-        open.maps
-            .events
-            .reuse_fd(events)
-            .context("failed to share the perf buffers")?;
-    }
+    open.maps
+        .events
+        .reuse_fd(events)
+        .context("failed to share the perf buffers")?;
     open.load().map_err(|error| {
         anyhow!(
             "failed to load the XDP programs: {error:?}\n{}",

@@ -1,0 +1,75 @@
+//! Loaded BPF programs as their own type information describes them: the functions that can be traced.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use anyhow::{Context, Result, bail};
+use libbpf_rs::btf::types::{Func, FuncProto, Ptr};
+use libbpf_rs::btf::{Btf, TypeId};
+use libbpf_sys as sys;
+
+/// Functions of one program that are looked at; a program has 256 at most.
+const MAX_FUNCTIONS: u32 = 512;
+
+/// A function of a loaded program: the program itself, or a subprogram.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Whole, where the kernel's own name of the program is cut to 15 characters.
+    pub name: String,
+    /// Its first argument is the packet's context (`struct xdp_md *`).
+    pub takes_context: bool,
+}
+
+/// The functions of a program, its main one first.
+pub fn functions(program: BorrowedFd<'_>) -> Result<Vec<Function>> {
+    let (id, types) = function_types(program)?;
+    let without = || format!("program {id} has no BTF of its functions: it was built without -g");
+    if types.is_empty() {
+        bail!("{}", without());
+    }
+    let btf = Btf::from_prog_id(id).with_context(without)?;
+    Ok(types
+        .into_iter()
+        .filter_map(|id| function(&btf, id))
+        .collect())
+}
+
+/// The program's id, and the BTF ids of its functions in the order of their code.
+fn function_types(program: BorrowedFd<'_>) -> Result<(u32, Vec<u32>)> {
+    let size = size_of::<sys::bpf_func_info>() as u32;
+    let mut functions = vec![sys::bpf_func_info::default(); MAX_FUNCTIONS as usize];
+    let mut info = sys::bpf_prog_info {
+        nr_func_info: MAX_FUNCTIONS,
+        func_info_rec_size: size,
+        func_info: functions.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    let mut len = size_of::<sys::bpf_prog_info>() as u32;
+    // SAFETY: info is writable for len bytes, and its one array has room for as many records as it says.
+    let code = unsafe { sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &mut info, &mut len) };
+    if code < 0 {
+        return Err(io::Error::from_raw_os_error(-code)).context("failed to look at a program");
+    }
+    functions.truncate(info.nr_func_info.min(MAX_FUNCTIONS) as usize);
+    Ok((
+        info.id,
+        functions.iter().map(|function| function.type_id).collect(),
+    ))
+}
+
+fn function(btf: &Btf<'_>, id: u32) -> Option<Function> {
+    let function = btf.type_by_id::<Func<'_>>(TypeId::from(id))?;
+    let name = function.name()?.to_string_lossy().into_owned();
+    Some(Function {
+        name,
+        takes_context: takes_context(btf, &function).unwrap_or(false),
+    })
+}
+
+fn takes_context(btf: &Btf<'_>, function: &Func<'_>) -> Option<bool> {
+    let proto = FuncProto::try_from(function.next_type()?).ok()?;
+    let first = proto.iter().next()?;
+    let pointer = btf.type_by_id::<Ptr<'_>>(first.ty)?;
+    let pointee = pointer.next_type()?.skip_mods_and_typedefs();
+    Some(pointee.name()? == "xdp_md")
+}

@@ -1,0 +1,210 @@
+//! Where captured packets go: lines, or a capture file; and what is said at the end. It must not know how packets were captured.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+
+use crate::engine::loss::Loss;
+use crate::engine::session::Flow;
+use crate::output::Output;
+use crate::output::pcapng::{Counters, Direction, Interface, Packet};
+
+use super::args::Args;
+use super::decode::{Point, Seen};
+use super::file::{CaptureFile, Rotation};
+use super::present::{self, Presenter, Shown};
+use super::probes::Counts;
+
+/// A place where packets were seen: an interface, or one end of a program at it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    pub iface: String,
+    pub ifindex: u32,
+    pub point: Point,
+    /// Number of the traced program in its events; 0 in front of a chain.
+    pub program: u32,
+    /// Name of the traced function.
+    pub function: Option<String>,
+}
+
+impl Source {
+    fn is_of(&self, seen: &Seen<'_>) -> bool {
+        self.ifindex == seen.ifindex && self.point == seen.point && self.program == seen.program
+    }
+
+    /// The end of a program, for lines: `xdp_prog()@exit`.
+    fn place(&self) -> Option<String> {
+        let end = if self.point == Point::Exit {
+            "exit"
+        } else {
+            "entry"
+        };
+        self.function
+            .as_ref()
+            .map(|function| format!("{function}()@{end}"))
+    }
+
+    /// The name of an interface block: as xdp-tools writes it for a traced program.
+    fn block_name(&self) -> String {
+        let end = if self.point == Point::Exit {
+            "fexit"
+        } else {
+            "fentry"
+        };
+        match &self.function {
+            Some(function) => format!("{}:{function}()@{end}", self.iface),
+            None => self.iface.clone(),
+        }
+    }
+}
+
+pub struct Sink {
+    /// Each with its place in lines.
+    sources: Vec<(Source, Option<String>)>,
+    out: Output,
+    kind: Kind,
+}
+
+enum Kind {
+    Lines(Box<Presenter>),
+    /// `dropped`: packets lost since the last one that was written.
+    File {
+        file: Box<CaptureFile>,
+        dropped: u64,
+    },
+}
+
+impl Sink {
+    pub fn open(args: &Args, filter: Option<&str>, sources: Vec<Source>) -> Result<Self> {
+        let out = Output::open(&args.output)?;
+        let kind = match &args.write {
+            None => Kind::Lines(Box::new(Presenter::new(args))),
+            Some(path) => {
+                let interfaces = sources.iter().map(|source| Interface {
+                    snaplen: args.told_snaplen(),
+                    filter: filter.map(str::to_owned),
+                    ..Interface::ethernet(source.block_name())
+                });
+                let rotation = Rotation {
+                    bytes: args.rotate_size.map(|mb| mb * 1_000_000),
+                    time: args.rotate_seconds.map(Duration::from_secs),
+                    keep: args.rotate_files,
+                };
+                let interfaces = interfaces.collect();
+                let file = CaptureFile::create(
+                    path,
+                    args.format(),
+                    rotation,
+                    interfaces,
+                    args.told_snaplen(),
+                )?;
+                Kind::File {
+                    file: Box::new(file),
+                    dropped: 0,
+                }
+            }
+        };
+        let sources = sources.into_iter().map(|source| {
+            let place = source.place();
+            (source, place)
+        });
+        Ok(Sink {
+            sources: sources.collect(),
+            out,
+            kind,
+        })
+    }
+
+    /// One packet; `wall`: its time in ns since 1970.
+    pub fn packet(&mut self, seen: &Seen<'_>, wall: u64, late: bool) -> Result<Flow> {
+        let at = self
+            .sources
+            .iter()
+            .position(|(source, _)| source.is_of(seen))
+            .unwrap_or_default();
+        match &mut self.kind {
+            Kind::Lines(presenter) => {
+                let source = self.sources.get(at);
+                let shown = Shown {
+                    wall,
+                    iface: source.map_or("?", |(source, _)| &source.iface),
+                    place: source.and_then(|(_, place)| place.as_deref()),
+                    queue: Some(seen.queue),
+                    id: Some(seen.id),
+                    verdict: seen.verdict,
+                    len: seen.len,
+                    data: seen.data,
+                    late,
+                    comment: None,
+                };
+                presenter.packet(&mut self.out, &shown)
+            }
+            Kind::File { file, dropped } => {
+                let dropped = std::mem::take(dropped);
+                file.packet(&Packet {
+                    interface: at as u32,
+                    ts: wall,
+                    len: seen.len,
+                    data: seen.data,
+                    direction: Some(Direction::Inbound),
+                    id: Some(seen.id),
+                    queue: Some(seen.queue),
+                    verdict: seen.verdict.map(u64::from),
+                    dropped: (dropped > 0).then_some(dropped),
+                    comment: None,
+                })?;
+                Ok(Flow::Continue)
+            }
+        }
+    }
+
+    /// So many packets were lost just now: the next one in the file says it.
+    pub fn lost(&mut self, more: u64) {
+        if let Kind::File { dropped, .. } = &mut self.kind {
+            *dropped += more;
+        }
+    }
+
+    /// Whether [`Sink::lost`] has a use.
+    pub fn tells_loss(&self) -> bool {
+        matches!(self.kind, Kind::File { .. })
+    }
+
+    pub fn flush(&mut self) -> Result<()> {
+        match &mut self.kind {
+            Kind::Lines(_) => self.out.flush(),
+            Kind::File { file, .. } => file.flush(),
+        }
+    }
+
+    /// Statistics blocks and the summary. `counts`: of each source, in their order.
+    pub fn finish(
+        &mut self,
+        counts: &[Counts],
+        total: Counts,
+        captured: u64,
+        loss: &Loss,
+        begun: SystemTime,
+    ) -> Result<()> {
+        if let Kind::File { file, .. } = &mut self.kind {
+            for (interface, counts) in counts.iter().enumerate() {
+                let counters = Counters {
+                    start: nanoseconds(begun),
+                    end: nanoseconds(SystemTime::now()),
+                    received: Some(counts.seen),
+                    accepted: Some(counts.matched),
+                    dropped: Some(counts.lost),
+                    delivered: Some(counts.sent.saturating_sub(counts.lost)),
+                };
+                file.statistics(interface as u32, &counters)?;
+            }
+            file.flush()?;
+        }
+        present::summary(&mut self.out, total, captured, loss)
+    }
+}
+
+fn nanoseconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as u64)
+}
