@@ -183,6 +183,12 @@ pub fn link_update(
     check(unsafe { sys::bpf_link_update(link.as_raw_fd(), new.as_raw_fd(), &opts) })
 }
 
+/// Detaches a link at once: when its last fd and pin go it detaches too, but some time later.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the fd is borrowed, hence open.
+    check(unsafe { sys::bpf_link_detach(link.as_raw_fd()) })
+}
+
 /// The XDP links that claim this interface index and program. Indices repeat in other network namespaces, so there may be several.
 pub fn links(ifindex: u32, program: u32) -> io::Result<Vec<(u32, OwnedFd)>> {
     let mut found = Vec::new();

@@ -57,6 +57,13 @@ pub fn cases() -> Vec<Case> {
             .xdp()
             .program("ping"),
         case("xdpdump_errors", errors).xdp(),
+        case("xdpdump_file_printed_again", printed_again).xdp(),
+        case("xdpdump_trace_verdicts_and_ids", trace)
+            .xdp()
+            .fentry()
+            .program("ping"),
+        case("xdpdump_trace_names", trace_names).xdp().fentry(),
+        case("xdpdump_auto_says_which", auto_mode).xdp(),
         case("xdpchain_slots_and_statistics", slots_and_statistics)
             .xdp()
             .program("ping"),
@@ -89,6 +96,11 @@ fn dump(net: &Pair) -> Netprobe<'_> {
     Netprobe::new("xdpdump")
         .args(["--iface", IFACE])
         .netns(&net.server)
+}
+
+/// The same, in front of the program that is there also where it could be traced.
+fn chained(net: &Pair) -> Netprobe<'_> {
+    dump(net).args(["--mode", "chain"])
 }
 
 fn xdpchain(net: &Pair, words: &str) -> Result<Finished> {
@@ -246,7 +258,7 @@ fn demonstration() -> Result<()> {
     wait_for("the requests to come back", || {
         let text = net
             .client
-            .cmd(&format!("tcpdump -n -r {}", file.display()))?;
+            .cmd(&format!("tcpdump -Z root -n -r {}", file.display()))?;
         Ok((text.matches("ICMP echo request").count() >= 2).then_some(()))
     })?;
     end(back)?;
@@ -369,7 +381,13 @@ fn pcap() -> Result<()> {
 /// The packets of a file as tcpdump prints them, with all bytes.
 fn frames(file: &Path) -> Result<Vec<String>> {
     let mut frames: Vec<String> = Vec::new();
-    for line in tool("tcpdump", &["-t", "-n", "-xx", "-e", "-r"], file)?.lines() {
+    for line in tool(
+        "tcpdump",
+        &["-Z", "root", "-t", "-n", "-xx", "-e", "-r"],
+        file,
+    )?
+    .lines()
+    {
         match frames.last_mut() {
             Some(frame) if line.starts_with('\t') => frame.push_str(line),
             _ => frames.push(line.to_owned()),
@@ -458,7 +476,7 @@ fn in_front_of_link() -> Result<()> {
     let id = counter.attach(&net.server, None)?;
     in_front(&net, &counter, id)?;
     // The link belongs to its maker: with that it ends.
-    let probe = dump(&net).start()?;
+    let probe = chained(&net).start()?;
     counter.link = None;
     ensure!(program_id(&net.server)? == 0, "the capture keeps the link");
     probe.stop()?.expect_success()?;
@@ -471,7 +489,7 @@ fn has_frags() -> bool {
 
 /// A capture in front of `counter`: both see all packets, and `id` is back when it ends.
 fn in_front(net: &Pair, counter: &Counter, id: u32) -> Result<()> {
-    let probe = dump(net).start()?;
+    let probe = chained(net).start()?;
     ensure!(
         probe
             .stderr()
@@ -498,7 +516,7 @@ fn killed_and_restored() -> Result<()> {
     let mut counter = Counter::load(false)?;
     let id = counter.attach(&net.server, Some(XdpFlags::SKB_MODE))?;
     for next in ["start", "restore"] {
-        dump(&net).start()?.kill9()?;
+        chained(&net).start()?.kill9()?;
         ensure!(
             program_id(&net.server)? != id,
             "put back by a dead process?"
@@ -539,7 +557,7 @@ fn swap_under_flood() -> Result<()> {
     let before = counter.packets()?;
     let sent = during_flood(&net, || {
         for swap in 0..6 {
-            let probe = dump(&net).args(["-w", "/dev/null"]).start()?;
+            let probe = chained(&net).args(["-w", "/dev/null"]).start()?;
             if swap % 3 == 2 {
                 probe.kill9()?;
             } else {
@@ -582,7 +600,7 @@ fn slots_under_flood() -> Result<()> {
     let net = quiet_pair()?;
     let mut counter = Counter::load(false)?;
     counter.attach(&net.server, Some(XdpFlags::SKB_MODE))?;
-    let probe = dump(&net).args(["-w", "/dev/null"]).start()?;
+    let probe = chained(&net).args(["-w", "/dev/null"]).start()?;
     let before = counter.packets()?;
     let sent = during_flood(&net, || {
         for _ in 0..10 {
@@ -796,5 +814,167 @@ fn chain_outlives_capture() -> Result<()> {
         ensure!(net.client.ping(net.server.v4(0), 1)?, "no answer");
         nothing_is_pinned(&net)?;
     }
+    Ok(())
+}
+
+/// A capture file printed again by -r: the same lines, packet for packet.
+fn printed_again() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let net = quiet_pair()?;
+    for (name, classic) in [("x.pcapng", false), ("x.pcap", true)] {
+        let file = dir.path().join(name);
+        let mut probe = dump(&net).arg("-w").arg(&file);
+        if classic {
+            probe = probe.arg("--use-pcap");
+        }
+        let probe = probe.start()?;
+        flood(&net, PORT, 20, 100)?;
+        flood(&net, PORT + 1, 10, 50)?;
+        probe.stop()?.expect_success()?;
+        let done = Netprobe::new("xdpdump").arg("-r").arg(&file).run()?;
+        done.expect_success()?;
+        ensure!(done.stdout.lines().count() == 30, "{done}");
+        ensure!(
+            done.lines_with(".9: UDP, length 100 (142 bytes)").len() == 20,
+            "{done}"
+        );
+        let limited = Netprobe::new("xdpdump")
+            .args(["-c", "3", "-r"])
+            .arg(&file)
+            .run()?;
+        ensure!(limited.stdout.lines().count() == 3, "{limited}");
+    }
+    let cut = dir.path().join("cut.pcapng");
+    let whole = std::fs::read(dir.path().join("x.pcapng"))?;
+    std::fs::write(&cut, &whole[..whole.len() / 2])?;
+    let done = Netprobe::new("xdpdump").arg("-r").arg(&cut).run()?;
+    done.expect_code(1)?;
+    done.expect_stdout("UDP, length 100")?;
+    done.expect_stderr("cut")
+}
+
+/// The filtering example at the interface by itself: drops what goes to its port, passes the rest.
+fn dropper(net: &Pair) -> Result<Object> {
+    let object = ObjectBuilder::default().open_memory(DROP_PORT)?.load()?;
+    let ifindex = net.server.ifindex(IFACE)? as i32;
+    {
+        let program = object.progs_mut().next().context("no program")?;
+        let program = program.as_fd();
+        net.server
+            .enter(|| Xdp::new(program).attach(ifindex, XdpFlags::SKB_MODE))??;
+    }
+    Ok(object)
+}
+
+fn trace() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let net = quiet_pair()?;
+    let _program = dropper(&net)?;
+    let id = program_id(&net.server)?;
+    let probe = dump(&net)
+        .args(["--mode", "trace", "--rx-capture", "entry,exit", "-v"])
+        .start()?;
+    flood(&net, PORT, 5, 64)?;
+    flood(&net, PORT + 1, 3, 64)?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    ensure!(program_id(&net.server)? == id, "the program was changed");
+    ensure!(
+        done.lines_with("xdp_drop_port()@exit[DROP]").len() == 5,
+        "{done}"
+    );
+    ensure!(
+        done.lines_with("xdp_drop_port()@exit[PASS]").len() == 3,
+        "{done}"
+    );
+    let entries = done.lines_with("xdp_drop_port()@entry");
+    ensure!(entries.len() == 8, "{done}");
+    for entry in entries {
+        let number = entry
+            .split_whitespace()
+            .skip_while(|word| *word != "id")
+            .nth(1);
+        let number = format!(" id {} ", number.context("no id")?);
+        ensure!(
+            done.lines_with(&number).len() == 2,
+            "{number} has no pair:\n{done}"
+        );
+    }
+
+    let done = {
+        let probe = dump(&net).args(["--action", "drop"]).start()?;
+        flood(&net, PORT, 4, 64)?;
+        flood(&net, PORT + 1, 6, 64)?;
+        probe.stop()?
+    };
+    done.expect_success()?;
+    ensure!(done.stdout.lines().count() == 4, "{done}");
+
+    let file = dir.path().join("t.pcapng");
+    let probe = dump(&net)
+        .args(["--rx-capture", "entry,exit", "-w"])
+        .arg(&file)
+        .start()?;
+    flood(&net, PORT, 4, 64)?;
+    flood(&net, PORT + 1, 6, 64)?;
+    probe.stop()?.expect_success()?;
+    let done = Netprobe::new("xdpdump")
+        .args(["--action", "drop", "-r"])
+        .arg(&file)
+        .run()?;
+    done.expect_success()?;
+    ensure!(
+        done.lines_with("veth0:xdp_drop_port()@fexit q0[DROP]")
+            .len()
+            == 4,
+        "{done}"
+    );
+    let all = Netprobe::new("xdpdump").arg("-r").arg(&file).run()?;
+    ensure!(all.stdout.lines().count() == 20, "{all}");
+    Ok(())
+}
+
+fn trace_names() -> Result<()> {
+    let net = quiet_pair()?;
+    let none = dump(&net).args(["--mode", "trace"]).run()?;
+    none.expect_code(1)?;
+    none.expect_stderr("has no XDP program to trace")?;
+    let _program = dropper(&net)?;
+    let id = program_id(&net.server)?;
+    let wrong = dump(&net).args(["-p", "nosuch"]).run()?;
+    wrong.expect_code(2)?;
+    wrong.expect_stderr(&format!("there are: xdp_drop_port@{id}"))?;
+    for name in [
+        "xdp_drop_port".to_owned(),
+        format!("xdp_drop_port@{id}"),
+        id.to_string(),
+        "all".to_owned(),
+    ] {
+        let probe = dump(&net).args(["-p", &name]).start()?;
+        flood(&net, PORT, 3, 64)?;
+        let done = probe.stop()?;
+        ensure!(
+            done.lines_with("xdp_drop_port()@entry").len() == 3,
+            "{name}: {done}"
+        );
+    }
+    Ok(())
+}
+
+fn auto_mode() -> Result<()> {
+    let net = quiet_pair()?;
+    let _program = dropper(&net)?;
+    let probe = dump(&net).start()?;
+    flood(&net, PORT, 3, 64)?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    ensure!(done.lines_with(".9: UDP").len() == 3, "{done}");
+    let traced = done.stderr.contains("tracing xdp_drop_port@");
+    let chained = done.stderr.contains("by tail call");
+    ensure!(traced != chained, "{done}");
+    ensure!(
+        !chained || done.stderr.contains("cannot trace xdp_drop_port@"),
+        "{done}"
+    );
     Ok(())
 }

@@ -449,8 +449,11 @@ fn detach(place: &Place, state: &State, root: BorrowedFd<'_>) -> Result<()> {
         )
     };
     match state.kind {
-        // The link goes with its pin and the last fd.
-        OWN_LINK => Ok(()),
+        OWN_LINK => match xdp::link_by_id(state.link) {
+            Ok(link) => xdp::link_detach(link.as_fd()).with_context(changed),
+            // It went with the interface.
+            Err(_) => Ok(()),
+        },
         THEIR_LINK => {
             // The link may have gone with its process, or the interface.
             let Ok(link) = xdp::link_by_id(state.link) else {
