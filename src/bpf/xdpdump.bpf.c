@@ -8,8 +8,10 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
 
+#define NP_FILTER_XDP
 #include "netprobe_chain.h"
 #include "event.bpf.h"
+#include "filter.bpf.h"
 #include "xdpdump.h"
 
 /* Bytes of each packet to send; at least 1, at most NP_XDP_MAX_CAPTURE. */
@@ -60,7 +62,7 @@ static __always_inline void capture(struct xdp_md *ctx)
 	if (!count)
 		return;
 	count->seen++;
-	if (!1)
+	if (!np_filter_xdp(ctx))
 		return;
 	count->matched++;
 	if (sample_every > 1 && count->matched % sample_every)

@@ -14,6 +14,16 @@
 #define NP_XDP_ENTRY 2 /* as a traced program was entered */
 #define NP_XDP_EXIT 3 /* as it returned */
 
+#define NP_XDP_ERROR \
+	4 /* no packet, but why one was dropped: struct np_xdp_error */
+
+/* np_xdp_error.what: the tracepoint that told it. */
+#define NP_XDP_EXCEPTION \
+	1 /* xdp_exception: an aborted packet, or a verdict that could not be carried out */
+#define NP_XDP_REDIRECT 2 /* xdp_redirect_err, xdp_redirect_map_err */
+#define NP_XDP_XMIT \
+	3 /* xdp_devmap_xmit: frames that the target device did not take */
+
 /*
  * A perf record is 65,535 bytes at most: this much of a packet fits behind the
  * event and perf's own heads.
@@ -34,6 +44,23 @@ struct np_xdp_event {
 
 _Static_assert(sizeof(struct np_xdp_event) == 72,
 	       "np_xdp_event is part of the contract");
+
+struct np_xdp_error {
+	struct np_head head;
+	__u32 what; /* NP_XDP_EXCEPTION, _REDIRECT, _XMIT */
+	__u32 ifindex; /* the interface that the packet came in by */
+	__u32 program; /* id; 0 where the tracepoint does not tell */
+	__u32 verdict; /* of an exception */
+	__s32 err; /* negative errno */
+	__u32 target; /* interface index, where there is one */
+	__u32 map; /* id of the map that the redirect went through; 0: none */
+	__u32 index; /* its key, or the interface index that was asked for */
+	__u32 count; /* frames */
+	__u32 pad;
+};
+
+_Static_assert(sizeof(struct np_xdp_error) == 80,
+	       "np_xdp_error is part of the contract");
 
 /* Per CPU: packets before and after the filter. */
 struct np_xdp_count {

@@ -11,6 +11,7 @@
 
 #include "netprobe_chain.h"
 #include "event.bpf.h"
+#include "filter.bpf.h"
 #include "xdpdump.h"
 
 /* Bytes of each packet to send; at least 1, at most NP_XDP_MAX_CAPTURE. */
@@ -61,6 +62,13 @@ static __always_inline int is_ours(struct xdp_buff *xdp)
 	return dev->ifindex == ifindex && dev->nd_net.net->ns.inum == netns;
 }
 
+static __always_inline __u64 packet_len(struct xdp_buff *xdp)
+{
+	if (use_buff_len)
+		return bpf_xdp_get_buff_len((void *)xdp);
+	return (long)xdp->data_end - (long)xdp->data;
+}
+
 static __always_inline void send(struct xdp_buff *xdp, __u64 id, __u16 kind,
 				 int verdict)
 {
@@ -76,10 +84,7 @@ static __always_inline void send(struct xdp_buff *xdp, __u64 id, __u16 kind,
 	event.queue = xdp->rxq->queue_index;
 	event.verdict = verdict;
 	event.program = program;
-	if (use_buff_len)
-		event.len = bpf_xdp_get_buff_len((void *)xdp);
-	else
-		event.len = (long)xdp->data_end - (long)xdp->data;
+	event.len = packet_len(xdp);
 	bytes = event.len < snaplen ? event.len : snaplen;
 	event.head.len = sizeof(event) + bytes;
 
@@ -92,10 +97,26 @@ static __always_inline void send(struct xdp_buff *xdp, __u64 id, __u16 kind,
 		stats->lost++;
 }
 
+/* The filter sees the first buffer; a load beyond it does not match. */
+static __always_inline int passes(struct xdp_buff *xdp)
+{
+	__u64 linear = (long)xdp->data_end - (long)xdp->data;
+	struct np_filter_fields fields = {
+		.head = (__u64)xdp->data,
+		.tail = linear,
+		.data_len = packet_len(xdp) - linear,
+		.mac_len = 1, /* with its link header */
+	};
+
+	return np_filter_fields(&fields);
+}
+
 static __always_inline int is_wanted(struct xdp_buff *xdp,
 				     struct np_xdp_count *count)
 {
 	count->seen++;
+	if (!passes(xdp))
+		return 0;
 	count->matched++;
 	return sample_every <= 1 || count->matched % sample_every == 0;
 }

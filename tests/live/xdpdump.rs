@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, anyhow, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, Xdp, XdpFlags};
 
-use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case, wait_for};
+use crate::common::{Case, Env, Finished, Netns, Netprobe, Pair, Running, case, wait_for};
 
 const ECHO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_echo.o"));
 const DROP_PORT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_drop_port.o"));
@@ -41,12 +41,15 @@ pub fn cases() -> Vec<Case> {
         case("xdpdump_in_front_of_netlink", in_front_of_netlink).xdp(),
         case("xdpdump_in_front_of_link", in_front_of_link).xdp(),
         case("xdpdump_killed_and_restored", killed_and_restored).xdp(),
-        case("xdpdump_swap_under_a_flood_loses_nothing", swap_under_flood).xdp(),
+        case("xdpdump_swap_under_a_flood_loses_nothing", swap_under_flood)
+            .xdp()
+            .when(patching_is_unsafe),
         case(
             "xdpchain_swap_under_a_flood_loses_nothing",
             slots_under_flood,
         )
-        .xdp(),
+        .xdp()
+        .when(patching_is_unsafe),
         case("xdpdump_flood_captured_and_lost_is_sent", flood_to_file).xdp(),
         case("xdpdump_snap_lengths_and_sizes", snap_lengths).xdp(),
         case("xdpdump_packets_of_several_buffers", several_buffers)
@@ -58,6 +61,7 @@ pub fn cases() -> Vec<Case> {
             .program("ping"),
         case("xdpdump_errors", errors).xdp(),
         case("xdpdump_file_printed_again", printed_again).xdp(),
+        case("xdpdump_filter_in_the_kernel", filters).xdp(),
         case("xdpdump_trace_verdicts_and_ids", trace)
             .xdp()
             .fentry()
@@ -71,6 +75,22 @@ pub fn cases() -> Vec<Case> {
             .xdp()
             .program("ping"),
     ]
+}
+
+/// QEMU without hardware behind it.
+fn is_emulated() -> bool {
+    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU"))
+}
+
+/// Each attach patches the kernel's XDP dispatcher (bpf_dispatcher_xdp_func); QEMU's emulation of several CPUs, which run
+/// that code meanwhile, ends in a kernel panic (int3).
+fn patching_is_unsafe(_: &Env) -> Option<String> {
+    is_emulated().then(|| "emulated CPUs panic when XDP is swapped under load".to_owned())
+}
+
+/// Fewer packets where each takes long.
+fn many(count: u32) -> u32 {
+    if is_emulated() { count / 20 } else { count }
 }
 
 /// A pair without traffic of its own: no IPv6, no ARP.
@@ -619,7 +639,7 @@ fn slots_under_flood() -> Result<()> {
 }
 
 fn flood_to_file() -> Result<()> {
-    const SENT: u32 = 200_000;
+    let all = many(200_000);
     let dir = tempfile::tempdir()?;
     let net = quiet_pair()?;
     // One page of buffer, so that some are lost for sure; then the default.
@@ -629,11 +649,11 @@ fn flood_to_file() -> Result<()> {
             .args(["--buffer-pages", pages, "-w"])
             .arg(&file)
             .start()?;
-        flood(&net, PORT, SENT, 512)?;
+        flood(&net, PORT, all, 512)?;
         let done = probe.stop()?;
         done.expect_success()?;
         let [captured, lost, matched, seen] = summary(&done)?;
-        ensure!(seen == u64::from(SENT) && matched == seen, "{done}");
+        ensure!(seen == u64::from(all) && matched == seen, "{done}");
         ensure!(captured + lost == seen, "{done}");
         let length = std::fs::metadata(&file)?.len();
         ensure!(length > captured * (512 + 42), "{length} bytes:\n{done}");
@@ -643,6 +663,7 @@ fn flood_to_file() -> Result<()> {
 
 fn snap_lengths() -> Result<()> {
     let net = quiet_pair()?;
+    let all = many(20_000);
     for snaplen in [16, 21] {
         let done = capture(&net, &["-s", &snaplen.to_string()], || {
             flood(&net, PORT, 3, 100)
@@ -652,10 +673,10 @@ fn snap_lengths() -> Result<()> {
     }
     // 56, 512 and 1,500 bytes on the wire, link header included.
     for (payload, len) in [(14, 56), (470, 512), (1458, 1500)] {
-        let done = capture(&net, &["-s", "64"], || flood(&net, PORT, 20_000, payload))?;
+        let done = capture(&net, &["-s", "64"], || flood(&net, PORT, all, payload))?;
         let [captured, lost, _, seen] = summary(&done)?;
         ensure!(
-            captured + lost == seen && seen == 20_000,
+            captured + lost == seen && seen == u64::from(all),
             "{len}: {:?}",
             summary(&done)?
         );
@@ -901,6 +922,15 @@ fn trace() -> Result<()> {
         );
     }
 
+    let probe = dump(&net)
+        .args(["--rx-capture", "entry,exit", "udp", "dst", "port", "9"])
+        .start()?;
+    flood(&net, PORT, 5, 64)?;
+    flood(&net, PORT + 1, 3, 64)?;
+    let done = probe.stop()?;
+    ensure!(done.stdout.lines().count() == 10, "{done}");
+    ensure!(done.lines_with("@exit[DROP]").len() == 5, "{done}");
+
     let done = {
         let probe = dump(&net).args(["--action", "drop"]).start()?;
         flood(&net, PORT, 4, 64)?;
@@ -977,4 +1007,76 @@ fn auto_mode() -> Result<()> {
         "{done}"
     );
     Ok(())
+}
+
+fn filters() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let net = quiet_pair()?;
+    for (expression, wanted) in [
+        ("udp dst port 9", 5),
+        ("udp and not dst port 9", 3),
+        ("tcp port 80 or icmp", 0),
+        ("udp[8] = 0x55 and greater 100", 8),
+        (
+            "ether[12:2] = 0x0800 and ip[6:2] & 0x1fff = 0 and dst host 10.77.0.2",
+            8,
+        ),
+        ("ip6", 0),
+        ("vlan 5", 0),
+    ] {
+        let words = expression.split_whitespace().collect::<Vec<_>>();
+        let probe = dump(&net).args(&words).start()?;
+        flood(&net, PORT, 5, 64)?;
+        flood(&net, PORT + 1, 3, 64)?;
+        let done = probe.stop()?;
+        done.expect_success()?;
+        ensure!(
+            summary(&done)? == [wanted, 0, wanted, 8],
+            "{expression}: {done}"
+        );
+        ensure!(
+            done.stdout.lines().count() as u64 == wanted,
+            "{expression}: {done}"
+        );
+    }
+    // The same decision on a file; and the expression is in it.
+    let file = dir.path().join("f.pcapng");
+    let probe = dump(&net)
+        .arg("-w")
+        .arg(&file)
+        .args(["udp", "dst", "portrange", "9-10"])
+        .start()?;
+    flood(&net, PORT, 5, 64)?;
+    flood(&net, PORT + 1, 3, 64)?;
+    flood(&net, PORT + 2, 2, 64)?;
+    let done = probe.stop()?;
+    ensure!(summary(&done)? == [8, 0, 8, 10], "{done}");
+    let bytes = std::fs::read(&file)?;
+    let text = b"udp dst portrange 9-10";
+    ensure!(
+        bytes.windows(text.len()).any(|window| window == text),
+        "no filter in the file"
+    );
+    let done = Netprobe::new("xdpdump")
+        .arg("-r")
+        .arg(&file)
+        .args(["port", "10"])
+        .run()?;
+    ensure!(done.stdout.lines().count() == 3, "{done}");
+    let sampled = {
+        let probe = dump(&net)
+            .args(["--sample", "10", "udp", "port", "9"])
+            .start()?;
+        flood(&net, PORT, 1000, 64)?;
+        probe.stop()?
+    };
+    let [captured, lost, matched, _] = summary(&sampled)?;
+    ensure!(
+        matched == 1000 && (90..=110).contains(&(captured + lost)),
+        "{sampled}"
+    );
+    dump(&net)
+        .args(["tcp", "portt", "80"])
+        .run()?
+        .expect_code(2)
 }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
 use crate::engine::usage;
+use crate::filter::expr::{self, Compiled};
 use crate::kernel::xdp;
 use crate::output::OutputArgs;
 use crate::output::pcapng::{Format, MAX_SNAPLEN};
@@ -173,9 +174,6 @@ impl Args {
                 "xdpdump needs --iface NAME (or -r FILE, -D, --restore)",
             ));
         }
-        if !self.expression.is_empty() {
-            return Err(usage("expressions are not built into xdpdump yet"));
-        }
         let traces = !self.program_names.is_empty() || !self.action.is_empty();
         if traces && captures && self.mode == Mode::Chain {
             return Err(usage(
@@ -206,6 +204,16 @@ impl Args {
             return Err(usage("--iface names an interface twice"));
         }
         Ok(())
+    }
+
+    /// The expression's text and what it became.
+    pub fn filter(&self) -> Result<Option<(String, Compiled)>> {
+        expr::join(&self.expression)
+            .map(|text| {
+                let compiled = Compiled::new(&text).map_err(|error| usage(format!("{error:#}")))?;
+                Ok((text, compiled))
+            })
+            .transpose()
     }
 
     /// What cannot be done in front of a chain.
@@ -314,7 +322,7 @@ mod tests {
         let args = parse("--iface enp0s9,v0 -i v1 tcp port 80 or icmp");
         assert_eq!(args.iface, ["enp0s9", "v0", "v1"]);
         assert_eq!(args.expression.join(" "), "tcp port 80 or icmp");
-        parse("-i a").check().unwrap();
+        args.check().unwrap();
         assert!(parse("tcp").check().is_err());
         assert!(parse("-i a,a").check().is_err());
     }

@@ -84,6 +84,7 @@ struct Storage {
 }
 
 fn capture(args: &Args) -> Result<()> {
+    let (filter_text, filter) = args.filter()?.unzip();
     let planned = args
         .iface
         .iter()
@@ -95,6 +96,7 @@ fn capture(args: &Args) -> Result<()> {
     let options = Options {
         snaplen: args.capture_len(),
         sample: args.sample,
+        filter,
     };
     let mut storage = planned
         .iter()
@@ -125,7 +127,7 @@ fn capture(args: &Args) -> Result<()> {
     }
     let _promiscuous = promiscuous(args, &planned)?;
     let sources = probes.iter().flat_map(Probe::sources).collect::<Vec<_>>();
-    let mut sink = Sink::open(args, None, sources)?;
+    let mut sink = Sink::open(args, filter_text.as_deref(), sources)?;
     output::ready(args.output.ready_file.as_deref())?;
 
     let mut consumer = Live {

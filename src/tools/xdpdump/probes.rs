@@ -14,6 +14,7 @@ use crate::bpf::xdpdump::types::np_xdp_count;
 use crate::bpf::xdpdump::{OpenXdpdumpSkel, XdpdumpSkel, XdpdumpSkelBuilder};
 use crate::engine::log;
 use crate::engine::loss::Loss;
+use crate::filter::{self, expr::Compiled};
 use crate::kernel::xdp::{self, Mode, Traits};
 
 use super::chain::{Chain, Parts, Plan};
@@ -23,6 +24,7 @@ use super::place::{self, Lock, Place};
 pub struct Options {
     pub snaplen: u32,
     pub sample: u32,
+    pub filter: Option<Compiled>,
 }
 
 /// Packets at one interface, as the kernel counted them.
@@ -179,10 +181,15 @@ fn load<'a>(
     rodata.snaplen = options.snaplen;
     rodata.sample_every = options.sample;
     rodata.use_buff_len = u8::from(xdp::has_frags());
+    rodata.np_filter_on = u32::from(options.filter.is_some());
+    rodata.np_filter_xdp_frags = u32::from(plan.traits.frags);
     open.maps
         .events
         .reuse_fd(events)
         .context("failed to share the perf buffers")?;
+    if let Some(filter) = &options.filter {
+        filter::inject_xdp(open.open_object_mut(), &filter.l2, plan.traits.frags)?;
+    }
     open.load().map_err(|error| {
         anyhow!(
             "failed to load the XDP programs: {error:?}\n{}",

@@ -15,6 +15,7 @@ use super::present::{Presenter, Shown};
 
 /// Prints the packets of `path` that the filter and the verdicts let through.
 pub fn run(args: &Args, path: &Path) -> Result<()> {
+    let filter = args.filter()?;
     let failed = || format!("failed to read {}", path.display());
     let input: Box<dyn Read> = if path == Path::new("-") {
         Box::new(io::stdin())
@@ -43,7 +44,10 @@ pub fn run(args: &Args, path: &Path) -> Result<()> {
         let verdict = packet
             .verdict
             .and_then(|verdict| u32::try_from(verdict).ok());
-        if !args.wants(verdict) {
+        let matches = filter
+            .as_ref()
+            .is_none_or(|(_, filter)| filter.l2.run(&packet.data, packet.len) != 0);
+        if !matches || !args.wants(verdict) {
             continue;
         }
         let shown = Shown {
