@@ -126,3 +126,20 @@ pub fn inject_xdp(object: &mut OpenObject, program: &Program, frags: bool) -> Re
         }],
     )
 }
+
+/// The same for a program that traces XDP programs: it calls np_filter_fields with a link header always, so that it has the one
+/// stub alone. `np_filter_on` is 1 there.
+pub fn inject_l2(object: &mut OpenObject, program: &Program) -> Result<()> {
+    let mode = LoadMode::Block {
+        size: BLOCK,
+        beyond: Beyond::Subprogram,
+    };
+    let insns = ebpf::translate(program, mode)?;
+    inject::inject(
+        object,
+        &[Body {
+            stub: "np_filter_l2",
+            insns,
+        }],
+    )
+}

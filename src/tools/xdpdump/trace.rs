@@ -13,7 +13,7 @@ use crate::bpf::xdpdump::types::np_xdp_count;
 use crate::bpf::xdptrace::{XdptraceSkel, XdptraceSkelBuilder};
 use crate::engine::loss::Loss;
 use crate::engine::{log, usage};
-use crate::filter::Filters;
+use crate::filter;
 use crate::kernel::netns::Netns;
 use crate::kernel::program;
 use crate::kernel::xdp;
@@ -145,11 +145,7 @@ impl<'a> Trace<'a> {
         rodata.snaplen = options.snaplen;
         rodata.sample_every = options.sample;
         rodata.use_buff_len = u8::from(xdp::has_frags());
-        let filters = Filters {
-            expression: options.filter.clone(),
-            ..Filters::default()
-        };
-        rodata.np_filter_on = filters.on();
+        rodata.np_filter_on = u32::from(options.filter.is_some());
         rodata.send_entry = u8::from(points.entry);
         rodata.send_exit = u8::from(points.exit);
         rodata.verdicts = points.verdicts;
@@ -165,7 +161,9 @@ impl<'a> Trace<'a> {
                 .set_attach_target(target.fd.as_raw_fd(), Some(target.function.clone()))
                 .with_context(|| format!("failed to find {} in its program", target.name()))?;
         }
-        filters.inject(open.open_object_mut())?;
+        if let Some(filter) = &options.filter {
+            filter::inject_l2(open.open_object_mut(), &filter.l2)?;
+        }
         let refused = |error: libbpf_rs::Error| {
             let lockdown = match error.kind() {
                 ErrorKind::PermissionDenied => {
