@@ -22,7 +22,10 @@ fn refused(args: &[&str], names: &str) {
     let output = netprobe(args);
     let text = stderr(&output);
     assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
-    assert!(text.contains(names), "{args:?} does not name {names}: {text}");
+    assert!(
+        text.contains(names),
+        "{args:?} does not name {names}: {text}"
+    );
     assert!(output.stdout.is_empty(), "{args:?} wrote to stdout");
 }
 
@@ -81,7 +84,10 @@ fn features_needs_no_privilege_and_is_json_on_request() {
     let output = netprobe(&["features", "--output-json"]);
     assert!(output.status.success(), "{}", stderr(&output));
     let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(value["release"].is_string() && value["btf"].is_boolean(), "{value}");
+    assert!(
+        value["release"].is_string() && value["btf"].is_boolean(),
+        "{value}"
+    );
 }
 
 #[test]

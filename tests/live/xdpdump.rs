@@ -510,13 +510,7 @@ fn has_frags() -> bool {
 /// A capture in front of `counter`: both see all packets, and `id` is back when it ends.
 fn in_front(net: &Pair, counter: &Counter, id: u32) -> Result<()> {
     let probe = chained(net).start()?;
-    ensure!(
-        probe
-            .stderr()
-            .contains(&format!("in front of program {id}")),
-        "{}",
-        probe.stderr()
-    );
+    probe.wait_stderr(&format!("in front of program {id}"))?;
     ensure!(program_id(&net.server)? != id, "nothing was put in front");
     let before = counter.packets()?;
     flood(net, PORT, 100, 64)?;
