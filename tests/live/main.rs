@@ -10,6 +10,7 @@ mod filter;
 mod harness;
 mod icmp;
 mod skb;
+mod skb_ends;
 mod skb_more;
 mod xdpdump;
 
@@ -21,5 +22,6 @@ fn main() {
     cases.extend(filter::cases());
     cases.extend(xdpdump::cases());
     cases.extend(skb::cases());
+    cases.extend(skb_ends::cases());
     common::run(cases)
 }
