@@ -52,6 +52,8 @@ fmt: ## formats Rust and C
 
 unit: ## unit, command line and live tests on this machine; what it cannot do is ignored with the reason
 	cargo test --locked
+	@echo 'a second build must rebuild nothing'
+	@cargo build --locked -q && ! cargo build --locked 2>&1 | grep Compiling
 
 live: ## the live tests in a virtual machine for each kernel
 	tests/vm/live all
