@@ -33,6 +33,8 @@ enum Command {
     Filter(tools::filter::Args),
     /// See runs of netprobe that are in progress, and change their field filters
     Ctl(tools::ctl::Args),
+    /// Show which process connects where over TCP, and what became of it
+    Tcpconnect(Box<tools::tcpconnect::args::Args>),
     /// Say what this kernel can do, and what that means for each subcommand
     Features(tools::features::Args),
 }
@@ -59,6 +61,7 @@ fn run(command: Command) -> Result<()> {
         Command::Xdpchain(args) => tools::xdpchain::run(&args),
         Command::Filter(args) => tools::filter::run(&args),
         Command::Ctl(args) => tools::ctl::run(&args),
+        Command::Tcpconnect(args) => tools::tcpconnect::run(&args),
         Command::Features(args) => tools::features::run(&args),
     }
 }

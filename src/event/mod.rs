@@ -1,5 +1,6 @@
 //! What events carry, as owned, pure types. Knows neither libbpf nor any tool.
 
+pub mod dns;
 pub mod head;
 pub mod packet;
 pub mod tuple;

@@ -263,6 +263,13 @@ impl Btf {
         !self.ids(KIND_FUNC, name).is_empty()
     }
 
+    /// How many arguments a function of vmlinux or of this module takes; `None` where it is not there.
+    pub fn argument_count(&self, name: &str) -> Option<usize> {
+        let func = self.get(*self.ids(KIND_FUNC, name).first()?)?;
+        let proto = self.get(func.size_or_type)?;
+        (proto.kind() == KIND_FUNC_PROTO).then(|| proto.vlen())
+    }
+
     /// Registers that the arguments of a prototype take: the place of the wanted pointer, and of a drop reason.
     fn argument(&self, proto: u32, wanted: &[u32], reasons: &[u32]) -> Option<(u8, Option<u8>)> {
         let proto = self.get(proto).filter(|t| t.kind() == KIND_FUNC_PROTO)?;

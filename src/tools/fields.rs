@@ -200,6 +200,15 @@ fn prefix(text: &str) -> Result<([u64; 2], [u64; 2])> {
     Ok((words(bits & mask), words(mask)))
 }
 
+/// `ADDR[/LEN]` as a prefix length of 128 and an address in network order, IPv4 as ::ffff:a.b.c.d: the key of an LPM trie.
+pub fn prefix_bits(text: &str) -> Result<(u32, [u8; 16])> {
+    let (addr, mask) = prefix(text)?;
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&addr[0].to_ne_bytes());
+    bytes[8..].copy_from_slice(&addr[1].to_ne_bytes());
+    Ok((mask[0].count_ones() + mask[1].count_ones(), bytes))
+}
+
 /// Two words as they stand in memory for 16 bytes in network order.
 fn words(v: u128) -> [u64; 2] {
     let b = v.to_be_bytes();

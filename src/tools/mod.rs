@@ -7,11 +7,12 @@ pub mod fields;
 pub mod filter;
 pub mod icmp;
 pub mod skb;
+pub mod tcpconnect;
 pub mod xdpchain;
 pub mod xdpdump;
 
 /// Flags of every tool that drains perf buffers.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
     /// Pages of each CPU's perf buffer (a power of two); larger loses less in a burst, and takes memory

@@ -13,6 +13,7 @@ mod skb;
 mod skb_ends;
 mod skb_more;
 mod xdpdump;
+mod tcpconnect;
 
 fn main() {
     let mut cases = Vec::new();
@@ -23,5 +24,6 @@ fn main() {
     cases.extend(xdpdump::cases());
     cases.extend(skb::cases());
     cases.extend(skb_ends::cases());
+    cases.extend(tcpconnect::cases());
     common::run(cases)
 }

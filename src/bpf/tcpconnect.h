@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The events, filters and counts of `netprobe tcpconnect`. */
+#ifndef NETPROBE_TCPCONNECT_H
+#define NETPROBE_TCPCONNECT_H
+
+#include "event.h"
+#include "dns.h"
+
+#define TCP_KIND_CONNECT 1 /* connect has sent its SYN: struct tcp_event */
+#define TCP_KIND_OUTCOME 2 /* a connect is decided: struct tcp_event */
+/* DNS_KIND_ANSWER (dns.h) is the third. */
+
+/* Bits of the variable `mode`: what a run does with a connect. */
+#define TCP_MODE_COUNT (1U << 0) /* count it in the map counts, no event */
+#define TCP_MODE_LPORT (1U << 1) /* the local port is part of a count's key */
+#define TCP_MODE_OUTCOME (1U << 2) /* follow it until it is decided */
+#define TCP_MODE_STACKS (1U << 3) /* kernel and user stack of the connect */
+
+/* Bits of tcp_filter.on and .negated. All that are on must hold. */
+#define TCP_FILTER_PID (1U << 0)
+#define TCP_FILTER_UID (1U << 1)
+#define TCP_FILTER_COMM (1U << 2)
+#define TCP_FILTER_CGROUP (1U << 3)
+#define TCP_FILTER_CGROUPMAP (1U << 4)
+#define TCP_FILTER_MNTNSMAP (1U << 5)
+#define TCP_FILTER_PORTS (1U << 6)
+#define TCP_FILTER_FAMILY (1U << 7)
+#define TCP_FILTER_DADDR (1U << 8)
+#define TCP_FILTER_NETNS (1U << 9)
+
+/* In .rodata: fixed for a run, so that the verifier drops what is off. */
+struct tcp_filter {
+	__u64 cgroup; /* this cgroup or one below it, by id */
+	__u64 min_ns; /* outcomes that took less are not told */
+	__u32 on; /* TCP_FILTER_* */
+	__u32 negated; /* TCP_FILTER_*: must not match */
+	__u32 pid; /* tgid */
+	__u32 uid;
+	__u32 cgroup_level; /* depth of the cgroup below the root */
+	__u32 netns; /* inode */
+	__u8 comm[NP_COMM_LEN]; /* NUL-padded */
+	__u32 version; /* 4 or 6: as sent on the wire */
+	__u32 pad;
+};
+
+/* Bits of tcp_event.flags. */
+#define TCP_FLAG_MAPPED (1U << 0) /* IPv4 by an IPv6 socket */
+#define TCP_FLAG_NONBLOCK (1U << 1)
+#define TCP_FLAG_MPTCP (1U << 2) /* a subflow of an MPTCP socket */
+#define TCP_FLAG_FASTOPEN (1U << 3) /* the SYN had the Fast Open option */
+#define TCP_FLAG_SYN_DATA (1U << 4) /* the SYN had data (Fast Open) */
+#define TCP_FLAG_DEFERRED (1U << 5) /* the SYN waited for the first data */
+#define TCP_FLAG_EXITING (1U << 6) /* closed by the end of the process */
+#define TCP_FLAG_DROPPED (1U << 7) /* drop_at and drop_reason are set */
+#define TCP_FLAG_IN_CALL (1U << 31) /* connect has not returned yet */
+
+/* How a connect was decided: tcp_event.decided. */
+#define TCP_DECIDED_NOT 0
+#define TCP_DECIDED_ESTABLISHED 1
+#define TCP_DECIDED_AT_ONCE 2 /* connect failed before any packet was sent */
+#define TCP_DECIDED_CLOSED \
+	3 /* the socket closed; error says why, 0: closed by its process */
+
+#define TCP_STACK_DEPTH 64
+
+/*
+ * A connect. The head is that of the thread that called connect; head.ts is the
+ * time of the event. Behind it, with TCP_MODE_STACKS: stack_kernel and
+ * stack_user bytes of addresses, then a struct tcp_exe.
+ */
+struct tcp_event {
+	struct np_head head;
+	__u64 sock; /* address of the struct sock: names the connect */
+	__u64 start; /* entry of tcp_v4_connect or tcp_v6_connect, ns */
+	__u64 syn; /* the SYN was sent, ns; 0: not yet */
+	__u64 cgroup; /* id of the process's cgroup (v2) */
+	__u64 saddr[2]; /* network byte order; IPv4 as ::ffff:a.b.c.d */
+	__u64 daddr[2];
+	__u64 drop_at; /* the kernel dropped a packet of it here */
+	__u32 drop_reason; /* enum skb_drop_reason (kernels from 5.17) */
+	__u32 drops;
+	__u32 netns; /* inode */
+	__u32 uid;
+	__u32 retransmits; /* of the SYN */
+	__u32 error; /* errno, positive */
+	__u32 flags; /* TCP_FLAG_* */
+	__u16 sport; /* host byte order */
+	__u16 dport;
+	__u16 stack_kernel; /* bytes */
+	__u16 stack_user;
+	__u8 version; /* 4 or 6 */
+	__u8 decided; /* TCP_DECIDED_* */
+	__u8 pad[2];
+};
+
+_Static_assert(sizeof(struct tcp_event) == 152,
+	       "tcp_event is part of the contract");
+
+#define TCP_EXE_NAMES 16
+#define TCP_EXE_NAME_LEN 32
+
+/* The program of the process: to name its functions when it has gone. */
+struct tcp_exe {
+	__u64 start_code; /* address of its first executable segment */
+	__u64 end_code;
+	__u8 names
+		[TCP_EXE_NAMES]
+		[TCP_EXE_NAME_LEN]; /* of its path, last part first; one of 31 bytes may be cut */
+};
+
+/* Key of the map counts; the value is a __u64. */
+struct tcp_flow {
+	__u64 saddr[2];
+	__u64 daddr[2];
+	__u16 dport;
+	__u16 lport; /* 0 without TCP_MODE_LPORT */
+	__u8 version;
+	__u8 pad[3];
+};
+
+/* Key of the map daddrs (LPM trie): IPv4 as ::ffff:a.b.c.d. */
+struct tcp_prefix {
+	__u32 bits;
+	__u8 addr[16];
+};
+
+#endif

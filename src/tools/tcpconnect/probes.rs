@@ -1,0 +1,235 @@
+//! The programs of `netprobe tcpconnect`: which are loaded, how maps and filters are set, where they attach.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramMut};
+
+use crate::bpf::tcpconnect::{OpenTcpconnectSkel, TcpconnectSkel, TcpconnectSkelBuilder, types};
+use crate::engine::{log, usage};
+use crate::kernel::btf::Btf;
+use crate::kernel::features::Features;
+
+use super::args::{Args, Filter, FilterArgs};
+
+/// Connects that can be undecided at one time; one more is counted as refused by a full map.
+const PENDING: u32 = 65_536;
+
+/// Opens, configures and loads what this run needs.
+pub fn load<'a>(
+    args: &Args,
+    filter: &Filter,
+    features: &Features,
+    btf: &Btf,
+    storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
+) -> Result<TcpconnectSkel<'a>> {
+    let mut open = TcpconnectSkelBuilder::default()
+        .open(storage)
+        .context("failed to open the BPF object")?;
+    let rodata = open
+        .maps
+        .rodata_data
+        .as_mut()
+        .context("the BPF object has no .rodata")?;
+    rodata.use_cast = u8::from(features.rdonly_cast);
+    rodata.has_drop_reason = u8::from(features.drop_reasons);
+    rodata.mode = args.mode();
+    rodata.filter = types::tcp_filter {
+        cgroup: filter.cgroup,
+        min_ns: args.min_ns(),
+        on: filter.on,
+        negated: filter.negated,
+        pid: filter.pid,
+        uid: filter.uid,
+        cgroup_level: filter.cgroup_level,
+        netns: filter.netns,
+        comm: filter.comm,
+        version: filter.version,
+        ..types::tcp_filter::default()
+    };
+    if let Some(n) = btf.argument_count("udp_recvmsg") {
+        rodata.recv_args = n as u32;
+    }
+    set_programs(args, &mut open);
+    let theirs = Theirs::open(&args.filter)?;
+    set_maps(args, filter, &theirs, &mut open)?;
+    let skel = open.load().map_err(|e| {
+        let log = log::take();
+        anyhow!("failed to load the BPF programs: {e:?}\n{log}")
+    })?;
+    fill_filters(filter, &theirs, &skel)?;
+    Ok(skel)
+}
+
+fn set_programs(args: &Args, open: &mut OpenTcpconnectSkel<'_>) {
+    for program in [
+        &mut open.progs.syn,
+        &mut open.progs.state,
+        &mut open.progs.drop,
+    ] {
+        program.set_autoload(args.outcome);
+    }
+    for program in [
+        &mut open.progs.dns_udp4,
+        &mut open.progs.dns_udp6,
+        &mut open.progs.dns_tcp,
+    ] {
+        program.set_autoload(args.dns);
+    }
+}
+
+fn set_maps(
+    args: &Args,
+    filter: &Filter,
+    theirs: &Theirs,
+    open: &mut OpenTcpconnectSkel<'_>,
+) -> Result<()> {
+    let maps = &mut open.maps;
+    if args.count {
+        maps.counts.set_max_entries(args.max_flows)?;
+    }
+    if args.outcome {
+        maps.pending.set_max_entries(PENDING)?;
+        maps.pending_by_addr.set_max_entries(PENDING)?;
+    }
+    maps.ports.set_max_entries(room(filter.ports.len()))?;
+    maps.daddrs.set_max_entries(room(filter.daddrs.len()))?;
+    for (map, given) in [
+        (&mut maps.cgroupmap, &theirs.cgroups),
+        (&mut maps.mntnsmap, &theirs.mntns),
+    ] {
+        if let Some(given) = given {
+            map.set_inner_map_fd(given.as_fd())
+                .context("failed to prepare a map for a map of yours")?;
+        }
+    }
+    Ok(())
+}
+
+fn room(values: usize) -> u32 {
+    u32::try_from(values).unwrap_or(u32::MAX).max(1)
+}
+
+/// Pinned maps of the user's making, as filters.
+struct Theirs {
+    cgroups: Option<MapHandle>,
+    mntns: Option<MapHandle>,
+}
+
+impl Theirs {
+    fn open(args: &FilterArgs) -> Result<Self> {
+        let open = |path: &Option<PathBuf>, flag, value_size| {
+            path.as_deref()
+                .map(|path| pinned(path, flag, value_size))
+                .transpose()
+        };
+        Ok(Self {
+            cgroups: open(&args.cgroupmap, "--cgroupmap", 8)?,
+            mntns: open(&args.mntnsmap, "--mntnsmap", 4)?,
+        })
+    }
+}
+
+/// Opens the pinned hash map at `path` with keys of 8 bytes.
+fn pinned(path: &Path, flag: &str, value_size: u32) -> Result<MapHandle> {
+    let map = MapHandle::from_pinned_path(path).map_err(|e| {
+        usage(format!(
+            "{flag} {}: no pinned BPF map can be opened there ({e:?})",
+            path.display()
+        ))
+    })?;
+    let hash = matches!(map.map_type(), MapType::Hash | MapType::LruHash);
+    if !hash || map.key_size() != 8 || map.value_size() != value_size {
+        return Err(usage(format!(
+            "{flag} {}: it is a {:?} map with keys of {} and values of {} bytes; it must be a hash map with 8 and {value_size}",
+            path.display(),
+            map.map_type(),
+            map.key_size(),
+            map.value_size()
+        )));
+    }
+    Ok(map)
+}
+
+fn fill_filters(filter: &Filter, theirs: &Theirs, skel: &TcpconnectSkel<'_>) -> Result<()> {
+    for port in &filter.ports {
+        skel.maps
+            .ports
+            .update(&port.to_ne_bytes(), &[1], MapFlags::ANY)
+            .context("failed to set the filter of ports")?;
+    }
+    for (bits, addr) in &filter.daddrs {
+        let key = types::tcp_prefix {
+            bits: *bits,
+            addr: *addr,
+        };
+        // SAFETY: tcp_prefix is Plain: its bytes are its value.
+        let key = unsafe { plain::as_bytes(&key) };
+        skel.maps
+            .daddrs
+            .update(key, &[1], MapFlags::ANY)
+            .context("failed to set the filter of addresses")?;
+    }
+    for (map, given) in [
+        (&skel.maps.cgroupmap, &theirs.cgroups),
+        (&skel.maps.mntnsmap, &theirs.mntns),
+    ] {
+        if let Some(given) = given {
+            let fd = given.as_fd().as_raw_fd().to_ne_bytes();
+            map.update(&0u32.to_ne_bytes(), &fd, MapFlags::ANY)
+                .context("failed to set a map of yours as a filter")?;
+        }
+    }
+    Ok(())
+}
+
+/// What is attached; dropping it detaches.
+pub struct Attached {
+    links: Vec<Link>,
+}
+
+/// Attaches the programs that were loaded; those that tell what follows before those that start it.
+pub fn attach(args: &Args, skel: &TcpconnectSkel<'_>) -> Result<Attached> {
+    let p = &skel.progs;
+    let mut attached = Attached { links: Vec::new() };
+    if args.dns {
+        for (program, function) in [
+            (&p.dns_udp4, "udp_recvmsg"),
+            (&p.dns_udp6, "udpv6_recvmsg"),
+            (&p.dns_tcp, "tcp_recvmsg"),
+        ] {
+            attached.add(program, function)?;
+        }
+    }
+    if args.outcome {
+        attached.add(&p.drop, "the tracepoint kfree_skb")?;
+        attached.add(&p.state, "the tracepoint inet_sock_set_state")?;
+    }
+    attached.add(&p.v4_return, "the return of tcp_v4_connect")?;
+    attached.add(&p.v6_return, "the return of tcp_v6_connect")?;
+    if args.outcome {
+        attached.add(&p.syn, "tcp_connect")?;
+    }
+    attached.add(&p.v4_entry, "tcp_v4_connect")?;
+    attached.add(&p.v6_entry, "tcp_v6_connect")?;
+    Ok(attached)
+}
+
+impl Attached {
+    fn add(&mut self, program: &ProgramMut<'_>, to: &str) -> Result<()> {
+        let link = program
+            .attach()
+            .map_err(|e| anyhow!("failed to attach to {to}: {e:?}"))?;
+        self.links.push(link);
+        Ok(())
+    }
+
+    /// Nothing is sent any more.
+    pub fn detach(&mut self) {
+        // In the order of attaching backwards: connects that start are not followed, those that return are.
+        while self.links.pop().is_some() {}
+    }
+}
