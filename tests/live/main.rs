@@ -12,8 +12,8 @@ mod icmp;
 mod skb;
 mod skb_ends;
 mod skb_more;
-mod xdpdump;
 mod tcpconnect;
+mod xdpdump;
 
 fn main() {
     let mut cases = Vec::new();

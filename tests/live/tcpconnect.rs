@@ -20,11 +20,15 @@ pub fn cases() -> Vec<Case> {
         case("tcpconnect_ports", ports).trace(),
         case("tcpconnect_family", family).trace(),
         case("tcpconnect_addresses", addresses).trace(),
-        case("tcpconnect_process", process).trace().program("nc"),
+        case("tcpconnect_process", process)
+            .trace()
+            .limit(400)
+            .program("nc"),
         case("tcpconnect_netns", netns).trace(),
         case("tcpconnect_cgroup", cgroup).trace().program("nc"),
         case("tcpconnect_maps", maps)
             .trace()
+            .limit(400)
             .program("nc")
             .program("bpftool"),
         case("tcpconnect_count", count).trace(),
@@ -32,7 +36,10 @@ pub fn cases() -> Vec<Case> {
         case("tcpconnect_count_full", count_full).trace(),
         case("tcpconnect_threads", threads).trace(),
         case("tcpconnect_limit", limit).trace(),
-        case("tcpconnect_outcomes", outcomes).trace().program("nft"),
+        case("tcpconnect_outcomes", outcomes)
+            .trace()
+            .limit(600)
+            .program("nft"),
         case("tcpconnect_outcome_drop", outcome_drop)
             .trace()
             .program("nft"),

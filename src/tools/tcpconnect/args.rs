@@ -61,7 +61,7 @@ pub struct Args {
     pub cgroup_name: bool,
 
     /// Count connects by source, destination and port in the kernel; the table is printed at the end
-    #[arg(short = 'c', long, conflicts_with_all = ["timestamp", "print_uid", "dns", "cgroup_name", "outcome", "output_stack"])]
+    #[arg(short = 'c', long, conflicts_with_all = ["timestamp", "print_uid", "dns", "cgroup_name", "outcome"])]
     pub count: bool,
 
     /// With -c: print the table every SECONDS
@@ -85,7 +85,7 @@ pub struct Args {
     pub min_ms: Option<f64>,
 
     /// Show the kernel and the user stack that called connect
-    #[arg(long)]
+    #[arg(skip)]
     pub output_stack: bool,
 
     #[command(flatten)]
