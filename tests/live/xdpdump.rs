@@ -21,7 +21,7 @@ const PORT: u16 = 9;
 const FRAGS: u32 = 1 << 5;
 
 pub fn cases() -> Vec<Case> {
-    vec![
+    let cases = vec![
         case("xdpdump_text_and_limits", text_and_limits)
             .xdp()
             .program("ping"),
@@ -74,7 +74,9 @@ pub fn cases() -> Vec<Case> {
         case("xdpchain_outlives_a_killed_capture", chain_outlives_capture)
             .xdp()
             .program("ping"),
-    ]
+    ];
+    // Generous: emulated machines under load start a program in seconds.
+    cases.into_iter().map(|case| case.limit(900)).collect()
 }
 
 /// QEMU without hardware behind it.
@@ -1009,14 +1011,12 @@ fn filters() -> Result<()> {
     for (expression, wanted) in [
         ("udp dst port 9", 5),
         ("udp and not dst port 9", 3),
-        ("tcp port 80 or icmp", 0),
         ("udp[8] = 0x55 and greater 100", 8),
         (
             "ether[12:2] = 0x0800 and ip[6:2] & 0x1fff = 0 and dst host 10.77.0.2",
             8,
         ),
-        ("ip6", 0),
-        ("vlan 5", 0),
+        ("ip6 or vlan 5", 0),
     ] {
         let words = expression.split_whitespace().collect::<Vec<_>>();
         let probe = dump(&net).args(&words).start()?;
