@@ -62,6 +62,7 @@ pub fn cases() -> Vec<Case> {
         case("xdpdump_errors", errors).xdp(),
         case("xdpdump_file_printed_again", printed_again).xdp(),
         case("xdpdump_filter_in_the_kernel", filters).xdp(),
+        case("xdpdump_explains_failed_redirects", failed_redirects).xdp(),
         case("xdpdump_trace_verdicts_and_ids", trace)
             .xdp()
             .fentry()
@@ -1073,4 +1074,25 @@ fn filters() -> Result<()> {
         .args(["tcp", "portt", "80"])
         .run()?
         .expect_code(2)
+}
+
+/// A native program on veth cannot send back to a peer without NAPI: the kernel drops the packet, and netprobe says why.
+fn failed_redirects() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let echo = object(&dir, "xdp_echo.o", ECHO)?;
+    let net = quiet_pair()?;
+    let probe = dump(&net).args(["--xdp-mode", "native"]).start()?;
+    xdpchain(&net, &format!("add {IFACE} {}", echo.display()))?;
+    flood(&net, PORT, 3, 64)?;
+    let line = probe.wait_line(" xdp_")?;
+    ensure!(line.contains("the target cannot take XDP frames"), "{line}");
+    let done = probe.stop()?;
+    done.expect_success()?;
+    let [captured, lost, matched, _] = summary(&done)?;
+    ensure!(
+        captured + lost == matched,
+        "an error was counted as a packet: {done}"
+    );
+    xdpchain(&net, &format!("clear {IFACE}"))?;
+    nothing_is_pinned(&net)
 }

@@ -3,6 +3,7 @@
 pub mod args;
 pub mod chain;
 mod decode;
+mod errors;
 mod file;
 mod list;
 pub mod place;
@@ -32,6 +33,7 @@ use crate::output;
 
 use args::{Args, Mode};
 use decode::Point;
+use errors::Errors;
 use place::{Lock, Place};
 use probes::{Capture, Counts, Options};
 use sink::{Sink, Source};
@@ -125,6 +127,20 @@ fn capture(args: &Args) -> Result<()> {
             storage,
         )?);
     }
+    let ifindices = planned
+        .iter()
+        .map(|planned| planned.ifindex)
+        .collect::<Vec<_>>();
+    let mut error_storage = MaybeUninit::uninit();
+    let mut errors = match Errors::begin(&ifindices, events.as_fd(), &mut error_storage) {
+        Ok(errors) => Some(errors),
+        Err(error) => {
+            eprintln!(
+                "netprobe: aborted packets and failed redirects are not explained here: {error:#}"
+            );
+            None
+        }
+    };
     let _promiscuous = promiscuous(args, &planned)?;
     let sources = probes.iter().flat_map(Probe::sources).collect::<Vec<_>>();
     let mut sink = Sink::open(args, filter_text.as_deref(), sources)?;
@@ -142,6 +158,9 @@ fn capture(args: &Args) -> Result<()> {
     let deadline = args.duration().map(|duration| Instant::now() + duration);
     let mut taken_away = Ok(());
     let ended = session::run(drain, &stop, deadline, &mut consumer, || {
+        if let Some(errors) = &mut errors {
+            errors.end();
+        }
         for probe in &mut probes {
             let ended = probe.end();
             if taken_away.is_ok() {
@@ -158,6 +177,9 @@ fn capture(args: &Args) -> Result<()> {
         undecodable: undecodable + received.short,
         ..Loss::default()
     };
+    if let Some(errors) = &errors {
+        errors.add_loss(&mut loss)?;
+    }
     let (mut counts, mut total) = (Vec::new(), Counts::default());
     for probe in &probes {
         probe.add_loss(&mut loss)?;
@@ -372,6 +394,10 @@ impl Consumer for Live<'_> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
         if self.limit > 0 && self.captured >= self.limit {
             return Ok(Flow::Stop);
+        }
+        if let Some(problem) = errors::decode(record.bytes) {
+            self.sink.problem(&problem, self.clock.wall(problem.ts))?;
+            return Ok(Flow::Continue);
         }
         let Some(seen) = decode::decode(record.bytes) else {
             self.undecodable += 1;

@@ -14,6 +14,7 @@ use crate::output::escape::{escaped, push_escaped};
 
 use super::args::Args;
 use super::decode::verdict_name;
+use super::errors::Problem;
 use super::probes::Counts;
 
 /// One packet on its way to the reader: live, or from a file.
@@ -70,20 +71,44 @@ impl Presenter {
         flow
     }
 
+    /// `12:34:56.123456 veth0 xdp_redirect_err: program 5 (xdp_echo) redirected to interface 7: the target interface is down`.
+    pub fn problem(
+        &mut self,
+        out: &mut Output,
+        problem: &Problem,
+        iface: &str,
+        words: &str,
+        wall: u64,
+    ) -> Result<()> {
+        if out.json() {
+            let row = ProblemRow {
+                kind: "xdp_error",
+                time_ns: wall,
+                iface: escaped(iface.as_bytes()),
+                what: problem.name(),
+                program: problem.program,
+                errno: problem.errno,
+                count: problem.count,
+                summary: words,
+            };
+            let mut failed = None;
+            out.line(|line| failed = serde_json::to_writer(line, &row).err())?;
+            return failed.map_or(Ok(()), |error| Err(error.into()));
+        }
+        let mut line = std::mem::take(&mut self.line);
+        line.clear();
+        self.time(&mut line, wall);
+        push_escaped(&mut line, iface.as_bytes());
+        let _ = write!(line, " {}: {words}", problem.name());
+        let written = out.line(|buffer| buffer.extend_from_slice(&line));
+        self.line = line;
+        written
+    }
+
     /// `12:34:56.123456 veth0 q0 xdp_prog()@exit[PASS] IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 64 (98 bytes)`.
     /// Writes to a Vec do not fail, so their results are dropped here.
     fn text(&mut self, line: &mut Vec<u8>, shown: &Shown<'_>, frame: Option<&Frame>) {
-        let second = shown.wall / 1_000_000_000;
-        if second != self.second {
-            self.second = second;
-            self.clock = time_of_day(shown.wall);
-        }
-        let (h, m, s) = self.clock;
-        let _ = write!(
-            line,
-            "{h:02}:{m:02}:{s:02}.{:06} ",
-            shown.wall % 1_000_000_000 / 1000
-        );
+        self.time(line, shown.wall);
         push_escaped(line, shown.iface.as_bytes());
         if let Some(queue) = shown.queue {
             let _ = write!(line, " q{queue}");
@@ -134,6 +159,23 @@ impl Presenter {
     }
 }
 
+impl Presenter {
+    /// The time of day, and a blank.
+    fn time(&mut self, line: &mut Vec<u8>, wall: u64) {
+        let second = wall / 1_000_000_000;
+        if second != self.second {
+            self.second = second;
+            self.clock = time_of_day(wall);
+        }
+        let (h, m, s) = self.clock;
+        let _ = write!(
+            line,
+            "{h:02}:{m:02}:{s:02}.{:06} ",
+            wall % 1_000_000_000 / 1000
+        );
+    }
+}
+
 /// The end of a capture: a summary for people, a record for programs.
 pub fn summary(out: &mut Output, sum: Counts, captured: u64, loss: &Loss) -> Result<()> {
     eprintln!(
@@ -170,6 +212,21 @@ struct Summary {
     lost: u64,
     matched: u64,
     seen: u64,
+}
+
+/// An error as a JSON object.
+#[derive(Serialize)]
+struct ProblemRow<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    time_ns: u64,
+    iface: String,
+    what: &'static str,
+    /// 0: not told
+    program: u32,
+    errno: i32,
+    count: u32,
+    summary: &'a str,
 }
 
 /// A packet as a JSON object; a field that says nothing about this packet is left out.

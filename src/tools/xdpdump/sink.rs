@@ -1,5 +1,6 @@
 //! Where captured packets go: lines, or a capture file; and what is said at the end. It must not know how packets were captured.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -11,6 +12,7 @@ use crate::output::pcapng::{Counters, Direction, Interface, Packet};
 
 use super::args::Args;
 use super::decode::{Point, Seen};
+use super::errors::{Names, Problem};
 use super::file::{CaptureFile, Rotation};
 use super::present::{self, Presenter, Shown};
 use super::probes::Counts;
@@ -63,6 +65,9 @@ pub struct Sink {
     sources: Vec<(Source, Option<String>)>,
     out: Output,
     kind: Kind,
+    programs: Names,
+    /// Errors by their words: in a capture file there is no place for them.
+    errors: BTreeMap<String, u64>,
 }
 
 enum Kind {
@@ -112,6 +117,8 @@ impl Sink {
             sources: sources.collect(),
             out,
             kind,
+            programs: Names::default(),
+            errors: BTreeMap::new(),
         })
     }
 
@@ -158,6 +165,26 @@ impl Sink {
         }
     }
 
+    /// Why a packet was dropped: a line, or a count for the end.
+    pub fn problem(&mut self, problem: &Problem, wall: u64) -> Result<()> {
+        let words = problem.words(&mut self.programs);
+        let source = self
+            .sources
+            .iter()
+            .find(|(source, _)| source.ifindex == problem.ifindex);
+        let iface = source.map_or("?", |(source, _)| &source.iface);
+        match &mut self.kind {
+            Kind::Lines(presenter) => {
+                presenter.problem(&mut self.out, problem, iface, &words, wall)
+            }
+            Kind::File { .. } => {
+                let words = format!("{iface}: {}: {words}", problem.name());
+                *self.errors.entry(words).or_default() += u64::from(problem.count);
+                Ok(())
+            }
+        }
+    }
+
     /// So many packets were lost just now: the next one in the file says it.
     pub fn lost(&mut self, more: u64) {
         if let Kind::File { dropped, .. } = &mut self.kind {
@@ -199,6 +226,9 @@ impl Sink {
                 file.statistics(interface as u32, &counters)?;
             }
             file.flush()?;
+        }
+        for (words, count) in &self.errors {
+            eprintln!("netprobe: {count} times: {words}");
         }
         present::summary(&mut self.out, total, captured, loss)
     }
