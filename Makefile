@@ -9,7 +9,7 @@ C_FILES = $(wildcard src/bpf/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static deps test check fmt unit live demo clean
+.PHONY: build release static deps test check fmt unit live fuzz-filter demo clean
 
 build: deps ## debug build
 	cargo build --locked
@@ -58,6 +58,16 @@ unit: ## unit, command line and live tests on this machine; what it cannot do is
 live: ## the live tests in a virtual machine for each kernel
 	tests/vm/live all
 
+# Round after round with a new seed, each with so many comparisons in each of its two parts; a difference ends it and shows
+# the program and the packet. FUZZ_FILTER_ROUNDS=N: so many rounds.
+FUZZ_FILTER_PAIRS ?= 1000000
+fuzz-filter: deps ## random filters, translated, against libpcap's interpreter and the kernel's own, until Ctrl-C
+	@round=0; while [ "$$round" != "$(FUZZ_FILTER_ROUNDS)" ]; do \
+		round=$$((round + 1)); \
+		FUZZ_FILTER_SEED=$$(od -An -N7 -tu8 /dev/urandom | tr -d ' ') FUZZ_FILTER_PAIRS=$(FUZZ_FILTER_PAIRS) \
+			cargo test --locked --release --lib -- --nocapture filter::tests::differential || exit 1; \
+	done
+
 demo: deps ## the main job, shown: a connection before and after an iptables rule drops it
 	demo/run
 
@@ -65,5 +75,5 @@ clean: ## removes the build (the kernels for the virtual machines stay in ~/.cac
 	cargo clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
 .PHONY: help

@@ -9,19 +9,13 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, SHORT, case}
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("filter_drop_v4", || drop_is_traced("iptables", true))
-            .trace()
-            .program("iptables"),
-        case("filter_drop_v6", || drop_is_traced("ip6tables", false))
-            .trace()
-            .program("ip6tables"),
         case("filter_tcp_syn", tcp_syn).trace(),
         case("filter_ip6_syn", ip6_syn).trace(),
         case("filter_scratch_memory", scratch_memory).trace(),
         case("filter_payload_in_fragments", payload_in_fragments).trace(),
         case("filter_arp", arp).trace(),
         case("filter_with_fields", with_fields).trace(),
-        case("filter_several_hundred_hosts", several_hundred_hosts).trace(),
+        case("filter_many_hosts", many_hosts).trace(),
         case("filter_vxlan", vxlan).trace(),
         case("filter_geneve", geneve).trace(),
         case("filter_ipip", ipip).trace(),
@@ -68,90 +62,54 @@ fn lacks(done: &Finished, text: &str) -> Result<()> {
     Ok(())
 }
 
-fn drop_is_traced(tool: &str, v4: bool) -> Result<()> {
+/// A SYN comes from the client only; an answer never is one alone.
+fn only_syns(to: impl Fn(&Netns) -> SocketAddr, filter: &[&str]) -> Result<()> {
     let net = pair()?;
-    let to = if v4 {
-        net.server.v4(8080)
-    } else {
-        net.server.v6(8080)
-    };
-    let server = net.server.tcp_listen(to)?;
-    net.client.cmd(&format!(
-        "{tool} -I OUTPUT 1 -m tcp --proto tcp --dst {} -j DROP",
-        to.ip()
-    ))?;
-    let filter = format!("dst host {} and tcp dst port 8080", to.ip());
-    let probe = skb(
-        "kfree_skb|kfree_skb_reason|sk_skb_reason_drop",
-        &net.client,
-        &[&filter],
-    )?;
-    ensure!(net.client.tcp_connect(server.address(), SHORT)?.is_err());
-    let line = probe
-        .wait_line("kfree_skb")
-        .or_else(|_| probe.wait_line("reason_drop"))?;
-    ensure!(line.contains(":8080"), "{line}");
-    probe.stop()?.expect_success()
+    let server = net.server.tcp_listen(to(&net.server))?;
+    let probe = skb(&format!("{SENT}|{RECEIVED}"), &net.client, filter)?;
+    talk(&net.client, server.address(), b"hello")?;
+    probe.wait_line("->")?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    lacks(&done, ":8080->")
 }
 
 fn tcp_syn() -> Result<()> {
-    let net = pair()?;
-    let server = net.server.tcp_listen(net.server.v4(8080))?;
-    let probe = skb(RECEIVED, &net.server, &["tcp[tcpflags] = tcp-syn"])?;
-    talk(&net.client, server.address(), b"hello")?;
-    talk(&net.client, server.address(), b"hello")?;
-    probe.wait_line(":8080")?;
-    let done = probe.stop()?;
-    done.expect_success()?;
-    // Two SYNs, each seen at most once by each function; the other segments not.
-    let rcv = done.lines_with("ip_rcv").len();
-    ensure!(rcv == 2, "{rcv} packets at ip_rcv:\n{done}");
-    Ok(())
+    only_syns(|server| server.v4(8080), &["tcp[tcpflags] = tcp-syn"])
 }
 
 fn ip6_syn() -> Result<()> {
-    let net = pair()?;
-    let server = net.server.tcp_listen(net.server.v6(8080))?;
-    let probe = skb(RECEIVED, &net.server, &["ip6[53]", "&", "0x3f", "=", "0x2"])?;
-    talk(&net.client, server.address(), b"hello")?;
-    probe.wait_line(":8080")?;
-    let done = probe.stop()?;
-    done.expect_success()?;
-    let rcv = done.lines_with("ipv6_rcv").len();
-    ensure!(rcv == 1, "{rcv} packets at ipv6_rcv:\n{done}");
-    Ok(())
+    only_syns(|server| server.v6(8080), &["ip6[53]", "&", "0x3f", "=", "0x2"])
 }
 
 /// Only segments with payload; the expression needs scratch memory.
 fn scratch_memory() -> Result<()> {
     let net = pair()?;
-    let server = net.server.tcp_listen(net.server.v4(8080))?;
-    let filter =
-        "tcp dst port 8080 and (((ip[2:2] - ((ip[0]&0xf)<<2)) - ((tcp[12]&0xf0)>>2)) != 0)";
+    let silent = net.server.tcp_listen(net.server.v4(8080))?;
+    let server = net.server.tcp_listen(net.server.v4(8081))?;
+    let filter = "(((ip[2:2] - ((ip[0]&0xf)<<2)) - ((tcp[12]&0xf0)>>2)) != 0)";
     let probe = skb(RECEIVED, &net.server, &[filter])?;
+    drop(net.client.tcp_connect(silent.address(), crate::common::deadline())??);
     talk(&net.client, server.address(), b"hello")?;
-    probe.wait_line(":8080")?;
+    probe.wait_line(":8081")?;
     let done = probe.stop()?;
     done.expect_success()?;
-    let rcv = done.lines_with("ip_rcv").len();
-    ensure!(rcv == 1, "{rcv} packets at ip_rcv:\n{done}");
-    Ok(())
+    lacks(&done, ":8080")
 }
 
 /// TCP keeps what is sent in page fragments, behind a linear part of headers only.
 fn payload_in_fragments() -> Result<()> {
     let net = pair()?;
-    let server = net.server.tcp_listen(net.server.v4(8080))?;
-    let filter = "tcp dst port 8080 and tcp[((tcp[12]&0xf0)>>2)+5:4] = 0x6d61726b";
+    let one = net.server.tcp_listen(net.server.v4(8080))?;
+    let two = net.server.tcp_listen(net.server.v4(8081))?;
+    let filter = "tcp[((tcp[12]&0xf0)>>2)+5:4] = 0x6d61726b";
     let probe = skb(SENT, &net.client, &[filter])?;
-    talk(&net.client, server.address(), b"other payload")?;
-    talk(&net.client, server.address(), b"with mark in it")?;
+    talk(&net.client, one.address(), b"other payload")?;
+    talk(&net.client, two.address(), b"with mark in it")?;
     probe.wait_line("ip_output")?;
     let done = probe.stop()?;
     done.expect_success()?;
-    let sent = done.lines_with("ip_output").len();
-    ensure!(sent == 1, "{sent} packets at ip_output:\n{done}");
-    Ok(())
+    lacks(&done, ":8080")
 }
 
 fn arp() -> Result<()> {
@@ -180,16 +138,13 @@ fn with_fields() -> Result<()> {
     probe.wait_line(":8081")?;
     let done = probe.stop()?;
     done.expect_success()?;
-    lacks(&done, ":8080")?;
-    let rcv = done.lines_with("ip_rcv").len();
-    ensure!(rcv == 1, "{rcv} packets at ip_rcv:\n{done}");
-    Ok(())
+    lacks(&done, ":8080")
 }
 
-fn several_hundred_hosts() -> Result<()> {
+fn many_hosts() -> Result<()> {
     let net = pair()?;
     let server = net.server.tcp_listen(net.server.v4(8080))?;
-    let mut hosts: Vec<String> = (0..250)
+    let mut hosts: Vec<String> = (0..80)
         .map(|i| format!("host 10.{}.{i}.9", 100 + i % 7))
         .collect();
     hosts.push(format!("host {}", net.client.v4(0).ip()));
@@ -245,12 +200,11 @@ fn inside_tunnel(kind: &str, flag: &str, outer: &str) -> Result<()> {
 }
 
 fn vxlan() -> Result<()> {
-    inside_tunnel("vxlan", "--filter-tunnel-pcap-l2", "udp dst port 4789")?;
-    inside_tunnel("vxlan", "--filter-tunnel-pcap-l3", "udp dst port 4789")
+    inside_tunnel("vxlan", "--filter-tunnel-pcap-l2", "udp dst port 4789")
 }
 
 fn geneve() -> Result<()> {
-    inside_tunnel("geneve", "--filter-tunnel-pcap-l2", "udp dst port 6081")
+    inside_tunnel("geneve", "--filter-tunnel-pcap-l3", "udp dst port 6081")
 }
 
 fn ipip() -> Result<()> {

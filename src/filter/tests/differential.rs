@@ -8,6 +8,7 @@ use super::cases::EXPRESSIONS;
 use super::packets::{self, Random, mutate};
 use super::{Modes, expected, listing, privileged};
 use crate::filter::cbpf::*;
+use crate::filter::ebpf::{Beyond, LoadMode, translate};
 use crate::filter::expr;
 use crate::filter::pcap::Linktype;
 
@@ -122,6 +123,38 @@ fn random_insn(random: &mut Random, words: u32, left: u32) -> Insn {
             )
         }
     }
+}
+
+/// Whatever the instructions: they are refused, or translated; nothing panics.
+#[test]
+fn any_instructions_are_refused_or_translated() {
+    let mut random = Random(SEED);
+    let codes: Vec<u16> = (0..=0xb7).chain([0x100, 0x8000, 0xffff]).collect();
+    let mut translated = 0;
+    for _ in 0..20_000 {
+        let insns = (0..1 + random.below(6)).map(|_| {
+            let (jt, jf) = (random.below(6) as u8, random.next() as u8 % 6);
+            Insn::new(random.pick(&codes), jt, jf, number(&mut random))
+        });
+        let insns: Vec<Insn> = insns.chain([Insn::stmt(RET_K, 1)]).collect();
+        let Ok(program) = Program::new(insns) else {
+            continue;
+        };
+        for mode in [
+            LoadMode::PROBE,
+            LoadMode::Block {
+                size: 96,
+                beyond: Beyond::Subprogram,
+            },
+            LoadMode::Packet {
+                beyond: Beyond::XdpLoad,
+            },
+        ] {
+            translate(&program, mode).unwrap();
+        }
+        translated += 1;
+    }
+    assert!(translated > 200, "only {translated} were valid");
 }
 
 /// Some of the named expressions, joined.
