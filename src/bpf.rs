@@ -77,7 +77,11 @@ unsafe impl Plain for skb::types::np_tuple {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_config {}
 // SAFETY: see above.
+unsafe impl Plain for icmp::types::np_head {}
+// SAFETY: see above.
 unsafe impl Plain for icmp::types::icmp_event {}
+// SAFETY: see above.
+unsafe impl Plain for icmp::types::icmp_gap {}
 // SAFETY: see above.
 unsafe impl Plain for xdpdump::types::np_xdp_event {}
 // SAFETY: see above.

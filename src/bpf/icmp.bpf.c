@@ -17,6 +17,7 @@
 #include "compat.bpf.h"
 #include "config.bpf.h"
 #include "event.bpf.h"
+#include "filter.bpf.h"
 #include "packet.bpf.h"
 #include "icmp_packet.bpf.h"
 #include "icmp_softirq.bpf.h"
@@ -109,6 +110,8 @@ static __always_inline __u8 current_context(const struct np_head *head)
 						 : ICMP_CONTEXT_TASK;
 }
 
+#include "icmp_sent.bpf.h"
+
 /* A request is handled now: skb's transport header is the ICMP header. */
 static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 {
@@ -124,7 +127,7 @@ static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 		return 0;
 	if (want_cpu >= 0 && bpf_get_smp_processor_id() != want_cpu)
 		return 0;
-	if (!match(cfg, skb, &e.key, dev))
+	if (!match(cfg, skb, &e.key, dev) || !np_filter_skb(skb))
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_ECHO);
 	e.context = current_context(&e.head);
@@ -158,6 +161,12 @@ int BPF_KPROBE(icmpv6_echo, void *skb)
 	return handle_echo(ctx, skb, 6);
 }
 
+/* What the run looks at on its way in. */
+static __always_inline int wanted(void)
+{
+	return with_sent ? ECHO_REPLY : ECHO_REQUEST;
+}
+
 /* A packet on its way to the stack: was it queued, and by which CPU? */
 static __always_inline int queued(void *skb_ptr, __u8 backlog)
 {
@@ -166,7 +175,7 @@ static __always_inline int queued(void *skb_ptr, __u8 backlog)
 	struct icmp_times t = {};
 	struct icmp_key key = {};
 
-	if (read_received(skb, &key) != ECHO_REQUEST)
+	if (read_received(skb, &key) != wanted())
 		return 0;
 	t.queued = bpf_ktime_get_ns();
 	t.queued_cpu = bpf_get_smp_processor_id();
@@ -205,7 +214,7 @@ int receive(struct bpf_raw_tracepoint_args *ctx)
 	struct icmp_times *seen, t = {};
 	struct icmp_key key = {};
 
-	if (read_received(skb, &key) != ECHO_REQUEST)
+	if (read_received(skb, &key) != wanted())
 		return 0;
 	/* Of an earlier hop (a bridge, a lower device) nothing is kept. */
 	seen = bpf_map_lookup_elem(&arriving, &key);
@@ -218,7 +227,12 @@ int receive(struct bpf_raw_tracepoint_args *ctx)
 	running = softirq_running();
 	if (running)
 		t.last = *running;
-	bpf_map_update_elem(&arriving, &key, &t, BPF_ANY);
+	if (with_sent) {
+		bpf_map_delete_elem(&arriving, &key);
+		sent_return(ctx, &key, &t);
+	} else {
+		bpf_map_update_elem(&arriving, &key, &t, BPF_ANY);
+	}
 	return 0;
 }
 
@@ -229,8 +243,14 @@ int xmit(struct bpf_raw_tracepoint_args *ctx)
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
 	struct net_device *dev = NP_CAST(struct net_device, ctx->args[1]);
 	struct icmp_event e = {};
+	int echo = read_sent(skb, &e.key);
 
-	if (read_sent(skb, &e.key) != ECHO_REPLY)
+	if (with_sent) {
+		if (echo == ECHO_REQUEST)
+			sent_xmit(ctx, &e, skb, dev);
+		return 0;
+	}
+	if (echo != ECHO_REPLY)
 		return 0;
 	if (!bpf_map_lookup_elem(&answering, &e.key))
 		return 0;

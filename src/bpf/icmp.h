@@ -15,11 +15,14 @@
 #define ICMP_KIND_SEND 3 /* a process' request, headers complete */
 #define ICMP_KIND_XMIT 4 /* it is handed to a device's driver */
 #define ICMP_KIND_RETURN 5 /* its reply is received from a device */
-#define ICMP_KIND_READ 6 /* a process reads the reply */
+#define ICMP_KIND_READ 6 /* its process reads the reply */
 #define ICMP_KIND_DROP 7 /* this kernel frees the request or its reply */
 /* The CPU that made an echo wait. */
 #define ICMP_KIND_GAP 8 /* struct icmp_gap */
 #define ICMP_KIND_SAMPLE 9 /* struct icmp_sample */
+
+/* The sending side again. */
+#define ICMP_KIND_DELIVER 10 /* the reply is put into a socket's queue */
 
 /* icmp_event.context: who was current when the request was handled. */
 #define ICMP_CONTEXT_TASK 0
@@ -72,6 +75,37 @@ struct icmp_event {
 	__u8 reply; /* DROP: it is the reply that is freed */
 	__u8 pad;
 	__u8 ifname[ICMP_IFNAMSIZ]; /* NUL-padded */
+};
+
+/* Tasks of one gap that are told apart; the time of more goes to the last. */
+#define ICMP_RUNS 6
+#define ICMP_STACK_DEPTH 48
+
+/* A task that ran while a softirq waited. */
+struct icmp_run {
+	__u64 ns; /* how long, in the gap */
+	__u64 cgroup; /* id in cgroup v2 */
+	__u32 tgid;
+	__u32 pid;
+	__u8 comm[NP_COMM_LEN]; /* NUL-padded */
+};
+
+/* NET_RX was raised, and entered later than the limit. */
+struct icmp_gap {
+	struct np_head head;
+	__u64 raise; /* with the CPU: what it has in common with echoes */
+	__u64 entry;
+	__u32 runs;
+	__u32 pad;
+	struct icmp_run run[ICMP_RUNS];
+};
+
+/* What a CPU did at one moment while NET_RX waited: current is the task. */
+struct icmp_sample {
+	struct np_head head;
+	__u64 raise;
+	/* Kernel addresses, innermost first; the event ends with the last. */
+	__u64 stack[ICMP_STACK_DEPTH];
 };
 
 _Static_assert(sizeof(struct icmp_key) == 48,

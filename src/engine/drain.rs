@@ -330,7 +330,7 @@ fn page_size() -> usize {
 }
 
 /// CPUs that are online (/sys/devices/system/cpu/online, a list such as `0-3,5`).
-fn online_cpus() -> Result<Vec<i32>> {
+pub fn online_cpus() -> Result<Vec<i32>> {
     let path = "/sys/devices/system/cpu/online";
     let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {path}"))?;
     parse_cpu_list(&text).with_context(|| format!("unexpected content of {path}: {text:?}"))

@@ -71,6 +71,41 @@ pub fn make_room(links: usize) -> Result<()> {
     })
 }
 
+/// Runs `program` `hz` times a second on each of `cpus`, by the kernel's own clock: it needs no PMU.
+pub fn cpu_clock(program: &ProgramMut<'_>, cpus: &[i32], hz: u64) -> Result<Vec<Link>> {
+    cpus.iter()
+        .map(|&cpu| {
+            let mut attr = sys::perf_event_attr {
+                type_: sys::PERF_TYPE_SOFTWARE,
+                size: size_of::<sys::perf_event_attr>() as u32,
+                config: u64::from(sys::PERF_COUNT_SW_CPU_CLOCK),
+                ..Default::default()
+            };
+            attr.__bindgen_anon_1.sample_freq = hz;
+            attr.set_freq(1);
+            // SAFETY: attr is valid for the call and says its size; the other arguments are plain numbers.
+            let fd = unsafe {
+                libc::syscall(
+                    libc::SYS_perf_event_open,
+                    &raw const attr,
+                    -1,
+                    cpu,
+                    -1,
+                    sys::PERF_FLAG_FD_CLOEXEC,
+                )
+            };
+            if fd < 0 {
+                return Err(std::io::Error::last_os_error())
+                    .with_context(|| format!("failed to open a cpu-clock event on CPU {cpu}"));
+            }
+            // The link owns the fd from here on.
+            program
+                .attach_perf_event(fd as i32)
+                .with_context(|| format!("failed to attach to the cpu-clock event on CPU {cpu}"))
+        })
+        .collect()
+}
+
 /// Leaves the closing of `links` to a child process, which outlives this one and holds the last references; so this process can
 /// end at once. Falls back to closing them here.
 pub fn close_in_child(links: Vec<Link>) {

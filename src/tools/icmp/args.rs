@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use crate::bpf::skb::types::np_config;
 use crate::output::OutputArgs;
 use crate::tools::EngineArgs;
+use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 
 /// What a time stamp counts from.
@@ -42,13 +43,37 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["output_json", "timestamp", "min_us", "stages"])]
     pub legacy: bool,
 
+    /// Look at the sending side instead: one line for each request that a process of this machine sends by a raw or ping socket, when
+    /// it has read the reply, or the request is lost:
+    ///   OUT    sendmsg to the request handed to the device's driver
+    ///   WIRE   from there to the first that was seen of the reply (the wire, and the peer)
+    ///   IN     from there to the socket's queue
+    ///   READ   in the queue until the process reads it
+    ///   TOTAL  sendmsg to read
+    #[arg(long, verbatim_doc_comment, conflicts_with_all = ["legacy", "stages", "culprit"])]
+    pub sent: bool,
+
+    /// A request whose reply has not been read after SECONDS is lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, requires = "sent", value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: u64,
+
     /// Measure the stages (on; =false attaches the probes on icmp_echo and icmpv6_echo_reply and nothing else)
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = true, default_missing_value = "true", require_equals = true, action = clap::ArgAction::Set)]
     pub stages: bool,
 
     /// Only echoes that took N microseconds or more in all (TOTAL)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub min_us: u64,
+    #[arg(long, value_name = "N")]
+    pub min_us: Option<u64>,
+
+    /// Where an echo's softirq WAITed --min-us or longer (1000 unless given): what ran on that CPU in the meantime, by task, process
+    /// and cgroup, and its kernel stack, sampled --culprit-hz times a second (on x86 the sampling timer is held up while interrupts
+    /// are off: then the stack is that of the place that switched them on again)
+    #[arg(long, conflicts_with_all = ["legacy", "histogram"])]
+    pub culprit: bool,
+
+    /// Samples a second on each CPU
+    #[arg(long, value_name = "HZ", default_value_t = 999, requires = "culprit", value_parser = clap::value_parser!(u64).range(1..=20_000))]
+    pub culprit_hz: u64,
 
     /// In place of lines: histograms (powers of two, microseconds) of each stage on each CPU, at the end
     #[arg(long, conflicts_with_all = ["legacy", "timestamp", "min_us", "output_limit_lines"])]
@@ -57,6 +82,9 @@ pub struct Args {
     /// Histograms every SECONDS, each of that time alone
     #[arg(short, long, value_name = "SECONDS", requires = "histogram", value_parser = clap::value_parser!(u64).range(1..))]
     pub interval: Option<u64>,
+
+    #[command(flatten)]
+    pub expression: ExpressionArgs,
 
     #[command(flatten)]
     pub filter: IcmpFilterArgs,
@@ -88,7 +116,7 @@ pub struct IcmpFilterArgs {
     #[arg(long, value_name = "ID")]
     pub filter_id: Option<u16>,
 
-    /// Received on this interface, in the namespace of --filter-netns or the current one
+    /// Received (--sent: routed) on this interface, in the namespace of --filter-netns or the current one
     #[arg(long, value_name = "NAME")]
     pub filter_ifname: Option<String>,
 
@@ -96,7 +124,7 @@ pub struct IcmpFilterArgs {
     #[arg(long, value_name = "NETNS")]
     pub filter_netns: Option<String>,
 
-    /// Handled on this CPU
+    /// Handled on this CPU (--sent: sent on it)
     #[arg(long, value_name = "CPU")]
     pub filter_cpu: Option<u16>,
 
@@ -125,9 +153,17 @@ impl IcmpFilterArgs {
     }
 }
 
+/// A gap that has a culprit, where --min-us does not say.
+const GAP_US: u64 = 1000;
+
 impl Args {
-    /// Stages are measured.
+    /// ns that a softirq must have waited, for its culprit to be told.
+    pub fn gap_ns(&self) -> u64 {
+        self.min_us.unwrap_or(GAP_US).saturating_mul(1000)
+    }
+
+    /// Stages of requests that are handled here are measured.
     pub fn with_stages(&self) -> bool {
-        self.stages && !self.legacy
+        self.stages && !self.legacy && !self.sent
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::bpf::icmp::types::{icmp_event, icmp_key, icmp_softirq};
+use crate::bpf::icmp::types::{icmp_event, icmp_gap, icmp_key, icmp_softirq, np_head};
 use crate::bpf::read;
 use crate::event::head::Head;
 use crate::event::tuple::address;
@@ -10,6 +10,52 @@ use crate::event::tuple::address;
 /// ICMP_KIND_*
 pub const KIND_ECHO: u16 = 1;
 pub const KIND_REPLY: u16 = 2;
+pub const KIND_SEND: u16 = 3;
+pub const KIND_XMIT: u16 = 4;
+pub const KIND_RETURN: u16 = 5;
+pub const KIND_READ: u16 = 6;
+pub const KIND_DROP: u16 = 7;
+pub const KIND_DELIVER: u16 = 10;
+const KIND_GAP: u16 = 8;
+const KIND_SAMPLE: u16 = 9;
+
+/// An event of any kind. Most are the large one.
+#[allow(clippy::large_enum_variant, reason = "short-lived, never stored")]
+#[derive(Debug, Clone, PartialEq)]
+pub enum Message {
+    Event(Event),
+    Gap(Gap),
+    Sample(Sample),
+}
+
+/// `struct icmp_gap`: a NET_RX softirq waited on a CPU.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gap {
+    pub cpu: u16,
+    pub raise: u64,
+    pub entry: u64,
+    pub runs: Vec<Run>,
+}
+
+/// `struct icmp_run`: a task that ran meanwhile.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    pub ns: u64,
+    pub cgroup: u64,
+    pub tgid: u32,
+    pub pid: u32,
+    /// NUL-padded
+    pub comm: [u8; 16],
+}
+
+/// `struct icmp_sample`: what it did at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    pub head: Head,
+    pub raise: u64,
+    /// addresses, innermost first
+    pub stack: Vec<u64>,
+}
 
 /// An echo, always as its request has it: `saddr` is who asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,20 +118,69 @@ pub struct Event {
     pub ifname: [u8; 16],
     /// bytes of the IP packet
     pub len: u32,
+    /// SEND, XMIT: entry of sendmsg
+    pub start: Option<u64>,
+    /// DROP: address in the kernel, value of enum skb_drop_reason, of the reply (else of the request)
+    pub location: u64,
+    pub reason: u32,
+    pub reply: bool,
 }
 
 /// Decodes one event, without the padding that perf adds.
-pub fn decode(bytes: &[u8]) -> Option<Event> {
+pub fn decode(bytes: &[u8]) -> Option<Message> {
+    let (h, rest) = read::<np_head>(bytes)?;
+    match h.kind {
+        KIND_GAP => gap(bytes).map(Message::Gap),
+        KIND_SAMPLE => {
+            let mut words = rest
+                .chunks_exact(8)
+                .filter_map(|c| c.try_into().ok().map(u64::from_ne_bytes));
+            Some(Message::Sample(Sample {
+                head: head(&h),
+                raise: words.next()?,
+                stack: words.collect(),
+            }))
+        }
+        _ => event(bytes).map(Message::Event),
+    }
+}
+
+fn head(h: &np_head) -> Head {
+    Head {
+        ts: h.ts,
+        kind: h.kind,
+        cpu: h.cpu,
+        tgid: h.tgid,
+        pid: h.pid,
+        comm: h.comm,
+    }
+}
+
+fn gap(bytes: &[u8]) -> Option<Gap> {
+    let (g, _) = read::<icmp_gap>(bytes)?;
+    Some(Gap {
+        cpu: g.head.cpu,
+        raise: g.raise,
+        entry: g.entry,
+        runs: g
+            .run
+            .iter()
+            .take(g.runs as usize)
+            .map(|r| Run {
+                ns: r.ns,
+                cgroup: r.cgroup,
+                tgid: r.tgid,
+                pid: r.pid,
+                comm: r.comm,
+            })
+            .collect(),
+    })
+}
+
+fn event(bytes: &[u8]) -> Option<Event> {
     let (e, _) = read::<icmp_event>(bytes)?;
     Some(Event {
-        head: Head {
-            ts: e.head.ts,
-            kind: e.head.kind,
-            cpu: e.head.cpu,
-            tgid: e.head.tgid,
-            pid: e.head.pid,
-            comm: e.head.comm,
-        },
+        head: head(&e.head),
         key: key(&e.key)?,
         times: Times {
             queued: seen(e.times.queued),
@@ -106,6 +201,10 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         ifindex: e.ifindex,
         ifname: e.ifname,
         len: e.len,
+        start: seen(e.start),
+        location: e.location,
+        reason: e.reason,
+        reply: e.reply != 0,
     })
 }
 
@@ -142,12 +241,19 @@ fn key(k: &icmp_key) -> Option<Key> {
 pub mod test {
     use super::*;
 
+    /// The same of another kind.
+    pub fn of_kind(kind: u16, ts: u64, seq: u16) -> Event {
+        let mut e = event(ts, seq);
+        e.head.kind = kind;
+        e
+    }
+
     /// A request from 10.0.0.1 to 10.0.0.2.
     pub fn event(ts: u64, seq: u16) -> Event {
         let mut e = raw();
         e.head.ts = ts;
         e.key.seq = seq;
-        decode(crate::bpf::bytes_of(&e)).unwrap()
+        super::event(crate::bpf::bytes_of(&e)).unwrap()
     }
 
     pub fn raw() -> icmp_event {
@@ -176,7 +282,9 @@ mod tests {
 
     #[test]
     fn a_request() {
-        let e = decode(&bytes(&raw())).unwrap();
+        let Some(Message::Event(e)) = decode(&bytes(&raw())) else {
+            panic!("no event");
+        };
         assert_eq!(e.key.saddr.to_string(), "10.0.0.1");
         assert_eq!((e.key.id, e.key.seq), (7, 1));
         assert_eq!(e.times.receive, Some(900));
@@ -194,6 +302,41 @@ mod tests {
         let mut e = raw();
         e.context = 9;
         assert!(decode(&bytes(&e)).is_none());
+    }
+
+    #[test]
+    fn a_gap_and_a_sample() {
+        let mut g = icmp_gap::default();
+        g.head.kind = KIND_GAP;
+        g.head.cpu = 3;
+        g.raise = 10;
+        g.entry = 30;
+        g.runs = 1;
+        g.run[0].ns = 20;
+        g.run[0].pid = 7;
+        let Some(Message::Gap(gap)) = decode(crate::bpf::bytes_of(&g)) else {
+            panic!("no gap");
+        };
+        assert_eq!((gap.cpu, gap.raise, gap.entry), (3, 10, 30));
+        assert_eq!(gap.runs.len(), 1);
+        assert_eq!((gap.runs[0].ns, gap.runs[0].pid), (20, 7));
+        // More than there is room for.
+        g.runs = 99;
+        let Some(Message::Gap(gap)) = decode(crate::bpf::bytes_of(&g)) else {
+            panic!("no gap");
+        };
+        assert_eq!(gap.runs.len(), 6);
+
+        g.head.kind = KIND_SAMPLE;
+        let mut sample = crate::bpf::bytes_of(&g.head).to_vec();
+        assert!(decode(&sample).is_none());
+        for word in [10u64, 0x1000, 0x2000] {
+            sample.extend_from_slice(&word.to_ne_bytes());
+        }
+        let Some(Message::Sample(s)) = decode(&sample) else {
+            panic!("no sample");
+        };
+        assert_eq!((s.raise, s.stack), (10, vec![0x1000, 0x2000]));
     }
 
     proptest! {

@@ -1,6 +1,6 @@
 //! The lines of `netprobe icmp`: the source script's columns, text columns, JSON.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 
 use anyhow::Result;
@@ -15,13 +15,18 @@ use crate::output::escape::{escaped, push_escaped};
 
 use super::answers::Answer;
 use super::args::{Args, Timestamp};
-use super::decode::Softirq;
+use super::culprit::Culprit;
+use super::decode::{Context, Event, Softirq};
+use super::requests::Part;
 use super::stages::{Stage, is_steered};
 
 /// Turns answers into lines. Columns grow to what they have held, so that lines below each other line up.
 pub struct Presenter {
     legacy: bool,
+    sent: bool,
     stages: bool,
+    /// of drops, by value
+    pub(super) reasons: HashMap<u32, String>,
     timestamp: Timestamp,
     clock: WallClock,
     first_ts: Option<u64>,
@@ -39,9 +44,11 @@ struct Widths {
 }
 
 impl Presenter {
-    pub fn new(args: &Args) -> Result<Self> {
+    pub fn new(args: &Args, reasons: HashMap<u32, String>) -> Result<Self> {
         Ok(Self {
             legacy: args.legacy,
+            sent: args.sent,
+            reasons,
             stages: args.with_stages(),
             timestamp: args.timestamp,
             clock: WallClock::new()?,
@@ -68,13 +75,13 @@ impl Presenter {
             Timestamp::Relative => "TIME(s)      ",
             Timestamp::Current => "TIME(s)          ",
         };
+        let context = if self.sent { "" } else { "CONTEXT   " };
         let mut line = format!(
-            "{time}{:<7} {:<7} {:<cw$} {:<3} {:<9} {:<sw$} {:<dw$} {:<5} {:<5} {:<iw$} {:<10} {:<5}",
+            "{time}{:<7} {:<7} {:<cw$} {:<3} {context}{:<sw$} {:<dw$} {:<5} {:<5} {:<iw$} {:<10} {:<5}",
             "TGID",
             "PID",
             "COMM",
             "CPU",
-            "CONTEXT",
             "SOURCE",
             "DESTINATION",
             "ID",
@@ -87,10 +94,17 @@ impl Presenter {
             dw = w.daddr,
             iw = w.iface,
         );
-        if self.stages {
-            for stage in Stage::ALL {
-                line += &format!(" {:>8}", stage.name().to_uppercase());
-            }
+        let names: Vec<&str> = if self.sent {
+            Part::ALL.iter().map(|p| p.name()).collect()
+        } else if self.stages {
+            Stage::ALL.iter().map(|s| s.name()).collect()
+        } else {
+            Vec::new()
+        };
+        for name in &names {
+            line += &format!(" {:>8}", name.to_uppercase());
+        }
+        if !names.is_empty() {
             line += " (us)";
         }
         out.line(|b| b.extend_from_slice(line.as_bytes()))?;
@@ -98,11 +112,15 @@ impl Presenter {
     }
 
     /// One answer.
-    pub fn answer(&mut self, out: &mut Output, answer: &Answer) -> Result<Flow> {
-        self.clock.refresh()?;
-        self.first_ts.get_or_insert(answer.event.head.ts);
+    pub fn answer(
+        &mut self,
+        out: &mut Output,
+        answer: &Answer,
+        culprit: Option<&Culprit>,
+    ) -> Result<Flow> {
+        self.begin(answer.event.head.ts)?;
         if out.json() {
-            return out.json_event(&self.row(answer));
+            return out.json_event(&self.row(answer, culprit));
         }
         let mut line = std::mem::take(&mut self.line);
         line.clear();
@@ -110,21 +128,56 @@ impl Presenter {
             legacy(&mut line, answer);
         } else {
             self.text(&mut line, answer);
+            if let Some(culprit) = culprit {
+                culprit.push_text(&mut line);
+            }
         }
         let flow = out.event(|b| b.extend_from_slice(&line));
         self.line = line;
         flow
     }
 
+    /// Before each line.
+    pub(super) fn begin(&mut self, ts: u64) -> Result<()> {
+        self.first_ts.get_or_insert(ts);
+        self.clock.refresh()
+    }
+
+    pub(super) fn wall(&self, ts: u64) -> u64 {
+        self.clock.wall(ts)
+    }
+
     fn text(&mut self, line: &mut Vec<u8>, answer: &Answer) {
         let e = &answer.event;
+        self.columns(line, e, Some(e.context));
+        if self.stages {
+            for stage in Stage::ALL {
+                push_us(line, answer.stages.get(stage));
+            }
+            if is_steered(&e.times) {
+                // Writes to a Vec do not fail.
+                let _ = write!(line, " [from cpu {}]", e.times.queued_cpu);
+            }
+        }
+        if answer.gap > 0 {
+            let _ = write!(line, " [{} missing before]", answer.gap);
+        }
+        if answer.late {
+            line.extend_from_slice(b" [late]");
+        }
+    }
+
+    /// The columns that both sides have.
+    pub(super) fn columns(&mut self, line: &mut Vec<u8>, e: &Event, context: Option<Context>) {
         self.time(line, e.head.ts);
-        // Writes to a Vec do not fail.
         let _ = write!(line, "{:<7} {:<7} ", e.head.tgid, e.head.pid);
         let start = line.len();
         push_escaped(line, &e.head.comm);
         pad(line, start, &mut self.widths.comm);
-        let _ = write!(line, "{:<3} {:<9} ", e.head.cpu, e.context.name());
+        let _ = write!(line, "{:<3} ", e.head.cpu);
+        if let Some(context) = context {
+            let _ = write!(line, "{:<9} ", context.name());
+        }
         let start = line.len();
         let _ = write!(line, "{}", e.key.saddr);
         pad(line, start, &mut self.widths.saddr);
@@ -137,21 +190,6 @@ impl Presenter {
         let _ = write!(line, ":{}", e.ifindex);
         pad(line, start, &mut self.widths.iface);
         let _ = write!(line, "{:<10} {:<5}", e.key.netns, e.len);
-        if self.stages {
-            for stage in Stage::ALL {
-                let value = answer.stages.get(stage).map_or_else(|| "-".into(), us);
-                let _ = write!(line, " {value:>8}");
-            }
-            if is_steered(&e.times) {
-                let _ = write!(line, " [from cpu {}]", e.times.queued_cpu);
-            }
-        }
-        if answer.gap > 0 {
-            let _ = write!(line, " [{} missing before]", answer.gap);
-        }
-        if answer.late {
-            line.extend_from_slice(b" [late]");
-        }
     }
 
     fn time(&self, line: &mut Vec<u8>, ts: u64) {
@@ -174,7 +212,7 @@ impl Presenter {
         };
     }
 
-    fn row(&self, answer: &Answer) -> Row {
+    fn row<'a>(&self, answer: &Answer, culprit: Option<&'a Culprit>) -> Row<'a> {
         let e = &answer.event;
         let t = &e.times;
         Row {
@@ -214,6 +252,7 @@ impl Presenter {
                     .collect()
             }),
             steered: self.stages.then(|| is_steered(t)),
+            culprit,
         }
     }
 
@@ -225,6 +264,12 @@ impl Presenter {
         }
         out.flush()
     }
+}
+
+/// A stage in its column; `-` where it was not seen.
+pub(super) fn push_us(line: &mut Vec<u8>, ns: Option<u64>) {
+    let value = ns.map_or_else(|| "-".into(), us);
+    let _ = write!(line, " {value:>8}");
 }
 
 /// A JSON record that is no event.
@@ -256,7 +301,7 @@ fn softirq_row(s: &Softirq) -> SoftirqRow {
 
 /// One JSON object a line.
 #[derive(Serialize)]
-struct Row {
+struct Row<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
     ts_ns: u64,
@@ -284,6 +329,8 @@ struct Row {
     times: Option<TimesRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stages_ns: Option<BTreeMap<&'static str, u64>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    culprit: Option<&'a Culprit>,
 }
 
 /// ns of CLOCK_MONOTONIC; null: not seen.

@@ -6,7 +6,9 @@ use anyhow::{Result, bail};
 use libbpf_rs::{Link, OpenProgramMut, ProgramMut};
 
 use crate::bpf::icmp::{IcmpSkel, OpenIcmpSkel};
+use crate::engine::drain::online_cpus;
 use crate::engine::loss;
+use crate::kernel::attach;
 
 use super::args::Args;
 
@@ -17,8 +19,12 @@ enum Part {
     Echo4,
     /// handling of IPv6 requests
     Echo6,
-    /// the stages of a request
-    Stages,
+    /// where packets come in and go out, for both sides
+    Ways,
+    /// processes that send requests
+    Sent,
+    /// what ran while a softirq waited
+    Culprit,
 }
 
 /// How a program is attached.
@@ -28,6 +34,8 @@ enum Point {
     Function(&'static [&'static str]),
     /// a tracepoint, and what is blank without it
     Tracepoint(&'static str, &'static str),
+    /// the clock of each CPU
+    Clock,
 }
 
 /// A program of icmp.bpf.c.
@@ -50,59 +58,84 @@ macro_rules! probe {
     };
 }
 
-use Point::{Function, Tracepoint};
+use Point::{Clock, Function, Tracepoint};
 
 const PROBES: &[Probe] = &[
-    probe!(Echo4, icmp_echo, Function(&["icmp_echo"])),
+    probe!(Ways, irq_entry, Tracepoint("irq_handler_entry", "IRQ")),
+    probe!(Ways, irq_exit, Tracepoint("irq_handler_exit", "IRQ")),
     probe!(
-        Echo6,
-        icmpv6_echo,
-        Function(&["icmpv6_echo_reply", "icmpv6_rcv"])
-    ),
-    probe!(Stages, irq_entry, Tracepoint("irq_handler_entry", "IRQ")),
-    probe!(Stages, irq_exit, Tracepoint("irq_handler_exit", "IRQ")),
-    probe!(
-        Stages,
+        Ways,
         softirq_raise,
         Tracepoint("softirq_raise", "IRQ, RPS and WAIT")
     ),
     probe!(
-        Stages,
+        Ways,
         softirq_entry,
         Tracepoint("softirq_entry", "WAIT and POLL")
     ),
     probe!(
-        Stages,
+        Ways,
         softirq_exit,
         Tracepoint(
             "softirq_exit",
             "nothing (but WAIT may be wrong in threaded NAPI)"
         )
     ),
-    probe!(Stages, netif_rx, Tracepoint("netif_rx", "RPS")),
+    probe!(Ways, netif_rx, Tracepoint("netif_rx", "RPS")),
     probe!(
-        Stages,
+        Ways,
         receive_entry,
         Tracepoint("netif_receive_skb_entry", "RPS")
     ),
+    probe!(Ways, gro_entry, Tracepoint("napi_gro_receive_entry", "RPS")),
     probe!(
-        Stages,
-        gro_entry,
-        Tracepoint("napi_gro_receive_entry", "RPS")
-    ),
-    probe!(
-        Stages,
+        Ways,
         receive,
         Tracepoint("netif_receive_skb", "POLL and STACK")
     ),
-    probe!(Stages, xmit, Tracepoint("net_dev_start_xmit", "REPLY")),
+    probe!(Ways, xmit, Tracepoint("net_dev_start_xmit", "REPLY")),
+    probe!(Sent, raw_sendmsg_4, Function(&["raw_sendmsg"])),
+    probe!(Sent, raw_sendmsg_6, Function(&["rawv6_sendmsg"])),
+    probe!(Sent, ping_sendmsg_4, Function(&["ping_v4_sendmsg"])),
+    probe!(Sent, ping_sendmsg_6, Function(&["ping_v6_sendmsg"])),
+    probe!(
+        Sent,
+        delivered,
+        Function(&["sk_filter_trim_cap", "security_sock_rcv_skb"])
+    ),
+    probe!(
+        Sent,
+        read,
+        Tracepoint("skb_copy_datagram_iovec", "READ and TOTAL")
+    ),
+    probe!(
+        Sent,
+        dropped,
+        Tracepoint("kfree_skb", "where this kernel dropped a lost one")
+    ),
+    probe!(Sent, sent_4, Function(&["__ip_local_out"])),
+    probe!(Sent, sent_6, Function(&["__ip6_local_out"])),
+    probe!(
+        Culprit,
+        sched_switch,
+        Tracepoint("sched_switch", "the culprits' times")
+    ),
+    probe!(Culprit, sample, Clock),
+    probe!(Echo4, icmp_echo, Function(&["icmp_echo"])),
+    probe!(
+        Echo6,
+        icmpv6_echo,
+        Function(&["icmpv6_echo_reply", "icmpv6_rcv"])
+    ),
 ];
 
 fn wanted(part: Part, args: &Args) -> bool {
     match part {
-        Part::Echo4 => true,
-        Part::Echo6 => !args.legacy,
-        Part::Stages => args.with_stages(),
+        Part::Echo4 => !args.sent,
+        Part::Echo6 => !args.sent && !args.legacy,
+        Part::Ways => args.with_stages() || args.sent,
+        Part::Sent => args.sent,
+        Part::Culprit => args.culprit,
     }
 }
 
@@ -129,12 +162,8 @@ pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
         names: Vec::new(),
     };
     let mut refused = Vec::new();
-    // What the stages are joined to comes last: no request is told that was seen only in part.
-    let (echo, rest): (Vec<&Probe>, Vec<&Probe>) = PROBES
-        .iter()
-        .filter(|p| wanted(p.part, args))
-        .partition(|p| matches!(p.part, Part::Echo4 | Part::Echo6));
-    for probe in rest.into_iter().chain(echo) {
+    // In the order of the table: what a request begins with comes last, so that none is told that was seen only in part.
+    for probe in PROBES.iter().filter(|p| wanted(p.part, args)) {
         let program = (probe.loaded)(skel);
         match probe.point {
             Tracepoint(name, blank) => match program.attach_raw_tracepoint(name) {
@@ -142,6 +171,13 @@ pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
                 Err(e) => eprintln!(
                     "netprobe: no tracepoint {name} on this kernel ({e:#}): blank without it: {blank}"
                 ),
+            },
+            Clock => match attach::cpu_clock(program, &online_cpus()?, args.culprit_hz) {
+                Ok(links) => {
+                    attached.progs.push(program.as_fd().as_raw_fd());
+                    attached._links.extend(links);
+                }
+                Err(e) => eprintln!("netprobe: no samples of the culprits' stacks: {e:#}"),
             },
             Function(names) => {
                 let found = names
@@ -177,12 +213,11 @@ impl Attached {
 
     /// One line for stderr.
     pub fn summary(&self) -> String {
-        let points = self.progs.len() - self.names.len();
-        let stages = match points {
+        let others = match self.progs.len() - self.names.len() {
             0 => String::new(),
             n => format!(" and {n} tracepoints"),
         };
-        format!("tracing {}{stages}", self.names.join(", "))
+        format!("tracing {}{others}", self.names.join(", "))
     }
 
     /// Hits that the kernel skipped.

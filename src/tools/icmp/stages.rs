@@ -54,6 +54,13 @@ impl Stages {
         self.0[stage as usize]
     }
 
+    /// Place in the order, name and ns of those that were seen.
+    pub fn parts(&self) -> impl Iterator<Item = (u8, &'static str, u64)> {
+        Stage::ALL
+            .iter()
+            .filter_map(|&s| self.get(s).map(|ns| (s as u8, s.name(), ns)))
+    }
+
     fn set(&mut self, stage: Stage, from: Option<u64>, to: Option<u64>) {
         if let (Some(from), Some(to)) = (from, to) {
             self.0[stage as usize] = Some(to.saturating_sub(from));
@@ -100,7 +107,7 @@ pub fn is_steered(t: &Times) -> bool {
 }
 
 /// The first that is known of the packet.
-fn begin(t: &Times) -> Option<u64> {
+pub fn begin(t: &Times) -> Option<u64> {
     if t.backlog {
         return t.queued;
     }

@@ -5,37 +5,38 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::stages::{Stage, Stages};
 use crate::output::columns::us;
 use crate::output::histogram::{Bucket, Histogram};
+
+/// A stage: its place in the order, its name.
+type Name = (u8, &'static str);
 
 /// Durations of each stage.
 #[derive(Debug, Default)]
 pub struct Figures {
-    stages: BTreeMap<Stage, Histogram>,
+    stages: BTreeMap<Name, Histogram>,
 }
 
 impl Figures {
-    pub fn add(&mut self, stages: &Stages) {
-        for stage in Stage::ALL {
-            if let Some(ns) = stages.get(stage) {
-                self.stages.entry(stage).or_default().add(ns);
-            }
+    /// `parts`: place, name and ns of each stage.
+    pub fn add(&mut self, parts: impl Iterator<Item = (u8, &'static str, u64)>) {
+        for (place, name, ns) in parts {
+            self.stages.entry((place, name)).or_default().add(ns);
         }
     }
 
     /// A table with one line a stage, those that were seen only.
     pub fn table(&self) -> String {
-        table(self.stages.iter().map(|(s, h)| (s.name(), h)))
+        table(self.stages.iter().map(|((_, name), h)| (*name, h)))
     }
 
     pub fn rows(&self) -> BTreeMap<&'static str, FigureRow> {
-        rows(self.stages.iter().map(|(s, h)| (s.name(), h)))
+        rows(self.stages.iter().map(|((_, name), h)| (*name, h)))
     }
 }
 
 /// Lines `name count min avg max p99`, in microseconds; empty where nothing was seen.
-pub fn table<'a>(figures: impl Iterator<Item = (&'static str, &'a Histogram)>) -> String {
+fn table<'a>(figures: impl Iterator<Item = (&'static str, &'a Histogram)>) -> String {
     let mut text = String::new();
     for (name, h) in figures.filter(|(_, h)| h.count > 0) {
         if text.is_empty() {
@@ -60,7 +61,7 @@ pub fn table<'a>(figures: impl Iterator<Item = (&'static str, &'a Histogram)>) -
 }
 
 /// The same for JSON.
-pub fn rows<'a>(
+fn rows<'a>(
     figures: impl Iterator<Item = (&'static str, &'a Histogram)>,
 ) -> BTreeMap<&'static str, FigureRow> {
     figures
@@ -91,7 +92,7 @@ pub struct FigureRow {
 /// Durations of each stage on each CPU.
 #[derive(Debug, Default)]
 pub struct ByCpu {
-    histograms: BTreeMap<(Stage, u16), Histogram>,
+    histograms: BTreeMap<(Name, u16), Histogram>,
 }
 
 /// A histogram for JSON.
@@ -107,22 +108,23 @@ pub struct HistogramRow {
 }
 
 impl ByCpu {
-    pub fn add(&mut self, cpu: u16, stages: &Stages) {
-        for stage in Stage::ALL {
-            if let Some(ns) = stages.get(stage) {
-                self.histograms.entry((stage, cpu)).or_default().add(ns);
-            }
+    pub fn add(&mut self, cpu: u16, parts: impl Iterator<Item = (u8, &'static str, u64)>) {
+        for (place, name, ns) in parts {
+            self.histograms
+                .entry(((place, name), cpu))
+                .or_default()
+                .add(ns);
         }
     }
 
     /// A title and a histogram for each.
     pub fn text(&self) -> String {
         let mut text = String::new();
-        for ((stage, cpu), h) in &self.histograms {
+        for (((_, stage), cpu), h) in &self.histograms {
             let _ = write!(
                 text,
                 "{} (us), cpu {cpu}, {} echoes\n{}\n",
-                stage.name(),
+                stage,
                 h.count,
                 h.lines()
             );
@@ -133,9 +135,9 @@ impl ByCpu {
     pub fn rows(&self) -> Vec<HistogramRow> {
         self.histograms
             .iter()
-            .map(|((stage, cpu), h)| HistogramRow {
+            .map(|(((_, stage), cpu), h)| HistogramRow {
                 kind: "histogram",
-                stage: stage.name(),
+                stage,
                 cpu: *cpu,
                 unit: "us",
                 count: h.count,
@@ -152,6 +154,7 @@ impl ByCpu {
 #[cfg(test)]
 mod tests {
     use super::super::decode::{Softirq, Times};
+    use super::super::stages::Stages;
     use super::*;
 
     fn stages(wait: u64) -> Stages {
@@ -171,8 +174,8 @@ mod tests {
     fn a_table_has_the_stages_that_were_seen() {
         let mut f = Figures::default();
         assert!(f.table().is_empty());
-        f.add(&stages(2_000));
-        f.add(&stages(4_000));
+        f.add(stages(2_000).parts());
+        f.add(stages(4_000).parts());
         let text = f.table();
         let wait = text.lines().find(|l| l.starts_with("wait")).unwrap();
         let words: Vec<_> = wait.split_whitespace().collect();
@@ -184,8 +187,8 @@ mod tests {
     #[test]
     fn histograms_are_by_cpu() {
         let mut h = ByCpu::default();
-        h.add(0, &stages(2_000));
-        h.add(3, &stages(70_000));
+        h.add(0, stages(2_000).parts());
+        h.add(3, stages(70_000).parts());
         let text = h.text();
         assert!(text.contains("wait (us), cpu 0, 1 echoes"), "{text}");
         assert!(text.contains("64 -> 127"), "{text}");
