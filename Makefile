@@ -71,6 +71,9 @@ fuzz-filter: deps ## random filters, translated, against libpcap's interpreter a
 demo: deps ## the main job, shown: a connection before and after an iptables rule drops it
 	demo/run
 
+bench: deps ## what netprobe costs, beside the limit and peers, in instruction-counted machines: one table
+	bench/run $(BENCH)
+
 clean: ## removes the build (the kernels for the virtual machines stay in ~/.cache/netprobe/vm)
 	cargo clean
 

@@ -1,0 +1,265 @@
+//! The limit: a BPF program that does nothing, attached in the same way to the same functions as a tool under measurement.
+
+use std::fs;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use anyhow::{Context, Result, bail};
+use libbpf_sys as sys;
+use netprobe::engine::drain::monotonic_ns;
+use netprobe::kernel::attach::raise_file_limit;
+
+/// Where a tool's programs are attached.
+#[derive(Debug, Clone)]
+pub enum Hooks {
+    /// one list of addresses a kprobe.multi link
+    Multi(Vec<Vec<u64>>),
+    Single(Vec<u64>),
+}
+
+impl Hooks {
+    /// What is attached now: the links of the kernel, else its list of kprobes.
+    pub fn attached() -> Result<Self> {
+        let multi = multi_links()?;
+        if !multi.is_empty() {
+            return Ok(Self::Multi(multi));
+        }
+        // `ADDRESS  k  FUNCTION+0x0    [FTRACE]`
+        let list = fs::read_to_string("/sys/kernel/debug/kprobes/list")?;
+        Ok(Self::Single(
+            list.lines()
+                .filter(|l| l.split_ascii_whitespace().nth(1) == Some("k"))
+                .filter_map(|l| u64::from_str_radix(l.split_ascii_whitespace().next()?, 16).ok())
+                .collect(),
+        ))
+    }
+
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Multi(links) => links.iter().map(Vec::len).sum(),
+            Self::Single(addrs) => addrs.len(),
+        }
+    }
+}
+
+/// Addresses of each kprobe.multi link of the system (told by kernels from 6.6).
+fn multi_links() -> Result<Vec<Vec<u64>>> {
+    let (mut found, mut id) = (Vec::new(), 0);
+    // SAFETY: plain numbers and valid pointers; each fd is owned at once; info is a C struct of integers, and the kernel writes
+    // at most its size into it and at most `count` addresses.
+    unsafe {
+        while sys::bpf_link_get_next_id(id, &mut id) == 0 {
+            let fd = sys::bpf_link_get_fd_by_id(id);
+            if fd < 0 {
+                continue;
+            }
+            let fd = OwnedFd::from_raw_fd(fd);
+            let mut info = sys::bpf_link_info::default();
+            let mut len = size_of::<sys::bpf_link_info>() as u32;
+            if sys::bpf_link_get_info_by_fd(fd.as_raw_fd(), &mut info, &mut len) != 0
+                || info.type_ != sys::BPF_LINK_TYPE_KPROBE_MULTI
+            {
+                continue;
+            }
+            let count = info.__bindgen_anon_1.kprobe_multi.count;
+            let mut addrs = vec![0u64; count as usize];
+            let mut info = sys::bpf_link_info::default();
+            info.__bindgen_anon_1.kprobe_multi.addrs = addrs.as_mut_ptr() as u64;
+            info.__bindgen_anon_1.kprobe_multi.count = count;
+            if sys::bpf_link_get_info_by_fd(fd.as_raw_fd(), &mut info, &mut len) != 0 {
+                bail!("a kprobe.multi link does not tell its addresses");
+            }
+            found.push(addrs);
+        }
+    }
+    Ok(found)
+}
+
+/// The empty program, attached; dropping it detaches.
+pub struct Empty {
+    program: OwnedFd,
+    links: Vec<OwnedFd>,
+    /// time that attaching took, ns
+    pub attach_ns: u64,
+}
+
+impl Empty {
+    pub fn attach(hooks: &Hooks) -> Result<Self> {
+        let multi = matches!(hooks, Hooks::Multi(_));
+        let program = load(multi)?;
+        let mut links = Vec::new();
+        raise_file_limit(hooks.count() as u64);
+        let start = monotonic_ns()?;
+        match hooks {
+            Hooks::Multi(lists) => {
+                for addrs in lists {
+                    links.push(attach_multi(program.as_raw_fd(), addrs)?);
+                }
+            }
+            Hooks::Single(addrs) => {
+                let pmu = fs::read_to_string("/sys/bus/event_source/devices/kprobe/type")?;
+                let pmu = pmu.trim().parse()?;
+                for &addr in addrs {
+                    links.push(attach_single(program.as_raw_fd(), pmu, addr)?);
+                }
+            }
+        }
+        Ok(Self {
+            program,
+            links,
+            attach_ns: monotonic_ns()? - start,
+        })
+    }
+
+    /// Times the program ran and how long in all (ns) since statistics were switched on.
+    pub fn runs(&self) -> (u64, u64) {
+        runs(self.program.as_raw_fd())
+    }
+
+    /// Detaches; the time that it took, ns.
+    pub fn detach(self) -> Result<u64> {
+        let start = monotonic_ns()?;
+        drop(self.links);
+        drop(self.program);
+        Ok(monotonic_ns()? - start)
+    }
+}
+
+/// Run count and run time of a program.
+pub fn runs(program: RawFd) -> (u64, u64) {
+    let mut info = sys::bpf_prog_info::default();
+    let mut len = size_of::<sys::bpf_prog_info>() as u32;
+    // SAFETY: info and len are valid for the call, len is the size of info.
+    let err = unsafe { sys::bpf_prog_get_info_by_fd(program, &mut info, &mut len) };
+    if err == 0 {
+        (info.run_cnt, info.run_time_ns)
+    } else {
+        (0, 0)
+    }
+}
+
+/// A BPF program of the system.
+#[derive(Debug, Clone)]
+pub struct Program {
+    pub id: u32,
+    pub name: String,
+    /// instructions that the verifier went through (kernels from 5.16)
+    pub verified: u32,
+    /// bytes of machine code
+    pub jited: u32,
+    pub run_cnt: u64,
+    pub run_ns: u64,
+}
+
+/// All programs with an id above `after`.
+pub fn programs(after: u32) -> Vec<Program> {
+    let (mut found, mut id) = (Vec::new(), after);
+    // SAFETY: plain numbers and valid pointers; each fd is owned at once; len is the size of info.
+    unsafe {
+        while sys::bpf_prog_get_next_id(id, &mut id) == 0 {
+            let fd = sys::bpf_prog_get_fd_by_id(id);
+            if fd < 0 {
+                continue;
+            }
+            let fd = OwnedFd::from_raw_fd(fd);
+            let mut info = sys::bpf_prog_info::default();
+            let mut len = size_of::<sys::bpf_prog_info>() as u32;
+            if sys::bpf_prog_get_info_by_fd(fd.as_raw_fd(), &mut info, &mut len) != 0 {
+                continue;
+            }
+            let name: Vec<u8> = info.name.iter().map(|&c| c as u8).collect();
+            let name = name.split(|&c| c == 0).next().unwrap_or_default();
+            found.push(Program {
+                id,
+                name: String::from_utf8_lossy(name).into_owned(),
+                verified: info.verified_insns,
+                jited: info.jited_prog_len,
+                run_cnt: info.run_cnt,
+                run_ns: info.run_time_ns,
+            });
+        }
+    }
+    found
+}
+
+/// Switches run statistics on until the result is dropped.
+pub fn statistics() -> Result<OwnedFd> {
+    // SAFETY: a plain number; the fd is owned at once.
+    let fd = unsafe { sys::bpf_enable_stats(sys::BPF_STATS_RUN_TIME) };
+    own(fd).context("failed to switch run statistics on")
+}
+
+fn own(fd: i32) -> Result<OwnedFd> {
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: a fresh fd that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn load(multi: bool) -> Result<OwnedFd> {
+    // r0 = 0; exit
+    let insns = [0xb7, 0x95].map(|code| sys::bpf_insn {
+        code,
+        ..Default::default()
+    });
+    let opts = sys::bpf_prog_load_opts {
+        sz: size_of::<sys::bpf_prog_load_opts>() as _,
+        expected_attach_type: if multi {
+            sys::BPF_TRACE_KPROBE_MULTI
+        } else {
+            0
+        },
+        ..Default::default()
+    };
+    // SAFETY: all pointers are valid for the call, the count is that of `insns`.
+    own(unsafe {
+        sys::bpf_prog_load(
+            sys::BPF_PROG_TYPE_KPROBE,
+            c"empty".as_ptr(),
+            c"GPL".as_ptr(),
+            insns.as_ptr(),
+            insns.len() as _,
+            &opts as *const _ as *mut _,
+        )
+    })
+    .context("failed to load the empty program")
+}
+
+fn attach_multi(program: RawFd, addrs: &[u64]) -> Result<OwnedFd> {
+    let mut opts = sys::bpf_link_create_opts {
+        sz: size_of::<sys::bpf_link_create_opts>() as _,
+        ..Default::default()
+    };
+    opts.__bindgen_anon_1.kprobe_multi.cnt = addrs.len() as u32;
+    opts.__bindgen_anon_1.kprobe_multi.addrs = addrs.as_ptr();
+    // SAFETY: opts and the addresses outlive the call.
+    own(unsafe { sys::bpf_link_create(program, 0, sys::BPF_TRACE_KPROBE_MULTI, &opts) })
+        .context("failed to attach the empty program")
+}
+
+fn attach_single(program: RawFd, pmu: u32, addr: u64) -> Result<OwnedFd> {
+    let mut attr = sys::perf_event_attr {
+        type_: pmu,
+        size: size_of::<sys::perf_event_attr>() as u32,
+        ..Default::default()
+    };
+    // kprobe_func 0 (a NULL pointer), kprobe_addr the function.
+    attr.__bindgen_anon_3.kprobe_func = 0;
+    attr.__bindgen_anon_4.kprobe_addr = addr;
+    // SAFETY: attr is valid for the call; the other arguments are numbers.
+    let event =
+        own(unsafe { libc::syscall(libc::SYS_perf_event_open, &attr, -1, 0, -1, 8u64) } as i32)
+            .context("failed to make a kprobe")?;
+    // SAFETY: PERF_EVENT_IOC_SET_BPF and _ENABLE on a perf event, with an fd and nothing.
+    let err = unsafe {
+        libc::ioctl(event.as_raw_fd(), 0x4004_2408, program)
+            | libc::ioctl(event.as_raw_fd(), 0x2400, 0)
+    };
+    if err < 0 {
+        bail!(
+            "failed to attach the empty program to a kprobe: {}",
+            std::io::Error::last_os_error()
+        );
+    }
+    Ok(event)
+}

@@ -1,0 +1,320 @@
+//! The measurements of `make bench`, inside the instruction-counted virtual machine: bench/run starts it there. In such a guest a
+//! nanosecond is an instruction, so every time printed here is a count of instructions that repeats.
+//!
+//! Prints `= NAME VALUE` lines for bench/run, and `! SCENARIO: WHY` for what could not be measured.
+
+mod child;
+mod hooks;
+mod net;
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use netprobe::engine::drain::monotonic_ns;
+
+use child::Tool;
+use hooks::{Empty, Hooks};
+use net::Net;
+
+/// Packets in a measurement, and before it.
+const PACKETS: u64 = 500;
+const WARM_UP: u64 = 50;
+const LIMIT: Duration = Duration::from_secs(300);
+const NETPROBE: &str = "/usr/local/bin/netprobe";
+const PWRU: &str = "/usr/local/bin/pwru";
+/// Perf buffers that hold a whole burst while the tool is held.
+const LARGE: &str = "--buffer-pages 4096";
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.iter().any(|a| a == "--bench") || args.is_empty() {
+        println!("this runs inside a virtual machine: use bench/run");
+        return;
+    }
+    if let Err(e) = run(&args) {
+        println!("! all: {e:#}");
+        std::process::exit(1);
+    }
+}
+
+fn say(name: &str, value: impl std::fmt::Display) {
+    println!("= {name} {value}");
+}
+
+fn run(scenarios: &[String]) -> Result<()> {
+    let mut bench = Bench {
+        net: Net::new()?,
+        hooks: None,
+        empty_udp: 0,
+        hits: 0.0,
+    };
+    for scenario in scenarios {
+        let result = match scenario.as_str() {
+            "base" => bench.base(),
+            "skb" => bench.skb(),
+            "match" => bench.matching("perf", ""),
+            "match-ringbuf" => bench.matching("ringbuf", "--transport ringbuf"),
+            "user" => bench.user(),
+            "pwru" => bench.pwru(),
+            "quiet" => bench.quiet(),
+            "profile" => bench.profile(),
+            other => bail!("unknown scenario {other}"),
+        };
+        if let Err(e) = result {
+            println!("! {scenario}: {e:#}");
+        }
+    }
+    Ok(())
+}
+
+struct Bench {
+    net: Net,
+    /// where netprobe attaches with its default flags
+    hooks: Option<Hooks>,
+    /// a UDP packet with the empty program there, ns
+    empty_udp: u64,
+    /// hits of one UDP packet
+    hits: f64,
+}
+
+impl Bench {
+    /// One UDP packet, one TCP connection, ns each.
+    fn packet(&self) -> Result<u64> {
+        per(PACKETS, || self.net.udp())
+    }
+
+    fn connect(&self) -> Result<u64> {
+        per(PACKETS / 5, || self.net.tcp())
+    }
+
+    fn base(&mut self) -> Result<()> {
+        say("udp.none", self.packet()?);
+        say("tcp.none", self.connect()?);
+        Ok(())
+    }
+
+    /// A hit that does not match, all functions; start, stop and memory; the empty program in the same places.
+    fn skb(&mut self) -> Result<()> {
+        let before = last_program();
+        let tool = Tool::with_ready_file(&format!("{NETPROBE} skb --filter-mark 0xdead"), LIMIT)?;
+        say("start.netprobe", tool.ready_ns);
+        say("start.netprobe.cpu", tool.ready_cpu_ns);
+        for p in hooks::programs(before) {
+            say(
+                &format!("verifier.{}", p.name),
+                format!("{} {}", p.verified, p.jited),
+            );
+        }
+        let hooks = Hooks::attached()?;
+        say("functions", hooks.count());
+        say("udp.mark", self.packet()?);
+        say("tcp.mark", self.connect()?);
+        self.idle("netprobe", &tool)?;
+        let (peak, buffers) = tool.memory()?;
+        say("memory.netprobe", peak);
+        say("memory.netprobe.buffers", buffers);
+        say("stop.netprobe", tool.stop()?.stop_ns);
+
+        let empty = Empty::attach(&hooks)?;
+        say("start.empty", empty.attach_ns);
+        self.empty_udp = self.packet()?;
+        say("udp.empty", self.empty_udp);
+        say("tcp.empty", self.connect()?);
+        {
+            let _statistics = hooks::statistics()?;
+            let (before, _) = empty.runs();
+            for _ in 0..PACKETS {
+                self.net.udp()?;
+            }
+            self.hits = (empty.runs().0 - before) as f64 / PACKETS as f64;
+            say("hits.udp", format!("{:.1}", self.hits));
+        }
+        say("stop.empty", empty.detach()?);
+        self.hooks = Some(hooks);
+
+        for (name, filter) in [
+            ("netns", "--filter-netns inode:1"),
+            ("proto", "--filter-proto icmp"),
+            ("ports", "--filter-dst-ip 10.9.0.3 --filter-dst-port 80"),
+            ("pcap", "tcp port 80 or icmp"),
+        ] {
+            match Tool::with_ready_file(&format!("{NETPROBE} skb {filter}"), LIMIT) {
+                Ok(tool) => {
+                    say(&format!("udp.{name}"), self.packet()?);
+                    tool.stop()?;
+                }
+                Err(e) => println!("! skb {filter}: {e:#}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// CPU used while nothing happens, in ppm.
+    fn idle(&self, name: &str, tool: &Tool) -> Result<()> {
+        tool.settle()?;
+        let (cpu, start) = (tool.cpu_ns()?, monotonic_ns()?);
+        std::thread::sleep(Duration::from_secs(10));
+        let ppm = (tool.cpu_ns()? - cpu) as f64 * 1e6 / (monotonic_ns()? - start) as f64;
+        say(&format!("idle.{name}"), format!("{ppm:.0}"));
+        Ok(())
+    }
+
+    /// A hit that matches: the kernel's side, with netprobe held; then its own side, when it goes on.
+    fn matching(&mut self, name: &str, flags: &str) -> Result<()> {
+        let filter = format!("--filter-proto udp --filter-dst-port {}", net::PORT);
+        for (form, output) in [("text", ""), ("json", "--output-json")] {
+            let tool = Tool::with_ready_file(
+                &format!("{NETPROBE} skb {filter} {LARGE} {flags} {output}"),
+                LIMIT,
+            )?;
+            tool.settle()?;
+            let lines = child::lines()?;
+            tool.hold()?;
+            let packet = self.packet()?;
+            let syscalls = tool.count_syscalls()?;
+            let cpu = tool.cpu_ns()?;
+            tool.go_on()?;
+            tool.settle()?;
+            let cpu = tool.cpu_ns()? - cpu;
+            let calls = syscalls.count()?;
+            let events = child::lines()? - lines;
+            say(&format!("events.{name}.{form}"), events);
+            if form == "text" {
+                say(&format!("udp.match.{name}"), packet);
+                if self.hits > 0.0 {
+                    let over = (packet as f64 - self.empty_udp as f64) / self.hits;
+                    say(&format!("hit.match.{name}"), format!("{over:.0}"));
+                }
+            }
+            say(&format!("user.{name}.{form}"), cpu / events.max(1));
+            say(
+                &format!("syscalls.{name}.{form}"),
+                format!("{:.3}", calls as f64 / events.max(1) as f64),
+            );
+            tool.stop()?;
+            tell_loss();
+        }
+        Ok(())
+    }
+
+    /// A burst with the tool running, as in life: how many of the events were printed, and the cost of a packet in all.
+    fn user(&mut self) -> Result<()> {
+        let tool = Tool::with_ready_file(
+            &format!(
+                "{NETPROBE} skb --filter-proto udp --filter-dst-port {}",
+                net::PORT
+            ),
+            LIMIT,
+        )?;
+        tool.settle()?;
+        let lines = child::lines()?;
+        say("burst.udp", per(2000, || self.net.udp())?);
+        tool.settle()?;
+        say("burst.lines", child::lines()? - lines);
+        tool.stop()?;
+        tell_loss();
+        Ok(())
+    }
+
+    /// From a lone packet on a quiet system to its line.
+    fn quiet(&mut self) -> Result<()> {
+        let tool = Tool::with_ready_file(
+            &format!(
+                "{NETPROBE} skb --filter-proto udp --filter-dst-port {}",
+                net::PORT
+            ),
+            LIMIT,
+        )?;
+        let mut worst = 0;
+        for _ in 0..20 {
+            tool.settle()?;
+            let size = fs::metadata(child::OUT)?.len();
+            let start = monotonic_ns()?;
+            self.net.udp()?;
+            while fs::metadata(child::OUT)?.len() == size {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            worst = worst.max(monotonic_ns()? - start);
+        }
+        say("quiet.worst", worst);
+        tool.stop()?;
+        Ok(())
+    }
+
+    /// The peer: a filter that matches nothing; start, stop, idle, memory; a burst that matches.
+    fn pwru(&mut self) -> Result<()> {
+        let tool = Tool::with_ready_file(&format!("{PWRU} --filter-mark 57005"), LIMIT)?;
+        say("start.pwru", tool.ready_ns);
+        say("start.pwru.cpu", tool.ready_cpu_ns);
+        say("udp.pwru.mark", self.packet()?);
+        self.idle("pwru", &tool)?;
+        say("memory.pwru", tool.memory()?.0);
+        say("stop.pwru", tool.stop()?.stop_ns);
+        let tool = Tool::with_ready_file(&format!("{PWRU} tcp port 80 or icmp"), LIMIT)?;
+        say("udp.pwru.pcap", self.packet()?);
+        say("tcp.pwru.pcap", self.connect()?);
+        tool.stop()?;
+        let tool = Tool::with_ready_file(&format!("{PWRU} udp dst port {}", net::PORT), LIMIT)?;
+        let lines = child::lines()?;
+        say("burst.pwru", per(2000, || self.net.udp())?);
+        std::thread::sleep(Duration::from_secs(5));
+        say("burst.pwru.lines", child::lines()?.saturating_sub(lines));
+        tool.stop()?;
+        Ok(())
+    }
+
+    /// For work on one thing: what the programs of a matching run cost by the kernel's own statistics.
+    fn profile(&mut self) -> Result<()> {
+        let before = last_program();
+        let tool = Tool::with_ready_file(
+            &format!(
+                "{NETPROBE} skb --filter-proto udp --filter-dst-port {} {LARGE}",
+                net::PORT
+            ),
+            LIMIT,
+        )?;
+        tool.hold()?;
+        let _statistics = hooks::statistics()?;
+        for _ in 0..PACKETS {
+            self.net.udp()?;
+        }
+        for p in hooks::programs(before).iter().filter(|p| p.run_cnt > 0) {
+            say(
+                &format!("profile.{}", p.name),
+                format!("{} runs of {} ns", p.run_cnt, p.run_ns / p.run_cnt),
+            );
+        }
+        tool.go_on()?;
+        tool.stop()?;
+        Ok(())
+    }
+}
+
+/// Time of one of `count` calls, ns, after a few that warm up.
+fn per(count: u64, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
+    for _ in 0..WARM_UP {
+        work()?;
+    }
+    let start = monotonic_ns()?;
+    for _ in 0..count {
+        work()?;
+    }
+    Ok((monotonic_ns()? - start) / count)
+}
+
+fn last_program() -> u32 {
+    hooks::programs(0).last().map_or(0, |p| p.id)
+}
+
+/// What the tool said at its end about loss.
+fn tell_loss() {
+    for line in fs::read_to_string(child::ERR)
+        .context("no stderr")
+        .unwrap_or_default()
+        .lines()
+        .filter(|l| !l.contains("tracing "))
+    {
+        println!("! {line}");
+    }
+}
