@@ -1,6 +1,7 @@
 //! The head of every event: when, where, and who was current.
 
 use crate::output::escape::push_escaped;
+use crate::output::format::push_dec;
 
 /// `struct np_head` of src/bpf/event.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,6 +21,6 @@ impl Head {
     pub fn push_process(&self, out: &mut Vec<u8>) {
         push_escaped(out, &self.comm);
         out.push(b':');
-        out.extend_from_slice(self.tgid.to_string().as_bytes());
+        push_dec(out, self.tgid.into());
     }
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::output::format::{push_dec, push_ip};
+
 /// What `struct np_tuple` of src/bpf/packet.h says; only for IP packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuple {
@@ -25,25 +27,42 @@ impl Tuple {
     pub fn has_ports(&self) -> bool {
         !self.fragment && matches!(self.proto, 6 | 17 | 132 | 136)
     }
+
+    /// Appends the text of `Display`; a fifth of the cost of `write!`, which counts once an event.
+    pub fn push(&self, out: &mut Vec<u8>) {
+        self.push_end(out, self.saddr, self.sport);
+        out.extend_from_slice(b"->");
+        self.push_end(out, self.daddr, self.dport);
+        out.push(b'(');
+        match proto_name(self.proto) {
+            Some(name) => out.extend_from_slice(name.as_bytes()),
+            None => push_dec(out, self.proto.into()),
+        }
+        out.extend_from_slice(if self.fragment { b",frag)" } else { b")" });
+    }
+
+    fn push_end(&self, out: &mut Vec<u8>, addr: IpAddr, port: u16) {
+        let bracket = addr.is_ipv6() && self.has_ports();
+        if bracket {
+            out.push(b'[');
+        }
+        push_ip(out, addr);
+        if bracket {
+            out.push(b']');
+        }
+        if self.has_ports() {
+            out.push(b':');
+            push_dec(out, port.into());
+        }
+    }
 }
 
 /// `10.0.0.1:1234->10.0.0.2:80(tcp)`, `[2001:db8::1]:1234->[2001:db8::2]:80(tcp)`, without ports where there are none.
 impl fmt::Display for Tuple {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let end =
-            |f: &mut fmt::Formatter<'_>, addr: IpAddr, port: u16| match (addr, self.has_ports()) {
-                (IpAddr::V4(a), true) => write!(f, "{a}:{port}"),
-                (IpAddr::V6(a), true) => write!(f, "[{a}]:{port}"),
-                (a, false) => write!(f, "{a}"),
-            };
-        end(f, self.saddr, self.sport)?;
-        f.write_str("->")?;
-        end(f, self.daddr, self.dport)?;
-        match proto_name(self.proto) {
-            Some(name) => write!(f, "({name}"),
-            None => write!(f, "({}", self.proto),
-        }?;
-        f.write_str(if self.fragment { ",frag)" } else { ")" })
+        let mut text = Vec::new();
+        self.push(&mut text);
+        f.write_str(&String::from_utf8_lossy(&text))
     }
 }
 

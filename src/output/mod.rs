@@ -3,6 +3,7 @@
 pub mod columns;
 pub mod escape;
 pub mod histogram;
+pub mod format;
 pub mod pcap_read;
 pub mod pcapng;
 
