@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 use netprobe::engine::drain::monotonic_ns;
-use netprobe::kernel::attach::raise_file_limit;
+use netprobe::kernel::attach::make_room;
 
 /// Where a tool's programs are attached.
 #[derive(Debug, Clone)]
@@ -87,7 +87,7 @@ impl Empty {
         let multi = matches!(hooks, Hooks::Multi(_));
         let program = load(multi)?;
         let mut links = Vec::new();
-        raise_file_limit(hooks.count() as u64);
+        make_room(hooks.count())?;
         let start = monotonic_ns()?;
         match hooks {
             Hooks::Multi(lists) => {

@@ -102,16 +102,22 @@ impl Btf {
     /// Functions of vmlinux and of `modules` that take a pointer to `struct NAME` (`const` or not) in one of the first five
     /// argument registers.
     pub fn functions_taking(&self, name: &str, modules: &[String]) -> Result<Vec<Function>> {
-        let mut found = self.own_functions_taking(name);
+        // A module's BTF continues vmlinux's: what that has is looked for once, not once a module.
+        let structs = self.struct_ids(name);
+        let reasons = self.ids(KIND_ENUM, "skb_drop_reason");
+        let mut found = self.own_functions_taking(&structs, &reasons);
         for module in modules {
-            found.extend(self.module(module)?.own_functions_taking(name));
+            let btf = self.module(module)?;
+            let own = |base: &[u32], more: Vec<u32>| [base, &more].concat();
+            found.extend(btf.own_functions_taking(
+                &own(&structs, btf.struct_ids(name)),
+                &own(&reasons, btf.ids(KIND_ENUM, "skb_drop_reason")),
+            ));
         }
         Ok(found)
     }
 
-    fn own_functions_taking(&self, name: &str) -> Vec<Function> {
-        let wanted = self.struct_ids(name);
-        let reasons = self.ids(KIND_ENUM, "skb_drop_reason");
+    fn own_functions_taking(&self, wanted: &[u32], reasons: &[u32]) -> Vec<Function> {
         let mut protos: HashMap<u32, Option<(u8, Option<u8>)>> = HashMap::new();
         let mut found = Vec::new();
         for id in self.first..self.count() {
@@ -120,7 +126,7 @@ impl Btf {
             };
             let place = *protos
                 .entry(func.size_or_type)
-                .or_insert_with(|| self.argument(func.size_or_type, &wanted, &reasons));
+                .or_insert_with(|| self.argument(func.size_or_type, wanted, reasons));
             if let Some((arg, reason_arg)) = place {
                 found.push(Function {
                     name: self.name(func),
@@ -323,7 +329,7 @@ impl Btf {
         id
     }
 
-    /// Ids of all structs (and forward declarations of one, in a module) called `name`.
+    /// Ids of all structs (and forward declarations of one, in a module) called `name`, without the base's.
     fn struct_ids(&self, name: &str) -> Vec<u32> {
         self.ids_where(name, |kind| kind == KIND_STRUCT || kind == 7)
     }
@@ -333,7 +339,7 @@ impl Btf {
     }
 
     fn ids_where(&self, name: &str, kind: impl Fn(u32) -> bool) -> Vec<u32> {
-        (1..self.count())
+        (self.first..self.count())
             .filter(|&id| {
                 self.get(id).is_some_and(|t| {
                     kind(t.kind()) && self.str(t.name_off).to_bytes() == name.as_bytes()

@@ -47,8 +47,12 @@ pub struct Features {
 
 impl Features {
     pub fn detect() -> Self {
-        let btf = Btf::vmlinux(None).ok();
-        let has = |f: &str| btf.as_ref().is_some_and(|b| b.has_function(f));
+        Self::with(Btf::vmlinux(None).ok().as_ref())
+    }
+
+    /// The same for a caller that has read the kernel's BTF (some 25 ms of CPU) already.
+    pub fn with(btf: Option<&Btf>) -> Self {
+        let has = |f: &str| btf.is_some_and(|b| b.has_function(f));
         Self {
             release: nix::sys::utsname::uname()
                 .map(|u| u.release().to_string_lossy().into_owned())
@@ -69,9 +73,7 @@ impl Features {
                 .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
             rdonly_cast: has("bpf_rdonly_cast"),
             func_ip: helper(sys::BPF_FUNC_get_func_ip),
-            drop_reasons: btf
-                .as_ref()
-                .is_some_and(|b| !b.enum_values("skb_drop_reason").is_empty()),
+            drop_reasons: btf.is_some_and(|b| !b.enum_values("skb_drop_reason").is_empty()),
         }
     }
 

@@ -51,37 +51,28 @@ impl TraceableSet {
             ..Self::default()
         };
         for line in text.lines() {
-            let mut words = line.split_ascii_whitespace();
-            let addr = if addrs {
-                words
-                    .next()
-                    .and_then(|w| u64::from_str_radix(w, 16).ok())
-                    .unwrap_or(0)
-            } else {
-                0
+            // Some 60,000 lines, most of them not wanted: the name is cut out and asked for before anything else.
+            let (addr, rest) = match line.split_once(' ') {
+                Some((addr, rest)) if addrs => (addr, rest),
+                _ => ("", line),
             };
-            if let Some(name) = words.next().filter(|n| wanted(n)) {
-                set.add(name, addr, words.next());
+            let (name, module) = match rest.split_once([' ', '\t']) {
+                Some((name, module)) => (name, Some(module.trim())),
+                None => (rest, None),
+            };
+            if wanted(name) {
+                set.add(name, u64::from_str_radix(addr, 16).unwrap_or(0), module);
             }
         }
         set
     }
 
-    /// `ADDRESS TYPE NAME[ [MODULE]]`; text symbols only.
+    /// Text symbols of /proc/kallsyms.
     fn kallsyms(text: &str, wanted: &impl Fn(&str) -> bool) -> Self {
         let mut set = Self::default();
-        for line in text.lines() {
-            let mut words = line.split_ascii_whitespace();
-            let (Some(addr), Some("t" | "T" | "w" | "W"), Some(name)) =
-                (words.next(), words.next(), words.next())
-            else {
-                continue;
-            };
-            if wanted(name) {
-                let addr = u64::from_str_radix(addr, 16).unwrap_or(0);
-                set.add(name, addr, words.next());
-            }
-        }
+        text_symbols(text, wanted, |addr, name, module| {
+            set.add(name, addr, module);
+        });
         set
     }
 
@@ -108,6 +99,37 @@ impl TraceableSet {
             .flatten()
             .filter(|t| t.module.as_deref() == module)
             .collect()
+    }
+}
+
+/// Tells `found` the address and the name of each function in /proc/kallsyms whose name is `wanted`.
+pub fn addresses(wanted: impl Fn(&str) -> bool, mut found: impl FnMut(u64, &str)) {
+    let text = fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+    text_symbols(&text, &wanted, |addr, name, _| {
+        // 0: hidden (kernel.kptr_restrict).
+        if addr != 0 {
+            found(addr, name);
+        }
+    });
+}
+
+/// `ADDRESS TYPE NAME[\t[MODULE]]`; text symbols only.
+fn text_symbols(
+    text: &str,
+    wanted: &impl Fn(&str) -> bool,
+    mut found: impl FnMut(u64, &str, Option<&str>),
+) {
+    for line in text.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(addr), Some("t" | "T" | "w" | "W"), Some(name)) =
+            (words.next(), words.next(), words.next())
+        else {
+            continue;
+        };
+        if wanted(name) {
+            let addr = u64::from_str_radix(addr, 16).unwrap_or(0);
+            found(addr, name, words.next());
+        }
     }
 }
 

@@ -41,7 +41,8 @@ pub fn run(args: &Args) -> Result<()> {
     let pattern = args.function_pattern()?;
     let filters = args.expression.filters()?;
     log::init(args.engine.verbose);
-    let features = Features::detect();
+    let btf = Btf::vmlinux(None);
+    let features = Features::with(btf.as_ref().ok());
     let wants = Wants {
         track: args.track(),
         owner: args.output_owner,
@@ -52,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
     } else {
         features.require_tracing("skb")?;
     }
-    let btf = Btf::vmlinux(None)?;
+    let btf = btf?;
     let plan = if args.drops {
         Plan::drops(&features, args.backend, wants)?
     } else {

@@ -16,7 +16,7 @@ use crate::engine::{loss, usage};
 use crate::kernel::attach;
 use crate::kernel::btf::{self, Btf, Function};
 use crate::kernel::features::Features;
-use crate::kernel::functions::TraceableSet;
+use crate::kernel::functions::{self, TraceableSet};
 
 use super::args::Backend;
 use super::hooks::{self, Hook};
@@ -228,6 +228,16 @@ impl Plan {
         for (prog, targets) in &self.targets {
             attached.group(skel, prog, targets, &mut progress, stop)?;
         }
+        if attached.names.is_empty() {
+            // A list without addresses (kernels before 6.5): one pass over kallsyms.
+            let wanted: HashSet<&str> = self
+                .targets
+                .values()
+                .flatten()
+                .map(|t| t.name.as_str())
+                .collect();
+            functions::addresses(|n| wanted.contains(n), |addr, n| attached.name_at(addr, n));
+        }
         if self.drops {
             let program = program(skel, DROPS)?;
             let link = program
@@ -368,7 +378,19 @@ impl Attached {
     fn taken(&mut self, t: &Target) {
         self.functions += 1;
         if t.addr != 0 {
-            self.names.insert(t.addr, t.name.clone());
+            self.name_at(t.addr, &t.name);
+        }
+    }
+
+    /// Names the function at `addr`. Asking blazesym for a name that is known would cost half a second at the first event.
+    fn name_at(&mut self, addr: u64, name: &str) {
+        self.names.insert(addr, name.to_string());
+        // ftrace's place in a function is behind the `endbr64` of CONFIG_X86_KERNEL_IBT, where there is one; bpf_get_func_ip
+        // gives the start.
+        if cfg!(target_arch = "x86_64") {
+            self.names
+                .entry(addr - 4)
+                .or_insert_with(|| name.to_string());
         }
     }
 
