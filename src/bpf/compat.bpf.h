@@ -33,4 +33,23 @@ extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
 		np_value;                                    \
 	})
 
+/*
+ * Two words of any kernel memory by typed loads, with use_cast only. The type
+ * is one that every kernel has and that is two integers of 8 bytes.
+ */
+static __always_inline void np_load_16(__u64 *to, const void *from)
+{
+	const struct timespec64 *words = bpf_rdonly_cast(
+		from, bpf_core_type_id_kernel(struct timespec64));
+
+	to[0] = words->tv_sec;
+	to[1] = words->tv_nsec;
+}
+
+/* A kernel address; skb->dev may hold something else (see np_read_netns). */
+static __always_inline bool np_is_pointer(const void *p)
+{
+	return (__s64)p < 0;
+}
+
 #endif

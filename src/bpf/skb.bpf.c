@@ -88,7 +88,8 @@ static __always_inline bool match_skb(const struct np_config *cfg,
 	if (f & NP_FIELD_IFINDEX) {
 		struct net_device *dev = NP_READ(skb, dev);
 
-		if (!dev || NP_READ(dev, ifindex) != cfg->ifindex)
+		if (!np_is_pointer(dev) ||
+		    NP_READ(dev, ifindex) != cfg->ifindex)
 			return false;
 	}
 	if ((f & NP_FIELD_NETNS) && np_read_netns(skb) != cfg->netns)
@@ -109,10 +110,14 @@ static __always_inline void read_meta(struct sk_buff *skb, struct skb_meta *m)
 	m->pad[0] = 0;
 	m->pad[1] = 0;
 	__builtin_memset(m->ifname, 0, sizeof(m->ifname));
-	if (dev) {
+	if (np_is_pointer(dev)) {
 		m->ifindex = NP_READ(dev, ifindex);
 		m->mtu = NP_READ(dev, mtu);
-		BPF_CORE_READ_STR_INTO(&m->ifname, dev, name);
+		if (use_cast)
+			np_load_16((__u64 *)m->ifname, dev->name);
+		else
+			bpf_probe_read_kernel(m->ifname, sizeof(m->ifname),
+					      dev->name);
 	}
 }
 
