@@ -13,6 +13,7 @@ use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::SocketHolders;
 use crate::output::Output;
 use crate::output::escape::{escaped, push_escaped};
+use crate::output::format::{self, push_dec, push_hex};
 
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Owner};
@@ -176,8 +177,10 @@ impl Presenter {
     }
 
     fn text(&mut self, line: &mut Vec<u8>, event: &Event, late: bool, since: Option<u64>) {
-        // Writes to a Vec do not fail.
-        let _ = write!(line, "{:<#18x} {:<3} ", event.skb, event.head.cpu);
+        line.extend_from_slice(b"0x");
+        push_hex(line, event.skb, 1);
+        format::pad(line, 0, 18);
+        number(line, event.head.cpu.into(), 3);
         let start = line.len();
         event.head.push_process(line);
         pad(line, start, &mut self.widths.process);
@@ -199,22 +202,30 @@ impl Presenter {
             pad(line, start, &mut self.widths.owner);
         }
         if let (true, Some(m)) = (self.meta, &event.meta) {
-            let _ = write!(line, "{:<10} {:<8x} ", m.netns, m.mark);
+            number(line, m.netns.into(), 10);
+            let start = line.len();
+            push_hex(line, m.mark.into(), 1);
+            format::pad(line, start, 8);
             let start = line.len();
             if m.ifindex != 0 {
                 push_escaped(line, &m.ifname);
-                let _ = write!(line, ":{}", m.ifindex);
+                line.push(b':');
+                push_dec(line, m.ifindex.into());
             } else {
                 line.push(b'-');
             }
             pad(line, start, &mut self.widths.iface);
-            let _ = write!(line, "{:#06x} {:<5} {:<5} ", m.protocol, m.mtu, m.len);
+            line.extend_from_slice(b"0x");
+            push_hex(line, m.protocol.into(), 4);
+            line.push(b' ');
+            number(line, m.mtu.into(), 5);
+            number(line, m.len.into(), 5);
         }
         if let (true, Some(tuple)) = (self.tuple, &event.tuple) {
             let start = line.len();
             match tuple {
                 Some(t) => {
-                    let _ = write!(line, "{t}");
+                    t.push(line);
                     if self.tcp_flags && t.proto == 6 && !t.fragment {
                         // Behind the protocol, within its bracket.
                         line.pop();
@@ -350,9 +361,15 @@ impl Presenter {
 
 /// Fills up with spaces to the column's width, which grows where the text is longer, and one space more.
 fn pad(line: &mut Vec<u8>, start: usize, width: &mut usize) {
-    let used = String::from_utf8_lossy(&line[start..]).chars().count();
-    *width = (*width).max(used);
-    line.resize(line.len() + *width - used + 1, b' ');
+    *width = (*width).max(format::chars(&line[start..]));
+    format::pad(line, start, *width);
+}
+
+/// A number in a column of `width`.
+fn number(line: &mut Vec<u8>, value: u64, width: usize) {
+    let start = line.len();
+    push_dec(line, value);
+    format::pad(line, start, width);
 }
 
 /// `name+0x1f [module]`
