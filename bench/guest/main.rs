@@ -57,6 +57,11 @@ fn run(scenarios: &[String]) -> Result<()> {
             "match-ringbuf" => bench.matching("ringbuf", "--transport ringbuf"),
             "user" => bench.user(),
             "pwru" => bench.pwru(),
+            "tcpconnect" => bench.tcpconnect(),
+            "peer-tcpconnect" => bench.peer_tcpconnect(),
+            "icmp" => bench.icmp(),
+            "capture" => bench.capture(),
+            "peer-capture" => bench.peer_capture(),
             "quiet" => bench.quiet(),
             "profile" => bench.profile(),
             other => bail!("unknown scenario {other}"),
@@ -262,6 +267,98 @@ impl Bench {
         say("burst.pwru.lines", child::lines()?.saturating_sub(lines));
         tool.stop()?;
         Ok(())
+    }
+
+    /// What `netprobe tcpconnect` adds to a connect; its start and memory.
+    fn tcpconnect(&mut self) -> Result<()> {
+        let tool = Tool::with_ready_file(&format!("{NETPROBE} tcpconnect"), LIMIT)?;
+        say("start.tcpconnect", tool.ready_ns);
+        say("tcp.tcpconnect", self.connect()?);
+        self.idle("tcpconnect", &tool)?;
+        say("memory.tcpconnect", tool.memory()?.0);
+        say("stop.tcpconnect", tool.stop()?.stop_ns);
+        Ok(())
+    }
+
+    /// The same of libbpf-tools' tcpconnect: ready when its four kprobes are there.
+    fn peer_tcpconnect(&mut self) -> Result<()> {
+        let tool = Tool::start("/usr/local/bin/peer-tcpconnect", LIMIT, || {
+            fs::read_to_string("/sys/kernel/debug/kprobes/list")
+                .is_ok_and(|l| l.matches("tcp_v").count() >= 4)
+        })?;
+        say("start.peer-tcpconnect", tool.ready_ns);
+        say("tcp.peer-tcpconnect", self.connect()?);
+        say("memory.peer-tcpconnect", tool.memory()?.0);
+        tool.stop()?;
+        Ok(())
+    }
+
+    /// What `netprobe icmp` costs where no echo arrives; its start and memory.
+    fn icmp(&mut self) -> Result<()> {
+        let tool = Tool::with_ready_file(&format!("{NETPROBE} icmp"), LIMIT)?;
+        say("start.icmp", tool.ready_ns);
+        say("udp.icmp", self.packet()?);
+        say("tcp.icmp", self.connect()?);
+        self.idle("icmp", &tool)?;
+        say("memory.icmp", tool.memory()?.0);
+        tool.stop()?;
+        Ok(())
+    }
+
+    /// What a tool that captures on the receiver's side adds to a packet of each size, writer included.
+    fn captured(&mut self, name: &str, tool: Tool) -> Result<()> {
+        for size in [64, 512, 1500] {
+            // 28: headers of IPv4 and UDP
+            self.net.payload(size - 28);
+            let packet = self.packet()?;
+            tool.settle()?;
+            say(&format!("capture.{name}.{size}"), packet);
+        }
+        self.net.payload(64);
+        tool.stop()?;
+        Ok(())
+    }
+
+    fn capture(&mut self) -> Result<()> {
+        for size in [64, 512, 1500] {
+            self.net.payload(size - 28);
+            say(&format!("capture.none.{size}"), self.packet()?);
+        }
+        self.net.payload(64);
+        let xdpdump = format!("{NETPROBE} xdpdump --netns {} -i vb", net::B);
+        let tool = Tool::with_ready_file(&format!("{xdpdump} -w /tmp/netprobe.pcapng"), LIMIT)?;
+        say("start.xdpdump", tool.ready_ns);
+        self.captured("netprobe", tool)?;
+        let tool = Tool::with_ready_file(
+            &format!("{xdpdump} -w /tmp/netprobe.pcapng tcp port 80 or icmp"),
+            LIMIT,
+        )?;
+        self.captured("netprobe-rejects", tool)
+    }
+
+    /// tcpdump: captures, and rejects in the kernel's socket filter. xdp-tools' xdpdump with a program of its own.
+    fn peer_capture(&mut self) -> Result<()> {
+        let inside = format!("/usr/local/bin/nsenter --net=/run/netns/{}", net::B);
+        let listening = || fs::read_to_string(child::ERR).is_ok_and(|t| t.contains("listening on"));
+        for (name, filter) in [
+            ("tcpdump", "udp"),
+            ("tcpdump-rejects", "tcp port 80 or icmp"),
+        ] {
+            let tool = Tool::start(
+                &format!("{inside} tcpdump -Z root -i vb -w /tmp/tcpdump.pcap {filter}"),
+                LIMIT,
+                listening,
+            )?;
+            self.captured(name, tool)?;
+        }
+        let tool = Tool::start(
+            &format!(
+                "{inside} /usr/local/bin/peer-xdpdump -i vb --load-xdp-program --load-xdp-mode skb -w /tmp/xdpdump.pcapng"
+            ),
+            LIMIT,
+            listening,
+        )?;
+        self.captured("xdp-tools", tool)
     }
 
     /// For work on one thing: what the programs of a matching run cost by the kernel's own statistics.

@@ -89,7 +89,7 @@ impl Net {
         })
     }
 
-    /// Bytes of the UDP packets' payload.
+    /// Sets the length of the UDP packets' payload.
     pub fn payload(&mut self, len: usize) {
         self.payload = vec![0x55; len];
     }

@@ -104,21 +104,25 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn text(out: &[u8]) -> String {
+        String::from_utf8(out.to_vec()).unwrap()
+    }
+
     proptest! {
         #[test]
         fn as_write_has_it(value in any::<u64>(), shift in 0u32..64, digits in 1usize..=16, v4 in any::<u32>(), v6 in any::<u128>()) {
             let value = value >> shift;
             let mut out = Vec::new();
             push_dec(&mut out, value);
-            prop_assert_eq!(&out, value.to_string().as_bytes());
+            prop_assert_eq!(text(&out), value.to_string());
             out.clear();
             push_hex(&mut out, value, digits);
-            prop_assert_eq!(&out, format!("{value:0digits$x}").as_bytes());
+            prop_assert_eq!(text(&out), format!("{value:0digits$x}"));
             prop_assert_eq!(serde_json::to_string(&Hex(value)).unwrap(), format!("\"{value:#x}\""));
             for addr in [IpAddr::V4(v4.into()), IpAddr::V6(v6.into())] {
                 out.clear();
                 push_ip(&mut out, addr);
-                prop_assert_eq!(&out, addr.to_string().as_bytes());
+                prop_assert_eq!(text(&out), addr.to_string());
                 prop_assert_eq!(serde_json::to_string(&Addr(addr)).unwrap(), format!("\"{addr}\""));
             }
         }

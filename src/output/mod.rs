@@ -2,8 +2,8 @@
 
 pub mod columns;
 pub mod escape;
-pub mod histogram;
 pub mod format;
+pub mod histogram;
 pub mod pcap_read;
 pub mod pcapng;
 

@@ -8,6 +8,7 @@ use crate::event::tuple::Tuple;
 use crate::event::tuple::proto_name;
 use crate::kernel::ksyms::Symbol;
 use crate::output::escape::escaped;
+use crate::output::format::{Addr, Hex};
 
 use super::decode::{Event, Owner, Packet};
 
@@ -22,7 +23,7 @@ pub struct Row<'a> {
     pub since_ns: Option<u64>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub late: bool,
-    pub skb: String,
+    pub skb: Hex,
     pub cpu: u16,
     pub pid: u32,
     pub tid: u32,
@@ -65,8 +66,8 @@ pub struct Row<'a> {
 
 #[derive(Serialize)]
 pub struct TupleRow {
-    pub saddr: String,
-    pub daddr: String,
+    pub saddr: Addr,
+    pub daddr: Addr,
     pub sport: u16,
     pub dport: u16,
     pub proto: u8,
@@ -78,7 +79,7 @@ pub struct TupleRow {
 
 #[derive(Serialize)]
 pub struct Frame<'a> {
-    pub addr: String,
+    pub addr: Hex,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub symbol: Option<&'a Symbol>,
 }
@@ -98,7 +99,7 @@ pub struct OwnerRow {
     pub comm: Option<String>,
     pub uid: u32,
     pub cgroup: u64,
-    pub sock: String,
+    pub sock: Hex,
     pub cookie: u64,
     pub inode: u64,
 }
@@ -111,7 +112,7 @@ impl OwnerRow {
             comm,
             uid: owner.uid,
             cgroup: owner.cgroup,
-            sock: format!("{:#x}", owner.sock),
+            sock: Hex(owner.sock),
             cookie: owner.cookie,
             inode: owner.inode,
         }
@@ -121,8 +122,8 @@ impl OwnerRow {
 impl TupleRow {
     pub fn new(t: &Tuple) -> Self {
         Self {
-            saddr: t.saddr.to_string(),
-            daddr: t.daddr.to_string(),
+            saddr: Addr(t.saddr),
+            daddr: Addr(t.daddr),
             sport: t.sport,
             dport: t.dport,
             proto: t.proto,
@@ -151,7 +152,7 @@ impl<'a> Row<'a> {
             wall_ns: 0,
             since_ns: None,
             late: false,
-            skb: format!("{:#x}", event.skb),
+            skb: Hex(event.skb),
             cpu: event.head.cpu,
             pid: event.head.tgid,
             tid: event.head.pid,

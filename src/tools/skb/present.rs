@@ -9,11 +9,12 @@ use anyhow::Result;
 use crate::engine::loss::Loss;
 use crate::engine::session::Flow;
 use crate::kernel::drop_reason::DropReasons;
+use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::SocketHolders;
 use crate::output::Output;
 use crate::output::escape::{escaped, push_escaped};
-use crate::output::format::{self, push_dec, push_hex};
+use crate::output::format::{self, Hex, push_dec, push_hex};
 
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Owner};
@@ -30,7 +31,7 @@ pub struct Presenter {
     timestamp: Timestamp,
     /// CLOCK_REALTIME - CLOCK_MONOTONIC, ns
     wall_offset: i128,
-    names: HashMap<u64, String>,
+    names: ByAddress<String>,
     reasons: DropReasons,
     drops: bool,
     track: bool,
@@ -317,7 +318,7 @@ impl Presenter {
 
     fn frame(&self, addr: u64) -> Frame<'_> {
         Frame {
-            addr: format!("{addr:#x}"),
+            addr: Hex(addr),
             symbol: self.symbols.get(addr),
         }
     }

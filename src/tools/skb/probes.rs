@@ -1,6 +1,6 @@
 //! Which functions `netprobe skb` attaches to, by which program, and how.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -16,7 +16,7 @@ use crate::engine::{loss, usage};
 use crate::kernel::attach;
 use crate::kernel::btf::{self, Btf, Function};
 use crate::kernel::features::Features;
-use crate::kernel::functions::{self, TraceableSet};
+use crate::kernel::functions::{self, ByAddress, TraceableSet};
 
 use super::args::Backend;
 use super::hooks::{self, Hook};
@@ -206,7 +206,7 @@ impl Plan {
     pub fn attach(&self, skel: &SkbSkel<'_>, stop: &Receiver<Signal>) -> Result<Attached> {
         let mut attached = Attached {
             links: Vec::new(),
-            names: HashMap::new(),
+            names: ByAddress::default(),
             progs: Vec::new(),
             backend: self.backend,
             drops: self.drops,
@@ -281,7 +281,7 @@ fn program<'a>(skel: &'a SkbSkel<'_>, name: &str) -> Result<ProgramMut<'a>> {
 pub struct Attached {
     links: Vec<Link>,
     /// names of the functions by address, where the addresses are known
-    names: HashMap<u64, String>,
+    names: ByAddress<String>,
     /// fds of the programs, open as long as the skeleton
     progs: Vec<i32>,
     backend: Backend,
@@ -411,7 +411,7 @@ impl Attached {
     }
 
     /// Names by address.
-    pub fn names(&self) -> &HashMap<u64, String> {
+    pub fn names(&self) -> &ByAddress<String> {
         &self.names
     }
 
