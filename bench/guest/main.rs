@@ -120,6 +120,10 @@ impl Bench {
         say("memory.netprobe", peak);
         say("memory.netprobe.buffers", buffers);
         say("stop.netprobe", tool.stop()?.stop_ns);
+        // Single kprobes go on being removed after the command has returned.
+        while Hooks::attached()?.count() > 0 {
+            std::thread::sleep(Duration::from_millis(100));
+        }
 
         let empty = Empty::attach(&hooks)?;
         say("start.empty", empty.attach_ns);
@@ -138,12 +142,13 @@ impl Bench {
         say("stop.empty", empty.detach()?);
         self.hooks = Some(hooks);
 
-        for (name, filter) in [
+        let filters: &[_] = &[
             ("netns", "--filter-netns inode:1"),
             ("proto", "--filter-proto icmp"),
             ("ports", "--filter-dst-ip 10.9.0.3 --filter-dst-port 80"),
             ("pcap", "tcp port 80 or icmp"),
-        ] {
+        ];
+        for (name, filter) in filters {
             match Tool::with_ready_file(&format!("{NETPROBE} skb {filter}"), LIMIT) {
                 Ok(tool) => {
                     say(&format!("udp.{name}"), self.packet()?);
