@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use anyhow::{Result, ensure};
 
-use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, SHORT, case};
+use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -79,7 +79,10 @@ fn tcp_syn() -> Result<()> {
 }
 
 fn ip6_syn() -> Result<()> {
-    only_syns(|server| server.v6(8080), &["ip6[53]", "&", "0x3f", "=", "0x2"])
+    only_syns(
+        |server| server.v6(8080),
+        &["ip6[53]", "&", "0x3f", "=", "0x2"],
+    )
 }
 
 /// Only segments with payload; the expression needs scratch memory.
@@ -89,7 +92,10 @@ fn scratch_memory() -> Result<()> {
     let server = net.server.tcp_listen(net.server.v4(8081))?;
     let filter = "(((ip[2:2] - ((ip[0]&0xf)<<2)) - ((tcp[12]&0xf0)>>2)) != 0)";
     let probe = skb(RECEIVED, &net.server, &[filter])?;
-    drop(net.client.tcp_connect(silent.address(), crate::common::deadline())??);
+    drop(
+        net.client
+            .tcp_connect(silent.address(), crate::common::deadline())??,
+    );
     talk(&net.client, server.address(), b"hello")?;
     probe.wait_line(":8081")?;
     let done = probe.stop()?;
