@@ -27,6 +27,7 @@
 #define AF_INET6 10
 #define O_NONBLOCK 00004000
 #define PF_EXITING 0x00000004
+#define CGROUP_DEPTH 32
 
 const volatile struct tcp_filter filter = {};
 /* TCP_MODE_* */
@@ -196,6 +197,28 @@ static __always_inline bool match_cgroupmap(void)
 	return is_key(&cgroupmap, bpf_get_current_cgroup_id());
 }
 
+/*
+ * The current cgroup (v2) or one above it has this id. A walk, since
+ * bpf_get_current_ancestor_cgroup_id is not for kprobes before 5.15.
+ */
+static __always_inline bool is_below(__u64 id)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp);
+	struct cgroup_subsys_state *parent;
+
+	for (int i = 0; i < CGROUP_DEPTH && cgroup; i++) {
+		if (BPF_CORE_READ(cgroup, kn, id) == id)
+			return true;
+		parent = BPF_CORE_READ(cgroup, self.parent);
+		if (!parent)
+			break;
+		cgroup = (void *)parent -
+			 bpf_core_field_offset(struct cgroup, self);
+	}
+	return false;
+}
+
 /* What the caller of connect decides, cheapest first. */
 static __always_inline bool match_process(void)
 {
@@ -211,9 +234,7 @@ static __always_inline bool match_process(void)
 	    !passes(TCP_FILTER_COMM, match_comm()))
 		return false;
 	if ((filter.on & TCP_FILTER_CGROUP) &&
-	    !passes(TCP_FILTER_CGROUP,
-		    bpf_get_current_ancestor_cgroup_id(filter.cgroup_level) ==
-			    filter.cgroup))
+	    !passes(TCP_FILTER_CGROUP, is_below(filter.cgroup)))
 		return false;
 	if ((filter.on & TCP_FILTER_CGROUPMAP) && !match_cgroupmap())
 		return false;
@@ -384,6 +405,36 @@ static __always_inline void count(const struct tcp_event *e)
 		count_map_full();
 }
 
+#define THREAD_SIZE 16384 /* x86-64 and arm64 with pages of 4 KiB */
+
+/* The user registers of the current thread, saved by its system call. */
+static __always_inline struct pt_regs *user_regs(struct task_struct *task)
+{
+	/* bpf_task_pt_regs: from 5.15. Before, they end where the stack does. */
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+		return (struct pt_regs *)bpf_task_pt_regs(
+			bpf_get_current_task_btf());
+	return (struct pt_regs *)(BPF_CORE_READ(task, stack) + THREAD_SIZE) - 1;
+}
+
+/*
+ * The words on top of the user stack: the wrapper of the system call in libc
+ * makes no frame, so that the frame pointers pass over its caller.
+ */
+static __always_inline void read_top(struct tcp_exe *exe,
+				     struct task_struct *task)
+{
+	struct pt_regs *regs = user_regs(task);
+	__u64 sp = PT_REGS_SP_CORE(regs);
+
+	if (bpf_probe_read_user(exe->top, sizeof(exe->top), (void *)sp))
+		__builtin_memset(exe->top, 0, sizeof(exe->top));
+#ifdef __TARGET_ARCH_arm64
+	/* There the caller is in the link register. */
+	exe->top[0] = BPF_CORE_READ((struct user_pt_regs *)regs, regs[30]);
+#endif
+}
+
 /* The program of the current process, by the names in its path. */
 static __always_inline void read_exe(struct tcp_exe *exe)
 {
@@ -394,6 +445,7 @@ static __always_inline void read_exe(struct tcp_exe *exe)
 		BPF_CORE_READ(mm, exe_file, f_path.mnt), struct mount, mnt);
 	struct dentry *parent;
 
+	read_top(exe, task);
 	exe->start_code = BPF_CORE_READ(mm, start_code);
 	exe->end_code = BPF_CORE_READ(mm, end_code);
 	for (int i = 0; i < TCP_EXE_NAMES; i++) {
@@ -495,7 +547,7 @@ static __always_inline void decide(void *ctx, struct tcp_event *e, __u8 decided,
 		if (BPF_CORE_READ_BITFIELD_PROBED(tp, syn_fastopen))
 			e->flags |= TCP_FLAG_FASTOPEN;
 		if (BPF_CORE_READ_BITFIELD_PROBED(tp, syn_data))
-			e->flags |= TCP_FLAG_SYN_DATA;
+			e->flags |= TCP_FLAG_SYN_DATA | TCP_FLAG_FASTOPEN;
 	}
 	if (now - since >= filter.min_ns)
 		np_output(ctx, &e->head, sizeof(*e));
@@ -538,7 +590,7 @@ static __always_inline void leave_outcome(void *ctx, struct tcp_scratch *buf,
 		forget(e);
 }
 
-static __always_inline int leave(struct pt_regs *ctx, int ret)
+static __always_inline int leave(void *ctx, int ret)
 {
 	__u64 id = bpf_get_current_pid_tgid();
 	struct inside *found = bpf_map_lookup_elem(&inside, &id), in;
@@ -568,6 +620,36 @@ static __always_inline int leave(struct pt_regs *ctx, int ret)
 	return 0;
 }
 
+/*
+ * fentry and fexit where the kernel has them and lets one use them: a kretprobe has places for
+ * some ten threads that are inside at once, and passes over the others in silence.
+ */
+SEC("fentry/tcp_v4_connect")
+int v4_fentry(__u64 *ctx)
+{
+	return enter((struct sock *)ctx[0], (void *)ctx[1], 4);
+}
+
+SEC("fentry/tcp_v6_connect")
+int v6_fentry(__u64 *ctx)
+{
+	return enter((struct sock *)ctx[0], (void *)ctx[1], 6);
+}
+
+/* Three arguments, then the result. */
+SEC("fexit/tcp_v4_connect")
+int v4_fexit(__u64 *ctx)
+{
+	return leave(ctx, ctx[3]);
+}
+
+SEC("fexit/tcp_v6_connect")
+int v6_fexit(__u64 *ctx)
+{
+	return leave(ctx, ctx[3]);
+}
+
+/* Else these four. */
 SEC("kprobe/tcp_v4_connect")
 int BPF_KPROBE(v4_entry, struct sock *sk, void *uaddr)
 {

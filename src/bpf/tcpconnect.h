@@ -36,18 +36,16 @@ struct tcp_filter {
 	__u32 negated; /* TCP_FILTER_*: must not match */
 	__u32 pid; /* tgid */
 	__u32 uid;
-	__u32 cgroup_level; /* depth of the cgroup below the root */
 	__u32 netns; /* inode */
 	__u8 comm[NP_COMM_LEN]; /* NUL-padded */
 	__u32 version; /* 4 or 6: as sent on the wire */
-	__u32 pad;
 };
 
 /* Bits of tcp_event.flags. */
 #define TCP_FLAG_MAPPED (1U << 0) /* IPv4 by an IPv6 socket */
 #define TCP_FLAG_NONBLOCK (1U << 1)
 #define TCP_FLAG_MPTCP (1U << 2) /* a subflow of an MPTCP socket */
-#define TCP_FLAG_FASTOPEN (1U << 3) /* the SYN had the Fast Open option */
+#define TCP_FLAG_FASTOPEN (1U << 3) /* the SYN had its option, or data */
 #define TCP_FLAG_SYN_DATA (1U << 4) /* the SYN had data (Fast Open) */
 #define TCP_FLAG_DEFERRED (1U << 5) /* the SYN waited for the first data */
 #define TCP_FLAG_EXITING (1U << 6) /* closed by the end of the process */
@@ -96,11 +94,14 @@ struct tcp_event {
 _Static_assert(sizeof(struct tcp_event) == 152,
 	       "tcp_event is part of the contract");
 
+#define TCP_STACK_TOP 16
 #define TCP_EXE_NAMES 16
 #define TCP_EXE_NAME_LEN 32
 
 /* The program of the process: to name its functions when it has gone. */
 struct tcp_exe {
+	__u64 top
+		[TCP_STACK_TOP]; /* words on top of its stack; 0: not readable */
 	__u64 start_code; /* address of its first executable segment */
 	__u64 end_code;
 	__u8 names

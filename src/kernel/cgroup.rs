@@ -14,49 +14,34 @@ use anyhow::Result;
 /// Where cgroup v2 is mounted: alone, or beside v1.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
-/// A cgroup as the user names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cgroup {
-    pub id: u64,
-    /// depth below the root, which is 0
-    pub level: u32,
-}
-
-impl Cgroup {
-    /// A path, whole or from the mount on.
-    pub fn parse(text: &str) -> Result<Self> {
-        let root = mount().ok_or_else(|| {
-            usage(format!(
-                "cgroup {text}: cgroup v2 is not mounted at {}",
-                MOUNTS[0]
-            ))
-        })?;
-        let path = if Path::new(text).starts_with(root) {
-            PathBuf::from(text)
-        } else {
-            root.join(text.trim_start_matches('/'))
-        };
-        let bad = |e: String| {
-            usage(format!(
-                "cgroup {text}: {e}; give the path of a folder under {}",
-                root.display()
-            ))
-        };
-        let path = path
-            .canonicalize()
-            .map_err(|e| bad(format!("{} ({e})", path.display())))?;
-        let below = path
-            .strip_prefix(root)
-            .map_err(|_| bad(format!("{} is elsewhere", path.display())))?;
-        if !path.is_dir() {
-            return Err(bad(format!("{} is no folder", path.display())));
-        }
-        let meta = fs::metadata(&path).map_err(|e| bad(e.to_string()))?;
-        Ok(Self {
-            id: meta.ino(),
-            level: below.components().count() as u32,
-        })
+/// The id of the cgroup at a path, whole or from the mount on.
+pub fn id(text: &str) -> Result<u64> {
+    let root = mount().ok_or_else(|| {
+        usage(format!(
+            "cgroup {text}: cgroup v2 is not mounted at {}",
+            MOUNTS[0]
+        ))
+    })?;
+    let path = if Path::new(text).starts_with(root) {
+        PathBuf::from(text)
+    } else {
+        root.join(text.trim_start_matches('/'))
+    };
+    let bad = |e: String| {
+        usage(format!(
+            "cgroup {text}: {e}; give the path of a folder under {}",
+            root.display()
+        ))
+    };
+    let path = path
+        .canonicalize()
+        .map_err(|e| bad(format!("{} ({e})", path.display())))?;
+    if !path.starts_with(root) || !path.is_dir() {
+        return Err(bad(format!("{} is none", path.display())));
     }
+    fs::metadata(&path)
+        .map(|meta| meta.ino())
+        .map_err(|e| bad(e.to_string()))
 }
 
 fn mount() -> Option<&'static Path> {

@@ -11,6 +11,7 @@ pub mod ksyms;
 pub mod members;
 pub mod netdev;
 pub mod netns;
+pub mod usyms;
 pub mod pages;
 pub mod process;
 pub mod program;

@@ -13,6 +13,7 @@ mod skb;
 mod skb_ends;
 mod skb_more;
 mod tcpconnect;
+mod tcpconnect_more;
 mod xdpdump;
 
 fn main() {
@@ -25,5 +26,6 @@ fn main() {
     cases.extend(skb::cases());
     cases.extend(skb_ends::cases());
     cases.extend(tcpconnect::cases());
+    cases.extend(tcpconnect_more::cases());
     common::run(cases)
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::engine::usage;
-use crate::kernel::cgroup::Cgroup;
+use crate::kernel::cgroup;
 use crate::kernel::netns::Netns;
 use crate::output::OutputArgs;
 use crate::tools::EngineArgs;
@@ -61,7 +61,7 @@ pub struct Args {
     pub cgroup_name: bool,
 
     /// Count connects by source, destination and port in the kernel; the table is printed at the end
-    #[arg(short = 'c', long, conflicts_with_all = ["timestamp", "print_uid", "dns", "cgroup_name", "outcome"])]
+    #[arg(short = 'c', long, conflicts_with_all = ["timestamp", "print_uid", "dns", "cgroup_name", "outcome", "output_stack"])]
     pub count: bool,
 
     /// With -c: print the table every SECONDS
@@ -85,7 +85,7 @@ pub struct Args {
     pub min_ms: Option<f64>,
 
     /// Show the kernel and the user stack that called connect
-    #[arg(skip)]
+    #[arg(long)]
     pub output_stack: bool,
 
     #[command(flatten)]
@@ -163,7 +163,6 @@ pub struct Filter {
     pub version: u32,
     pub netns: u32,
     pub cgroup: u64,
-    pub cgroup_level: u32,
     pub comm: [u8; 16],
     pub ports: Vec<u16>,
     /// prefix length (of 128) and address, IPv4 as ::ffff:a.b.c.d
@@ -231,8 +230,7 @@ impl FilterArgs {
             f.comm[..name.len()].copy_from_slice(name);
         }
         if let Some(text) = &self.cgroup {
-            let cgroup = Cgroup::parse(f.take(CGROUP, text))?;
-            (f.cgroup, f.cgroup_level) = (cgroup.id, cgroup.level);
+            f.cgroup = cgroup::id(f.take(CGROUP, text))?;
         }
         if let Some(text) = &self.netns {
             f.netns = Netns::parse(f.take(NETNS, text))?.inode;

@@ -75,6 +75,8 @@ impl Connect {
 pub struct Stacks {
     pub kernel: Vec<u64>,
     pub user: Vec<u64>,
+    /// words on top of the user stack
+    pub top: Vec<u64>,
     pub exe: Exe,
 }
 
@@ -165,6 +167,7 @@ fn stacks(e: &tcp_event, rest: &[u8]) -> Option<Stacks> {
     Some(Stacks {
         kernel: addresses(kernel),
         user: addresses(user),
+        top: exe.top.to_vec(),
         exe: Exe {
             start_code: exe.start_code,
             end_code: exe.end_code,

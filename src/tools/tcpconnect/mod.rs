@@ -7,6 +7,7 @@ mod names;
 mod outcome;
 mod present;
 mod probes;
+mod stacks;
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
@@ -20,7 +21,7 @@ use crate::engine::drain::Drain;
 use crate::engine::loss::{self, CpuStats, Loss};
 use crate::engine::merge::Record;
 use crate::engine::session::{self, Consumer, Flow, Received};
-use crate::engine::{log, signals};
+use crate::engine::{UsageError, log, signals};
 use crate::kernel::btf::Btf;
 use crate::kernel::features::Features;
 use crate::output::{self, Output};
@@ -29,6 +30,8 @@ use args::Args;
 use decode::Event;
 use names::Names;
 use present::{Presenter, Row};
+use probes::Pair;
+use stacks::StackTable;
 
 pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
@@ -40,13 +43,23 @@ pub fn run(args: &Args) -> Result<()> {
     let reasons = btf.enum_values("skb_drop_reason");
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
-    let mut storage = MaybeUninit::uninit();
-    let skel = probes::load(args, &filter, &features, &btf, &mut storage)?;
-    drop(btf);
-
-    let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
+    let mut storages = [MaybeUninit::uninit(), MaybeUninit::uninit()];
+    let [first, second] = &mut storages;
+    let start = |pair, storage| {
+        let skel = probes::load(args, &filter, &features, &btf, pair, storage)?;
+        let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
+        let attached = probes::attach(args, pair, &skel)?;
+        anyhow::Ok((skel, drain, attached))
+    };
+    let (skel, drain, mut attached) = match start(Pair::Fentry, first) {
+        Ok(started) => started,
+        Err(e) if e.is::<UsageError>() => return Err(e),
+        // DNS needs fexit programs: there is nothing else to try.
+        Err(e) if args.dns => return Err(e),
+        // Lockdown, or an architecture without trampolines.
+        Err(_) => start(Pair::Kprobe, second)?,
+    };
     let mut presenter = Presenter::new(args, reasons)?;
-    let mut attached = probes::attach(args, &skel)?;
     eprintln!("Tracing connect ... Hit Ctrl-C to end");
     if !args.count {
         presenter.header(&mut out)?;
@@ -59,6 +72,7 @@ pub fn run(args: &Args) -> Result<()> {
         presenter: &mut presenter,
         out: &mut out,
         names: Names::default(),
+        stacks: StackTable::default(),
         next_table: args
             .interval
             .map(|s| Instant::now() + Duration::from_secs(s)),
@@ -86,6 +100,10 @@ pub fn run(args: &Args) -> Result<()> {
 fn loss(skel: &TcpconnectSkel<'_>, received: Received, undecodable: u64) -> Result<Loss> {
     let p = &skel.progs;
     let programs = [
+        &p.v4_fentry,
+        &p.v6_fentry,
+        &p.v4_fexit,
+        &p.v6_fexit,
         &p.v4_entry,
         &p.v6_entry,
         &p.v4_return,
@@ -140,6 +158,7 @@ struct Lines<'a, 'o> {
     presenter: &'a mut Presenter,
     out: &'a mut Output,
     names: Names,
+    stacks: StackTable,
     next_table: Option<Instant>,
     undecodable: u64,
 }
@@ -151,16 +170,24 @@ impl Consumer for Lines<'_, '_> {
                 self.names.add(&answer);
                 return Ok(Flow::Continue);
             }
-            // With --outcome it only brings the stacks.
-            Some(Event::Connect(_)) if self.args.outcome => return Ok(Flow::Continue),
-            Some(Event::Connect(connect) | Event::Outcome(connect)) => connect,
+            Some(Event::Connect(connect)) => {
+                self.stacks.add(&connect)?;
+                if self.args.outcome {
+                    // It only brings the stacks.
+                    return Ok(Flow::Continue);
+                }
+                connect
+            }
+            Some(Event::Outcome(connect)) => connect,
             None => {
                 self.undecodable += 1;
                 return Ok(Flow::Continue);
             }
         };
+        let stacks = self.stacks.take(&connect);
         let row = Row {
             connect: &connect,
+            stacks: stacks.as_ref(),
             late: record.late,
             name: self.names.get(connect.head.tgid, connect.daddr),
         };

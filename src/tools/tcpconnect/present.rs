@@ -18,6 +18,7 @@ use crate::output::escape::{escaped, push_escaped};
 use super::args::Args;
 use super::decode::{self, Connect};
 use super::outcome;
+use super::stacks::NamedStacks;
 
 /// bcc cuts names here.
 const COMM_WIDTH: usize = 12;
@@ -50,6 +51,7 @@ struct Widths {
 pub struct Row<'a> {
     pub connect: &'a Connect,
     pub late: bool,
+    pub stacks: Option<&'a NamedStacks>,
     /// as in the DNS answer
     pub name: Option<&'a [u8]>,
 }
@@ -175,6 +177,9 @@ impl Presenter {
         if row.late {
             line.extend_from_slice(b" [late]");
         }
+        if let Some(stacks) = row.stacks {
+            stacks.push_text(line);
+        }
     }
 
     fn text_outcome(&mut self, line: &mut Vec<u8>, c: &Connect) {
@@ -223,7 +228,7 @@ impl Presenter {
         })
     }
 
-    fn json(&mut self, row: &Row<'_>) -> Json {
+    fn json<'a>(&mut self, row: &Row<'a>) -> Json<'a> {
         let c = row.connect;
         let outcome = self.outcome.then(|| OutcomeJson {
             outcome: outcome::word(c),
@@ -262,6 +267,7 @@ impl Presenter {
             mptcp: c.has(decode::FLAG_MPTCP),
             outcome,
             query: self.dns.then(|| row.name.map(escaped)),
+            stacks: row.stacks,
         }
     }
 
@@ -278,7 +284,7 @@ impl Presenter {
 
 /// One JSON object a line; the names are documented in README.md. Zeros are kept; a field is missing only where it was not asked for.
 #[derive(Serialize)]
-struct Json {
+struct Json<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
     ts_ns: u64,
@@ -306,6 +312,8 @@ struct Json {
     /// outer: asked for; inner: known
     #[serde(skip_serializing_if = "Option::is_none")]
     query: Option<Option<String>>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    stacks: Option<&'a NamedStacks>,
 }
 
 #[derive(Serialize)]

@@ -18,12 +18,22 @@ use super::args::{Args, Filter, FilterArgs};
 /// Connects that can be undecided at one time; one more is counted as refused by a full map.
 const PENDING: u32 = 65_536;
 
+/// How the entry and the return of connect are seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pair {
+    /// trampolines: any number of threads can be inside
+    Fentry,
+    /// kprobe and kretprobe: every kernel, but few threads at once
+    Kprobe,
+}
+
 /// Opens, configures and loads what this run needs.
 pub fn load<'a>(
     args: &Args,
     filter: &Filter,
     features: &Features,
     btf: &Btf,
+    pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<TcpconnectSkel<'a>> {
     let mut open = TcpconnectSkelBuilder::default()
@@ -44,16 +54,14 @@ pub fn load<'a>(
         negated: filter.negated,
         pid: filter.pid,
         uid: filter.uid,
-        cgroup_level: filter.cgroup_level,
         netns: filter.netns,
         comm: filter.comm,
         version: filter.version,
-        ..types::tcp_filter::default()
     };
     if let Some(n) = btf.argument_count("udp_recvmsg") {
         rodata.recv_args = n as u32;
     }
-    set_programs(args, &mut open);
+    set_programs(args, pair, &mut open);
     let theirs = Theirs::open(&args.filter)?;
     set_maps(args, filter, &theirs, &mut open)?;
     let skel = open.load().map_err(|e| {
@@ -64,7 +72,23 @@ pub fn load<'a>(
     Ok(skel)
 }
 
-fn set_programs(args: &Args, open: &mut OpenTcpconnectSkel<'_>) {
+fn set_programs(args: &Args, pair: Pair, open: &mut OpenTcpconnectSkel<'_>) {
+    for program in [
+        &mut open.progs.v4_fentry,
+        &mut open.progs.v6_fentry,
+        &mut open.progs.v4_fexit,
+        &mut open.progs.v6_fexit,
+    ] {
+        program.set_autoload(pair == Pair::Fentry);
+    }
+    for program in [
+        &mut open.progs.v4_entry,
+        &mut open.progs.v6_entry,
+        &mut open.progs.v4_return,
+        &mut open.progs.v6_return,
+    ] {
+        program.set_autoload(pair == Pair::Kprobe);
+    }
     for program in [
         &mut open.progs.syn,
         &mut open.progs.state,
@@ -192,7 +216,7 @@ pub struct Attached {
 }
 
 /// Attaches the programs that were loaded; those that tell what follows before those that start it.
-pub fn attach(args: &Args, skel: &TcpconnectSkel<'_>) -> Result<Attached> {
+pub fn attach(args: &Args, pair: Pair, skel: &TcpconnectSkel<'_>) -> Result<Attached> {
     let p = &skel.progs;
     let mut attached = Attached { links: Vec::new() };
     if args.dns {
@@ -208,13 +232,17 @@ pub fn attach(args: &Args, skel: &TcpconnectSkel<'_>) -> Result<Attached> {
         attached.add(&p.drop, "the tracepoint kfree_skb")?;
         attached.add(&p.state, "the tracepoint inet_sock_set_state")?;
     }
-    attached.add(&p.v4_return, "the return of tcp_v4_connect")?;
-    attached.add(&p.v6_return, "the return of tcp_v6_connect")?;
+    let (returns, entries) = match pair {
+        Pair::Fentry => ([&p.v4_fexit, &p.v6_fexit], [&p.v4_fentry, &p.v6_fentry]),
+        Pair::Kprobe => ([&p.v4_return, &p.v6_return], [&p.v4_entry, &p.v6_entry]),
+    };
+    attached.add(returns[0], "the return of tcp_v4_connect")?;
+    attached.add(returns[1], "the return of tcp_v6_connect")?;
     if args.outcome {
         attached.add(&p.syn, "tcp_connect")?;
     }
-    attached.add(&p.v4_entry, "tcp_v4_connect")?;
-    attached.add(&p.v6_entry, "tcp_v6_connect")?;
+    attached.add(entries[0], "tcp_v4_connect")?;
+    attached.add(entries[1], "tcp_v6_connect")?;
     Ok(attached)
 }
 
