@@ -396,12 +396,14 @@ fn beside() -> Result<()> {
     let run = Netprobe::new("tcpconnect")
         .args(["-s", "-p", &me()])
         .start()?;
+    // Into a pipe it would write nothing before its end.
+    let (ours, terminal) = terminal()?;
     let mut peer = Command::new("tcpconnect")
         .args(["-s", "-p", &me()])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        .stdout(terminal)
+        .stderr(Stdio::null())
         .spawn()?;
-    let mut out = io::BufReader::new(peer.stdout.take().context("no stdout")?);
+    let mut out = io::BufReader::new(std::fs::File::from(ours));
     let mut header = String::new();
     // Printed once it has attached.
     io::BufRead::read_line(&mut out, &mut header)?;
@@ -432,6 +434,24 @@ fn beside() -> Result<()> {
     }
     ensure!(ours == theirs, "theirs: {theirs:?}\n{done}");
     Ok(())
+}
+
+/// A pseudo terminal: the end to read from, and the terminal.
+fn terminal() -> Result<(OwnedFd, OwnedFd)> {
+    let (mut ours, mut terminal) = (-1, -1);
+    // SAFETY: both numbers are valid for the call; no name, settings or size are given.
+    let err = unsafe {
+        libc::openpty(
+            &mut ours,
+            &mut terminal,
+            std::ptr::null_mut(),
+            std::ptr::null(),
+            std::ptr::null(),
+        )
+    };
+    ensure!(err == 0, "no terminal: {}", io::Error::last_os_error());
+    // SAFETY: fresh fds that nothing else owns.
+    unsafe { Ok((OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(terminal))) }
 }
 
 /// All words of a row but the name, which the two cut at different places.
