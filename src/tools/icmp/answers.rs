@@ -8,7 +8,7 @@ use super::decode::{Event, Key};
 use super::stages::Stages;
 
 /// The longest that a line is held back for the reply. Neighbour resolution can take longer: such a reply is not told.
-const HOLD_NS: u64 = 200_000_000;
+const HOLD_NS: u64 = 1_000_000_000;
 /// Flows whose last sequence is remembered.
 const FLOWS: usize = 4096;
 
