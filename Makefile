@@ -9,7 +9,7 @@ C_FILES = $(wildcard src/bpf/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static deps test check fmt unit live fuzz-filter demo clean
+.PHONY: build release static deps test check fmt unit live fuzz-filter demo bench clean
 
 build: deps ## debug build
 	cargo build --locked

@@ -54,7 +54,6 @@ fn run(scenarios: &[String]) -> Result<()> {
             "base" => bench.base(),
             "skb" => bench.skb(),
             "match" => bench.matching("perf", ""),
-            "match-ringbuf" => bench.matching("ringbuf", "--transport ringbuf"),
             "user" => bench.user(),
             "pwru" => bench.pwru(),
             "tcpconnect" => bench.tcpconnect(),
