@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, anyhow, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, Xdp, XdpFlags};
 
-use crate::common::{Case, Env, Finished, Netns, Netprobe, Pair, Running, case, wait_for};
+use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case, wait_for};
 
 const ECHO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_echo.o"));
 const DROP_PORT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_drop_port.o"));
@@ -21,7 +21,7 @@ const PORT: u16 = 9;
 const FRAGS: u32 = 1 << 5;
 
 pub fn cases() -> Vec<Case> {
-    let everywhere = vec![
+    let cases = vec![
         case("xdpdump_explains_failed_redirects", failed_redirects).xdp(),
         case("xdpdump_trace_verdicts_and_ids", trace)
             .xdp()
@@ -29,8 +29,6 @@ pub fn cases() -> Vec<Case> {
             .program("ping"),
         case("xdpdump_trace_names", trace_names).xdp().fentry(),
         case("xdpdump_auto_says_which", auto_mode).xdp(),
-    ];
-    let not_emulated = vec![
         case("xdpdump_text_and_limits", text_and_limits)
             .xdp()
             .program("ping"),
@@ -75,27 +73,12 @@ pub fn cases() -> Vec<Case> {
             .xdp()
             .program("ping"),
     ];
-    let not_emulated = not_emulated
-        .into_iter()
-        .map(|case| case.when(patching_is_unsafe));
-    everywhere
-        .into_iter()
-        .chain(not_emulated)
-        .map(|case| case.limit(900))
-        .collect()
+    cases.into_iter().map(|case| case.limit(900)).collect()
 }
 
 /// QEMU without hardware behind it.
 fn is_emulated() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU"))
-}
-
-/// Those cases run on this machine's own kernel, where XDP is at home. Each attach patches the kernel's XDP dispatcher (bpf_dispatcher_xdp_func); QEMU's emulation of several CPUs, which run
-/// that code meanwhile, ends in a kernel panic (int3).
-fn patching_is_unsafe(_: &Env) -> Option<String> {
-    is_emulated().then(|| {
-        "runs on the host: an emulated machine panics when XDP is swapped under traffic".to_owned()
-    })
 }
 
 /// Fewer packets where each takes long.
