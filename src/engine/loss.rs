@@ -33,7 +33,7 @@ pub struct Loss {
     pub lost: u64,
     /// the same by CPU, those with a loss only
     pub lost_by_cpu: BTreeMap<usize, u64>,
-    /// hits of a probe while another ran on the same CPU: the kernel skips those
+    /// hits of a probe while another ran on the same CPU, or without a place left for its return: the kernel skips those
     pub missed: u64,
     /// insertions that a full map refused
     pub map_full: u64,
@@ -128,6 +128,33 @@ pub fn missed(fd: i32) -> u64 {
     // SAFETY: info and len are valid for the call, len is the size of info.
     let err = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(fd, &mut info, &mut len) };
     if err == 0 { info.recursion_misses } else { 0 }
+}
+
+/// Hits of the kprobes of link `fd` that the kernel skipped before it came to their program (counted from 6.7; 0 for other links).
+pub fn missed_by_link(fd: i32) -> u64 {
+    let mut info = libbpf_sys::bpf_link_info::default();
+    let mut len = size_of::<libbpf_sys::bpf_link_info>() as u32;
+    // SAFETY: info and len are valid for the call, len is the size of info; info asks for no array.
+    let err = unsafe { libbpf_sys::bpf_link_get_info_by_fd(fd, &mut info, &mut len) };
+    if err != 0 {
+        return 0;
+    }
+    let u = &info.__bindgen_anon_1;
+    // SAFETY: `type_` says which member of the union the kernel has filled; what an older kernel does not fill is 0 from above.
+    unsafe {
+        match info.type_ {
+            libbpf_sys::BPF_LINK_TYPE_KPROBE_MULTI => u.kprobe_multi.missed,
+            libbpf_sys::BPF_LINK_TYPE_PERF_EVENT
+                if matches!(
+                    u.perf_event.type_,
+                    libbpf_sys::BPF_PERF_EVENT_KPROBE | libbpf_sys::BPF_PERF_EVENT_KRETPROBE
+                ) =>
+            {
+                u.perf_event.__bindgen_anon_1.kprobe.missed
+            }
+            _ => 0,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -34,9 +34,7 @@ pub fn cases() -> Vec<Case> {
         case("tcpconnect_count", count).trace(),
         case("tcpconnect_count_live", count_live).trace(),
         case("tcpconnect_count_full", count_full).trace(),
-        case("tcpconnect_threads", threads)
-            .kernel_before(7, 0)
-            .trace(),
+        case("tcpconnect_threads", threads).trace(),
         case("tcpconnect_limit", limit).trace(),
         case("tcpconnect_outcomes", outcomes)
             .trace()

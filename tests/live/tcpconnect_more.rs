@@ -17,10 +17,7 @@ pub fn cases() -> Vec<Case> {
         case("tcpconnect_dns", dns).trace().limit(400).program("nc"),
         case("tcpconnect_stack", stack).trace().limit(400),
         case("tcpconnect_sockets", sockets).trace().limit(400),
-        case("tcpconnect_burst", burst)
-            .kernel_before(7, 0)
-            .trace()
-            .limit(600),
+        case("tcpconnect_burst", burst).trace().limit(600),
         case("tcpconnect_beside", beside)
             .trace()
             .limit(400)

@@ -148,8 +148,7 @@ pub fn prepare(open: &mut OpenIcmpSkel<'_>, args: &Args) {
 
 /// What is attached; dropping it detaches.
 pub struct Attached {
-    /// only dropped
-    _links: Vec<Link>,
+    links: Vec<Link>,
     progs: Vec<i32>,
     names: Vec<String>,
 }
@@ -157,7 +156,7 @@ pub struct Attached {
 /// Attaches everything. What this kernel does not have is told on stderr, with what is blank without it.
 pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
     let mut attached = Attached {
-        _links: Vec::new(),
+        links: Vec::new(),
         progs: Vec::new(),
         names: Vec::new(),
     };
@@ -175,7 +174,7 @@ pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
             Clock => match attach::cpu_clock(program, &online_cpus()?, args.culprit_hz) {
                 Ok(links) => {
                     attached.progs.push(program.as_fd().as_raw_fd());
-                    attached._links.extend(links);
+                    attached.links.extend(links);
                 }
                 Err(e) => eprintln!("netprobe: no samples of the culprits' stacks: {e:#}"),
             },
@@ -206,7 +205,7 @@ pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
 
 impl Attached {
     fn add(&mut self, link: Link, program: &ProgramMut<'_>, function: Option<&str>) {
-        self._links.push(link);
+        self.links.push(link);
         self.progs.push(program.as_fd().as_raw_fd());
         self.names.extend(function.map(str::to_owned));
     }
@@ -222,6 +221,8 @@ impl Attached {
 
     /// Hits that the kernel skipped.
     pub fn missed(&self) -> u64 {
-        self.progs.iter().map(|&fd| loss::missed(fd)).sum()
+        let by_link = |link: &Link| loss::missed_by_link(link.as_fd().as_raw_fd());
+        self.progs.iter().map(|&fd| loss::missed(fd)).sum::<u64>()
+            + self.links.iter().map(by_link).sum::<u64>()
     }
 }

@@ -10,15 +10,15 @@ mod probes;
 mod stacks;
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapFlags};
 
 use crate::bpf::tcpconnect::TcpconnectSkel;
 use crate::engine::drain::Drain;
-use crate::engine::loss::{self, CpuStats, Loss};
+use crate::engine::loss::{CpuStats, Loss};
 use crate::engine::merge::Record;
 use crate::engine::session::{self, Consumer, Flow, Received};
 use crate::engine::{UsageError, log, signals};
@@ -26,11 +26,11 @@ use crate::kernel::btf::Btf;
 use crate::kernel::features::Features;
 use crate::output::{self, Output};
 
-use args::Args;
+use args::{Args, Filter};
 use decode::Event;
 use names::Names;
 use present::{Presenter, Row};
-use probes::Pair;
+use probes::{Attached, Pair};
 use stacks::StackTable;
 
 pub fn run(args: &Args) -> Result<()> {
@@ -43,21 +43,21 @@ pub fn run(args: &Args) -> Result<()> {
     let reasons = btf.enum_values("skb_drop_reason");
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
-    let mut storages = [MaybeUninit::uninit(), MaybeUninit::uninit()];
-    let [first, second] = &mut storages;
-    let start = |pair, storage| {
-        let skel = probes::load(args, &filter, &features, &btf, pair, storage)?;
-        let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
-        let attached = probes::attach(args, pair, &skel)?;
-        anyhow::Ok((skel, drain, attached))
-    };
-    let (skel, drain, mut attached) = match start(Pair::Fentry, first) {
-        Ok(started) => started,
-        Err(e) if e.is::<UsageError>() => return Err(e),
-        // DNS needs fexit programs: there is nothing else to try.
-        Err(e) if args.dns => return Err(e),
-        // Lockdown, or an architecture without trampolines.
-        Err(_) => start(Pair::Kprobe, second)?,
+    let mut storages = [const { MaybeUninit::uninit() }; 3];
+    let mut storages = storages.iter_mut();
+    let mut pairs = probes::pairs(&features, &btf).into_iter().peekable();
+    let (skel, drain, mut attached) = loop {
+        let (Some(pair), Some(storage)) = (pairs.next(), storages.next()) else {
+            bail!("no way to see the return of connect");
+        };
+        match start(args, &filter, &features, &btf, pair, storage) {
+            Ok(started) => break started,
+            Err(e) if e.is::<UsageError>() || pairs.peek().is_none() => return Err(e),
+            // DNS needs fexit programs in any case: the last way would hide why there are none.
+            Err(e) if args.dns && pair == Pair::Fentry => return Err(e),
+            // Lockdown, an architecture without trampolines, another tracer's hands on the function.
+            Err(_) => {}
+        }
     };
     let mut presenter = Presenter::new(args, reasons)?;
     eprintln!("Tracing connect ... Hit Ctrl-C to end");
@@ -85,7 +85,7 @@ pub fn run(args: &Args) -> Result<()> {
         let counts = counts::read(&skel.maps.counts)?;
         counts::print(&mut out, &counts, args.top, args.lport)?;
     }
-    let loss = loss(&skel, received, undecodable)?;
+    let loss = loss(&skel, &attached, received, undecodable)?;
     Presenter::loss(&mut out, &loss)?;
     if args.outcome {
         let pending = skel.maps.pending.keys().count();
@@ -96,39 +96,37 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What the run lost, connects whose return was not seen included.
-fn loss(skel: &TcpconnectSkel<'_>, received: Received, undecodable: u64) -> Result<Loss> {
-    let p = &skel.progs;
-    let programs = [
-        &p.v4_fentry,
-        &p.v6_fentry,
-        &p.v4_fexit,
-        &p.v6_fexit,
-        &p.v4_entry,
-        &p.v6_entry,
-        &p.v4_return,
-        &p.v6_return,
-        &p.syn,
-        &p.state,
-        &p.drop,
-        &p.dns_udp4,
-        &p.dns_udp6,
-        &p.dns_tcp,
-    ];
+/// Loads and attaches, with the buffers read from the first event on.
+fn start<'a>(
+    args: &Args,
+    filter: &Filter,
+    features: &Features,
+    btf: &Btf,
+    pair: Pair,
+    storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
+) -> Result<(TcpconnectSkel<'a>, Drain, Attached)> {
+    let skel = probes::load(args, filter, features, btf, pair, storage)?;
+    let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
+    let attached = probes::attach(args, pair, &skel)?;
+    Ok((skel, drain, attached))
+}
+
+/// What the run lost, connects whose return was not seen included: each connect that is not told counts once.
+fn loss(
+    skel: &TcpconnectSkel<'_>,
+    attached: &Attached,
+    received: Received,
+    undecodable: u64,
+) -> Result<Loss> {
     let mut loss = Loss {
         received: received.events,
         late: received.late,
         undecodable: undecodable + received.short,
-        missed: programs
-            .iter()
-            .map(|p| p.as_fd().as_raw_fd())
-            .filter(|&fd| fd >= 0)
-            .map(loss::missed)
-            .sum(),
+        missed: attached.missed(),
         ..Loss::default()
     };
     loss.add_stats(&skel.maps.stats)?;
-    // A thread that entered connect and was not seen to return: the kernel has few places for probes on returns.
+    // A thread that entered connect and was not seen to return.
     loss.missed += skel.maps.inside.keys().count() as u64 + overwritten(skel)?;
     Ok(loss)
 }

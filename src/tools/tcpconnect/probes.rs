@@ -9,7 +9,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramMut};
 
 use crate::bpf::tcpconnect::{OpenTcpconnectSkel, TcpconnectSkel, TcpconnectSkelBuilder, types};
-use crate::engine::{log, usage};
+use crate::engine::{log, loss, usage};
 use crate::kernel::btf::Btf;
 use crate::kernel::features::Features;
 
@@ -18,13 +18,29 @@ use super::args::{Args, Filter, FilterArgs};
 /// Connects that can be undecided at one time; one more is counted as refused by a full map.
 const PENDING: u32 = 65_536;
 
-/// How the entry and the return of connect are seen.
+/// How the entry and the return of connect are seen; src/bpf/tcpconnect.bpf.c says what each is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pair {
-    /// trampolines: any number of threads can be inside
+    /// kprobe.multi: any number of threads can be inside, and none is passed over
+    Multi,
+    /// trampolines: any number of threads, but where the kernel preempts some are passed over (and counted)
     Fentry,
     /// kprobe and kretprobe: every kernel, but few threads at once
     Kprobe,
+}
+
+/// The ways to try, the best first.
+pub fn pairs(features: &Features, btf: &Btf) -> Vec<Pair> {
+    let mut pairs = Vec::new();
+    // Up to 6.13 returns come from a pool of some ten (`rethook`), from then on they are kept by task.
+    let pool = btf
+        .struct_named("fprobe")
+        .is_none_or(|id| btf.members(id).iter().any(|m| m.name == "rethook"));
+    if features.kprobe_multi && !pool {
+        pairs.push(Pair::Multi);
+    }
+    pairs.extend([Pair::Fentry, Pair::Kprobe]);
+    pairs
 }
 
 /// Opens, configures and loads what this run needs.
@@ -73,6 +89,14 @@ pub fn load<'a>(
 }
 
 fn set_programs(args: &Args, pair: Pair, open: &mut OpenTcpconnectSkel<'_>) {
+    for program in [
+        &mut open.progs.v4_multi_entry,
+        &mut open.progs.v6_multi_entry,
+        &mut open.progs.v4_multi_return,
+        &mut open.progs.v6_multi_return,
+    ] {
+        program.set_autoload(pair == Pair::Multi);
+    }
     for program in [
         &mut open.progs.v4_fentry,
         &mut open.progs.v6_fentry,
@@ -213,51 +237,92 @@ fn fill_filters(filter: &Filter, theirs: &Theirs, skel: &TcpconnectSkel<'_>) -> 
 /// What is attached; dropping it detaches.
 pub struct Attached {
     links: Vec<Link>,
+    /// whose misses count: the returns' are seen as connects without one
+    counted: Vec<(i32, i32)>,
+    missed: u64,
 }
 
 /// Attaches the programs that were loaded; those that tell what follows before those that start it.
 pub fn attach(args: &Args, pair: Pair, skel: &TcpconnectSkel<'_>) -> Result<Attached> {
     let p = &skel.progs;
-    let mut attached = Attached { links: Vec::new() };
+    let mut attached = Attached {
+        links: Vec::new(),
+        counted: Vec::new(),
+        missed: 0,
+    };
     if args.dns {
         for (program, function) in [
             (&p.dns_udp4, "udp_recvmsg"),
             (&p.dns_udp6, "udpv6_recvmsg"),
             (&p.dns_tcp, "tcp_recvmsg"),
         ] {
-            attached.add(program, function)?;
+            attached.counted(program, program.attach(), function)?;
         }
     }
     if args.outcome {
-        attached.add(&p.drop, "the tracepoint kfree_skb")?;
-        attached.add(&p.state, "the tracepoint inet_sock_set_state")?;
+        attached.counted(&p.drop, p.drop.attach(), "the tracepoint kfree_skb")?;
+        attached.counted(
+            &p.state,
+            p.state.attach(),
+            "the tracepoint inet_sock_set_state",
+        )?;
     }
     let (returns, entries) = match pair {
+        Pair::Multi => (
+            [&p.v4_multi_return, &p.v6_multi_return],
+            [&p.v4_multi_entry, &p.v6_multi_entry],
+        ),
         Pair::Fentry => ([&p.v4_fexit, &p.v6_fexit], [&p.v4_fentry, &p.v6_fentry]),
         Pair::Kprobe => ([&p.v4_return, &p.v6_return], [&p.v4_entry, &p.v6_entry]),
     };
-    attached.add(returns[0], "the return of tcp_v4_connect")?;
-    attached.add(returns[1], "the return of tcp_v6_connect")?;
-    if args.outcome {
-        attached.add(&p.syn, "tcp_connect")?;
+    let start = |program: &ProgramMut<'_>, function, returns| match pair {
+        Pair::Multi => program.attach_kprobe_multi(returns, vec![function]),
+        _ => program.attach(),
+    };
+    const FUNCTIONS: [&str; 2] = ["tcp_v4_connect", "tcp_v6_connect"];
+    for (program, function) in returns.into_iter().zip(FUNCTIONS) {
+        attached.add(start(program, function, true), function)?;
     }
-    attached.add(entries[0], "tcp_v4_connect")?;
-    attached.add(entries[1], "tcp_v6_connect")?;
+    if args.outcome {
+        attached.counted(&p.syn, p.syn.attach(), "tcp_connect")?;
+    }
+    for (program, function) in entries.into_iter().zip(FUNCTIONS) {
+        attached.counted(program, start(program, function, false), function)?;
+    }
     Ok(attached)
 }
 
 impl Attached {
-    fn add(&mut self, program: &ProgramMut<'_>, to: &str) -> Result<()> {
-        let link = program
-            .attach()
-            .map_err(|e| anyhow!("failed to attach to {to}: {e:?}"))?;
+    /// Gives the link's fd.
+    fn add(&mut self, link: libbpf_rs::Result<Link>, to: &str) -> Result<i32> {
+        let link = link.map_err(|e| anyhow!("failed to attach to {to}: {e:?}"))?;
+        let fd = link.as_fd().as_raw_fd();
         self.links.push(link);
+        Ok(fd)
+    }
+
+    fn counted(
+        &mut self,
+        program: &ProgramMut<'_>,
+        link: libbpf_rs::Result<Link>,
+        to: &str,
+    ) -> Result<()> {
+        let link = self.add(link, to)?;
+        self.counted.push((program.as_fd().as_raw_fd(), link));
         Ok(())
     }
 
     /// Nothing is sent any more.
     pub fn detach(&mut self) {
+        // The programs outlive their links and are asked later; links must be asked now.
+        self.missed = self.counted.iter().map(|l| loss::missed_by_link(l.1)).sum();
         // In the order of attaching backwards: connects that start are not followed, those that return are.
         while self.links.pop().is_some() {}
+    }
+
+    /// Hits that the kernel passed over, returns apart; to be asked after [`Attached::detach`].
+    pub fn missed(&self) -> u64 {
+        let by_program = |l: &(i32, i32)| loss::missed(l.0);
+        self.missed + self.counted.iter().map(by_program).sum::<u64>()
     }
 }
