@@ -71,6 +71,10 @@ unsafe impl Plain for skb::types::skb_meta {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_owner {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::skb_copy {}
+// SAFETY: see above.
+unsafe impl Plain for skb::types::skb_data {}
+// SAFETY: see above.
 unsafe impl Plain for skb::types::skb_track {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_tuple {}

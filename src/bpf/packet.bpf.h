@@ -129,21 +129,26 @@ static __always_inline void np_read_v6(const __u8 *l3, struct np_tuple *t)
 }
 
 /*
- * Fills the tuple (zeroed by the caller) from the skb's network header, or
- * from its data where the network header is not set yet (received, before
- * __netif_receive_skb_core). l3_version stays 0 where there is no IP.
+ * The skb's network header, or its data where the network header is not set
+ * yet (received, before __netif_receive_skb_core).
  */
-static __always_inline void np_read_tuple(struct sk_buff *skb,
-					  struct np_tuple *t)
+static __always_inline const __u8 *np_l3(struct sk_buff *skb)
 {
 	__u16 offset = NP_READ(skb, network_header);
-	const __u8 *l3;
-	__u8 first = 0;
 
 	if (offset && offset != 0xffff)
-		l3 = NP_READ(skb, head) + offset;
-	else
-		l3 = NP_READ(skb, data);
+		return NP_READ(skb, head) + offset;
+	return NP_READ(skb, data);
+}
+
+/*
+ * Fills the tuple (zeroed by the caller) from a network header. l3_version
+ * stays 0 where there is no IP.
+ */
+static __always_inline void np_read_l3(const __u8 *l3, struct np_tuple *t)
+{
+	__u8 first = 0;
+
 	if (use_cast)
 		/* The first member of this struct is a byte: version and ihl are bits. */
 		first = NP_CAST(struct icmphdr, l3)->type;
@@ -153,6 +158,12 @@ static __always_inline void np_read_tuple(struct sk_buff *skb,
 		np_read_v4(l3, first, t);
 	else if (first >> 4 == 6)
 		np_read_v6(l3, t);
+}
+
+static __always_inline void np_read_tuple(struct sk_buff *skb,
+					  struct np_tuple *t)
+{
+	np_read_l3(np_l3(skb), t);
 }
 
 /* Inode of the network namespace: of the device, else of the socket. */

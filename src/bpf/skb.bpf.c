@@ -21,7 +21,9 @@
 #include "filter.bpf.h"
 #include "packet.bpf.h"
 #include "skb_owner.bpf.h"
+#include "skb_sections.bpf.h"
 #include "skb_track.bpf.h"
+#include "skb_return.bpf.h"
 
 /* SKB_SECTION_* to write. */
 const volatile __u32 sections = 0;
@@ -34,7 +36,9 @@ const volatile __u8 has_reasons = 0;
 struct skb_scratch {
 	__u8 bytes[sizeof(struct skb_event) + sizeof(struct skb_meta) +
 		   sizeof(struct np_tuple) + sizeof(struct skb_owner) +
-		   (2 + SKB_STACK_DEPTH) * sizeof(__u64)];
+		   sizeof(struct np_tuple) + SKB_CB_LEN +
+		   2 * sizeof(struct skb_copy) + sizeof(struct skb_data) +
+		   SKB_SNAP_MAX + (2 + SKB_STACK_DEPTH) * sizeof(__u64)];
 };
 
 struct {
@@ -197,6 +201,29 @@ static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 		*(__u64 *)&buf->bytes[len] = hit->caller;
 		len += sizeof(__u64);
 	}
+	if (sections & SKB_SECTION_TUNNEL) {
+		read_tunnel(skb, tuple, (struct np_tuple *)&buf->bytes[len]);
+		len += sizeof(struct np_tuple);
+	}
+	if (sections & SKB_SECTION_CB) {
+		bpf_probe_read_kernel(&buf->bytes[len], SKB_CB_LEN, &skb->cb);
+		len += SKB_CB_LEN;
+	}
+	if (sections & SKB_SECTION_SKB) {
+		read_copy((struct skb_copy *)&buf->bytes[len], skb,
+			  bpf_core_type_size(struct sk_buff));
+		len += sizeof(struct skb_copy);
+	}
+	if (sections & SKB_SECTION_SHINFO) {
+		read_copy((struct skb_copy *)&buf->bytes[len],
+			  NP_READ(skb, head) + NP_READ(skb, end),
+			  bpf_core_type_size(struct skb_shared_info));
+		len += sizeof(struct skb_copy);
+	}
+	if (sections & SKB_SECTION_DATA) {
+		read_data(skb, (struct skb_data *)&buf->bytes[len]);
+		len += sizeof(struct skb_data) + snap_len;
+	}
 	if (sections & SKB_SECTION_STACK) {
 		stack = bpf_get_stack(ctx, &buf->bytes[len],
 				      SKB_STACK_DEPTH * sizeof(__u64), 0);
@@ -212,7 +239,7 @@ static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 static __always_inline bool wants_tuple(const struct np_config *cfg)
 {
 	return (cfg->fields & NP_FIELDS_PACKET) ||
-	       (sections & SKB_SECTION_TUPLE);
+	       (sections & (SKB_SECTION_TUPLE | SKB_SECTION_TUNNEL));
 }
 
 /*
@@ -247,6 +274,8 @@ static __always_inline bool handle(struct pt_regs *ctx, void *skb_ptr,
 		return false;
 
 	hit.func = func_addr(ctx);
+	if (returns_on)
+		return_expect(ctx, hit.func, (__u64)skb_ptr, hit.packet);
 	if (sections & SKB_SECTION_CALLER)
 		hit.caller = caller_addr(ctx);
 	write_event(ctx, skb, &tuple, &hit);
@@ -307,6 +336,23 @@ int skb_gone_1(struct pt_regs *ctx)
 
 	if (handle(ctx, (void *)key, SKB_KIND_HIT, 0, false))
 		bpf_map_delete_elem(&tracked, &key);
+	return 0;
+}
+
+/* --filter-non-skb-funcs: shown below a function that has a packet of ours. */
+SEC("kprobe/skb_near")
+int skb_near(struct pt_regs *ctx)
+{
+	struct np_config *cfg = np_config_get();
+	struct skb_context *c;
+	__u64 sp = PT_REGS_SP(ctx), key = track_context(sp);
+
+	if (!cfg || (cfg->fields & NP_PAUSED))
+		return 0;
+	c = bpf_map_lookup_elem(&contexts, &key);
+	if (c && sp < c->sp)
+		write_short(ctx, SKB_KIND_NEAR, func_addr(ctx), c->skb,
+			    c->packet, 0);
 	return 0;
 }
 

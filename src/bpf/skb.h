@@ -10,15 +10,27 @@
 #define SKB_KIND_DROP 2 /* the same, and `reason` says why it is freed */
 #define SKB_KIND_DROPPED 3 /* tracepoint skb:kfree_skb; `func`: the location */
 
+#define SKB_KIND_RETURN 4 /* a function ends; `retval`: what it gives back */
+#define SKB_KIND_NEAR 5 /* a function without an skb, below one of a packet */
+
 /* Bits of skb_event.sections, in the order in which the sections follow. */
 #define SKB_SECTION_META (1U << 0) /* struct skb_meta */
 #define SKB_SECTION_TUPLE (1U << 1) /* struct np_tuple */
 #define SKB_SECTION_PACKET (1U << 2) /* __u64 identity, see skb_track */
 #define SKB_SECTION_OWNER (1U << 3) /* struct skb_owner */
 #define SKB_SECTION_CALLER (1U << 4) /* __u64 address of the caller */
+#define SKB_SECTION_TUNNEL (1U << 5) /* struct np_tuple of the inner packet */
+#define SKB_SECTION_CB (1U << 6) /* skb->cb, SKB_CB_LEN bytes */
+#define SKB_SECTION_SKB (1U << 7) /* struct skb_copy of the sk_buff */
+#define SKB_SECTION_SHINFO (1U << 8) /* struct skb_copy, skb_shared_info */
+#define SKB_SECTION_DATA (1U << 9) /* struct skb_data and snap_len bytes */
 #define SKB_SECTION_STACK (1U << 15) /* __u64 addresses, to the end */
 
 #define SKB_STACK_DEPTH 64
+#define SKB_CB_LEN 48
+/* Room for any kernel's sk_buff and skb_shared_info (6.12: 232 and 320). */
+#define SKB_COPY_LEN 384
+#define SKB_SNAP_MAX 1536
 #define SKB_IFNAMSIZ 16
 
 struct skb_event {
@@ -26,7 +38,8 @@ struct skb_event {
 	__u64 skb; /* address of the sk_buff */
 	__u64 func; /* address of the function */
 	__u32 sections;
-	__u32 reason; /* enum skb_drop_reason, with SKB_KIND_DROP */
+	/* enum skb_drop_reason, where it is a drop; SKB_KIND_RETURN: the value */
+	__u32 reason;
 };
 
 struct skb_meta {
@@ -66,6 +79,26 @@ struct skb_owner {
 	__u8 comm[NP_COMM_LEN]; /* its name then */
 };
 
+/* A kernel struct as it is in memory; BTF says what is in it. */
+struct skb_copy {
+	__u32 size; /* of the struct; what does not fit is cut off */
+	__u32 pad;
+	__u8 bytes[SKB_COPY_LEN];
+};
+
+/* The packet from its link layer header, or from its network header, on. */
+struct skb_data {
+	__u32 len; /* of the packet from there on */
+	__u32 captured; /* of the bytes that follow: these are of the packet */
+	__u16 ethernet; /* begins with an Ethernet header */
+	__u16 hatype; /* ARPHRD_* of the device */
+	__u32 pad;
+};
+
+_Static_assert(sizeof(struct skb_copy) == 392,
+	       "skb_copy is part of the contract");
+_Static_assert(sizeof(struct skb_data) == 16,
+	       "skb_data is part of the contract");
 _Static_assert(sizeof(struct skb_track) == 32,
 	       "skb_track is part of the contract");
 _Static_assert(sizeof(struct skb_owner) == 56,

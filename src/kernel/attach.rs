@@ -9,19 +9,20 @@ use libbpf_rs::{AsRawLibbpf, Link, ProgramMut};
 use libbpf_sys as sys;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-/// One kprobe.multi link on the functions at `addrs`. The kernel refuses all of them if it refuses one.
-pub fn kprobe_multi_addrs(program: &ProgramMut<'_>, addrs: &[u64]) -> Result<Link> {
+/// One kprobe.multi link on the functions at `addrs`, or on their `returns`. The kernel refuses all of them if it refuses one.
+pub fn kprobe_multi_addrs(program: &ProgramMut<'_>, addrs: &[u64], returns: bool) -> Result<Link> {
     let opts = sys::bpf_kprobe_multi_opts {
         sz: size_of::<sys::bpf_kprobe_multi_opts>() as _,
         addrs: addrs.as_ptr().cast(),
         cnt: addrs.len() as _,
+        retprobe: returns,
         ..Default::default()
     };
     multi(program, &opts)
 }
 
 /// The same by name, where addresses are hidden.
-pub fn kprobe_multi_names(program: &ProgramMut<'_>, names: &[&str]) -> Result<Link> {
+pub fn kprobe_multi_names(program: &ProgramMut<'_>, names: &[&str], returns: bool) -> Result<Link> {
     let owned: Vec<CString> = names
         .iter()
         .map(|n| CString::new(*n))
@@ -32,6 +33,7 @@ pub fn kprobe_multi_names(program: &ProgramMut<'_>, names: &[&str]) -> Result<Li
         sz: size_of::<sys::bpf_kprobe_multi_opts>() as _,
         syms: pointers.as_mut_ptr(),
         cnt: pointers.len() as _,
+        retprobe: returns,
         ..Default::default()
     };
     multi(program, &opts)

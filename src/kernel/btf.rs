@@ -43,6 +43,8 @@ pub struct Function {
     pub arg: u8,
     /// position of an `enum skb_drop_reason`, where it has one
     pub reason_arg: Option<u8>,
+    /// gives back an integer, a bool or an enum
+    pub returns_number: bool,
 }
 
 /// BTF of vmlinux, or of a module on top of it.
@@ -133,6 +135,7 @@ impl Btf {
                     module: self.module.clone(),
                     arg,
                     reason_arg,
+                    returns_number: self.returns_number(func.size_or_type),
                 });
             }
         }
@@ -264,6 +267,11 @@ impl Btf {
         (1..self.count()).filter_map(of).flatten().collect()
     }
 
+    /// For libbpf; valid as long as `self`.
+    pub(super) fn raw(&self) -> *const sys::btf {
+        self.raw.as_ptr()
+    }
+
     /// vmlinux has a function of this name.
     pub fn has_function(&self, name: &str) -> bool {
         !self.ids(KIND_FUNC, name).is_empty()
@@ -309,6 +317,12 @@ impl Btf {
             }
         }
         arg.map(|arg| (arg, reason))
+    }
+
+    fn returns_number(&self, proto: u32) -> bool {
+        let proto = self.get(proto).filter(|t| t.kind() == KIND_FUNC_PROTO);
+        let value = proto.and_then(|p| self.get(self.skip_modifiers(p.size_or_type)));
+        value.is_some_and(|t| matches!(t.kind(), KIND_INT | KIND_ENUM))
     }
 
     fn skip_modifiers(&self, mut id: u32) -> u32 {
@@ -479,6 +493,15 @@ mod tests {
         assert_eq!(arg("ip_local_out"), Some(3));
         assert_eq!(arg("printk"), None);
         assert!(found.len() > 1000, "{}", found.len());
+        let returns = |name: &str| {
+            found
+                .iter()
+                .find(|f| f.name == name)
+                .map(|f| f.returns_number)
+        };
+        assert_eq!(returns("ip_rcv"), Some(true));
+        assert_eq!(returns("consume_skb"), Some(false));
+        assert_eq!(returns("skb_clone"), Some(false));
         // `const struct sk_buff *`
         assert_eq!(arg("skb_checksum"), Some(1));
     }

@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod btf;
+pub mod btf_dump;
 pub mod cgroup;
 pub mod clock;
 pub mod drop_reason;

@@ -1,5 +1,6 @@
 //! Network namespaces: their inodes, their files, and the interfaces inside them.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -121,6 +122,21 @@ impl Netns {
             e => anyhow!("failed to look up the interface {name}: {e}"),
         })
     }
+}
+
+/// Names under /run/netns (and `init`, the first process's) by inode.
+pub fn names() -> HashMap<u32, String> {
+    let named = fs::read_dir(NAMED).into_iter().flatten().flatten();
+    let mut names: HashMap<u32, String> = named
+        .filter_map(|e| {
+            let inode = inode(&e.path()).ok()?;
+            Some((inode, e.file_name().to_string_lossy().into_owned()))
+        })
+        .collect();
+    if let Ok(inode) = inode(Path::new("/proc/1/ns/net")) {
+        names.entry(inode).or_insert_with(|| "init".to_string());
+    }
+    names
 }
 
 fn inode(path: &Path) -> std::io::Result<u32> {

@@ -2,12 +2,13 @@
 
 use std::io::Write;
 
+use super::format;
+
 /// Fills up with spaces what stands in `line` from `start` on to the column's width, which grows where the text is longer, and one
 /// space more.
 pub fn pad(line: &mut Vec<u8>, start: usize, width: &mut usize) {
-    let used = String::from_utf8_lossy(&line[start..]).chars().count();
-    *width = (*width).max(used);
-    line.resize(line.len() + *width - used + 1, b' ');
+    *width = (*width).max(format::chars(&line[start..]));
+    format::pad(line, start, *width);
 }
 
 /// `HH:MM:SS.µµµµµµ`, UTC, of ns since 1970.

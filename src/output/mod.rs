@@ -6,6 +6,7 @@ pub mod format;
 pub mod histogram;
 pub mod pcap_read;
 pub mod pcapng;
+pub mod rotate;
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -33,6 +34,9 @@ pub struct OutputArgs {
     #[arg(long, value_name = "FILE")]
     pub output_file: Option<PathBuf>,
 
+    #[command(flatten)]
+    pub rotate: rotate::RotateArgs,
+
     /// End after N events (0: no limit)
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub output_limit_lines: u64,
@@ -58,10 +62,7 @@ impl Output {
     pub fn open(args: &OutputArgs) -> Result<Self> {
         let (to, name): (Box<dyn Write>, String) = match &args.output_file {
             Some(path) => (
-                Box::new(
-                    File::create(path)
-                        .with_context(|| format!("failed to create {}", path.display()))?,
-                ),
+                Box::new(rotate::Rotating::create(path, &args.rotate)?),
                 path.display().to_string(),
             ),
             None => (Box::new(Stdout), "stdout".to_string()),

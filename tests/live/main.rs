@@ -12,6 +12,7 @@ mod icmp;
 mod skb;
 mod skb_ends;
 mod skb_more;
+mod skb_output;
 mod tcpconnect;
 mod tcpconnect_more;
 mod xdpdump;
@@ -22,6 +23,7 @@ fn main() {
     cases.extend(icmp::cases());
     cases.extend(skb_more::cases());
     cases.extend(filter::cases());
+    cases.extend(skb_output::cases());
     cases.extend(xdpdump::cases());
     cases.extend(skb::cases());
     cases.extend(skb_ends::cases());

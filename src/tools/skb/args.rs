@@ -1,5 +1,7 @@
 //! The flags of `netprobe skb`.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::ValueEnum;
 use regex::Regex;
@@ -16,6 +18,11 @@ pub const SECTION_TUPLE: u32 = 1 << 1;
 pub const SECTION_PACKET: u32 = 1 << 2;
 pub const SECTION_OWNER: u32 = 1 << 3;
 pub const SECTION_CALLER: u32 = 1 << 4;
+pub const SECTION_TUNNEL: u32 = 1 << 5;
+pub const SECTION_CB: u32 = 1 << 6;
+pub const SECTION_SKB: u32 = 1 << 7;
+pub const SECTION_SHINFO: u32 = 1 << 8;
+pub const SECTION_DATA: u32 = 1 << 9;
 pub const SECTION_STACK: u32 = 1 << 15;
 
 /// How functions are attached to.
@@ -54,6 +61,27 @@ pub struct Args {
     #[command(flatten)]
     pub expression: ExpressionArgs,
 
+    /// Functions of the kernel proper and of these modules only
+    #[arg(
+        long,
+        value_name = "NAME,..",
+        value_delimiter = ',',
+        conflicts_with = "all_kmods"
+    )]
+    pub kmods: Option<Vec<String>>,
+
+    /// Functions of all loaded modules: the default, but it is an error where the kernel does not tell them (before 5.11)
+    #[arg(long)]
+    pub all_kmods: bool,
+
+    /// Take the kernel's types from FILE (BTF, or an ELF file with it) in place of /sys/kernel/btf/vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub kernel_btf: Option<PathBuf>,
+
+    /// Attach this many functions at a time (with kprobe-multi; 0: all)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub filter_kprobe_batch: usize,
+
     #[command(flatten)]
     pub fields: FieldArgs,
 
@@ -67,12 +95,22 @@ pub struct Args {
     #[arg(long, help_heading = "Tracking")]
     pub filter_track_skb_by_stackid: bool,
 
+    /// Show these functions too, which have no skb, where they run below one that handles a packet; implies
+    /// --filter-track-skb-by-stackid
+    #[arg(
+        long,
+        value_name = "NAME,..",
+        value_delimiter = ',',
+        help_heading = "Tracking"
+    )]
+    pub filter_non_skb_funcs: Vec<String>,
+
     /// skbs that can be tracked at the same time
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216), help_heading = "Tracking")]
     pub track_entries: u32,
 
     /// One line for each dropped packet, with its reason and where: by one tracepoint, without function probes
-    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid"])]
+    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "output_retval"])]
     pub drops: bool,
 
     /// Show netns, mark, interface, protocol, MTU and length (on; =false switches it off)
@@ -91,9 +129,41 @@ pub struct Args {
     #[arg(long, help_heading = "Output")]
     pub output_caller: bool,
 
+    /// Show what functions give back that return a number (kernels from 5.15)
+    #[arg(long, help_heading = "Output")]
+    pub output_retval: bool,
+
     /// Show the flags of TCP packets behind their addresses
     #[arg(long, help_heading = "Output")]
     pub output_tcp_flags: bool,
+
+    /// Show the addresses of the packet inside a tunnel (VXLAN, Geneve, GRE, IPIP, SIT)
+    #[arg(long, help_heading = "Output")]
+    pub output_tunnel: bool,
+
+    /// Show skb->cb, as 32-bit words
+    #[arg(long, help_heading = "Output")]
+    pub output_skb_cb: bool,
+
+    /// Show the whole struct sk_buff
+    #[arg(long, help_heading = "Output")]
+    pub output_skb: bool,
+
+    /// Show the whole struct skb_shared_info
+    #[arg(long, help_heading = "Output")]
+    pub output_skb_shared_info: bool,
+
+    /// Show the names of network namespaces (under /run/netns) in place of their inodes
+    #[arg(long, help_heading = "Output")]
+    pub output_netns_names: bool,
+
+    /// Write each event's packet to FILE as pcapng, with function, reason, skb and process as its comment (beside the lines)
+    #[arg(short = 'w', long, value_name = "FILE", help_heading = "Output")]
+    pub write: Option<PathBuf>,
+
+    /// Bytes of each packet that --write takes at most
+    #[arg(short = 's', long, value_name = "N", default_value_t = 256, requires = "write", value_parser = clap::value_parser!(u32).range(16..=1536), help_heading = "Output")]
+    pub snaplen: u32,
 
     /// Show whose socket a packet belongs to: the process that made or connected it, not the one that happens to run
     #[arg(long, help_heading = "Output")]
@@ -133,15 +203,38 @@ impl Args {
         if self.output_caller {
             sections |= SECTION_CALLER;
         }
-        if self.output_stack {
-            sections |= SECTION_STACK;
+        for (wanted, section) in [
+            (self.output_tunnel, SECTION_TUNNEL),
+            (self.output_skb_cb, SECTION_CB),
+            (self.output_skb, SECTION_SKB),
+            (self.output_skb_shared_info, SECTION_SHINFO),
+            (self.write.is_some(), SECTION_DATA),
+            (self.output_stack, SECTION_STACK),
+        ] {
+            if wanted {
+                sections |= section;
+            }
         }
         sections
     }
 
     /// Packets are followed by their skb.
     pub fn track(&self) -> bool {
-        self.filter_track_skb || self.filter_track_skb_by_stackid
+        self.filter_track_skb || self.track_stack()
+    }
+
+    /// Packets are followed by the stack too.
+    pub fn track_stack(&self) -> bool {
+        self.filter_track_skb_by_stackid || !self.filter_non_skb_funcs.is_empty()
+    }
+
+    /// Bytes of a packet that travel with its event: a multiple of 8 keeps what follows aligned.
+    pub fn snap_len(&self) -> u32 {
+        if self.write.is_some() {
+            self.snaplen.next_multiple_of(8)
+        } else {
+            0
+        }
     }
 
     pub fn timestamp(&self) -> Timestamp {

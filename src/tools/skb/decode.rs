@@ -1,23 +1,26 @@
 //! Bytes of an event (src/bpf/skb.h) to an owned value. Pure; short or odd data gives `None`.
 
 use crate::bpf::read;
-use crate::bpf::skb::types::{np_tuple, skb_event, skb_meta, skb_owner};
+use crate::bpf::skb::types::{np_tuple, skb_copy, skb_data, skb_event, skb_meta, skb_owner};
 use crate::event::head::Head;
 use crate::event::tuple::{Tuple, address};
 
 use super::args::{
-    SECTION_CALLER, SECTION_META, SECTION_OWNER, SECTION_PACKET, SECTION_STACK, SECTION_TUPLE,
+    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_META, SECTION_OWNER, SECTION_PACKET,
+    SECTION_SHINFO, SECTION_SKB, SECTION_STACK, SECTION_TUNNEL, SECTION_TUPLE,
 };
 
 /// SKB_KIND_DROP
 const KIND_DROP: u16 = 2;
 /// SKB_KIND_DROPPED
 const KIND_DROPPED: u16 = 3;
+/// SKB_KIND_RETURN
+const KIND_RETURN: u16 = 4;
 /// SKB_PACKET_CPU_BITS
 const PACKET_CPU_BITS: u32 = 16;
 
 /// A function was entered with this skb.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Event {
     pub head: Head,
     /// address of the sk_buff
@@ -28,6 +31,8 @@ pub struct Event {
     pub dropped: bool,
     /// value of enum skb_drop_reason, where the function says why it frees the skb
     pub reason: Option<u32>,
+    /// what the function gives back: it ends, where this is something
+    pub retval: Option<i32>,
     pub meta: Option<Meta>,
     /// outer: the section is there; inner: the packet is IP
     pub tuple: Option<Option<Tuple>>,
@@ -36,8 +41,28 @@ pub struct Event {
     pub owner: Option<Option<Owner>>,
     /// address of the function's caller
     pub caller: Option<u64>,
+    /// outer: the section is there; inner: there is a packet inside
+    pub tunnel: Option<Option<Tuple>>,
+    pub cb: Option<[u8; 48]>,
+    /// bytes of the struct sk_buff; empty where they could not be read
+    pub skb_copy: Option<Vec<u8>>,
+    /// the same of the struct skb_shared_info
+    pub shared_info: Option<Vec<u8>>,
+    pub data: Option<Data>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
+}
+
+/// The packet's bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Data {
+    /// length of the packet; `bytes` may be fewer
+    pub len: u32,
+    /// begins with an Ethernet header, else with that of IP
+    pub ethernet: bool,
+    /// ARPHRD_* of the device; 0 where it has none
+    pub hatype: u16,
+    pub bytes: Vec<u8>,
 }
 
 /// A packet's identity: the number that the CPU which saw it first gave it.
@@ -76,8 +101,8 @@ pub struct Meta {
     pub ifname: [u8; 16],
 }
 
-/// Decodes one event, without the padding that perf adds.
-pub fn decode(bytes: &[u8]) -> Option<Event> {
+/// Decodes one event, without the padding that perf adds. `snap_len`: bytes of each packet that events carry.
+pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
     let (e, mut rest) = read::<skb_event>(bytes)?;
     let mut event = Event {
         head: Head {
@@ -92,11 +117,17 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         func: e.func,
         dropped: e.head.kind == KIND_DROPPED,
         reason: matches!(e.head.kind, KIND_DROP | KIND_DROPPED).then_some(e.reason),
+        retval: (e.head.kind == KIND_RETURN).then_some(e.reason as i32),
         meta: None,
         tuple: None,
         packet: None,
         owner: None,
         caller: None,
+        tunnel: None,
+        cb: None,
+        skb_copy: None,
+        shared_info: None,
+        data: None,
         stack: None,
     };
     if e.sections & SECTION_META != 0 {
@@ -143,6 +174,37 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         (caller, rest) = word(rest)?;
         event.caller = Some(caller);
     }
+    if e.sections & SECTION_TUNNEL != 0 {
+        let (t, r) = read::<np_tuple>(rest)?;
+        rest = r;
+        event.tunnel = Some(tuple(&t));
+    }
+    if e.sections & SECTION_CB != 0 {
+        let (cb, r) = rest.split_first_chunk()?;
+        rest = r;
+        event.cb = Some(*cb);
+    }
+    if e.sections & SECTION_SKB != 0 {
+        let copy;
+        (copy, rest) = self::copy(rest)?;
+        event.skb_copy = Some(copy);
+    }
+    if e.sections & SECTION_SHINFO != 0 {
+        let copy;
+        (copy, rest) = self::copy(rest)?;
+        event.shared_info = Some(copy);
+    }
+    if e.sections & SECTION_DATA != 0 {
+        let (d, r) = read::<skb_data>(rest)?;
+        let (bytes, r) = r.split_at_checked(snap_len)?;
+        rest = r;
+        event.data = Some(Data {
+            len: d.len,
+            ethernet: d.ethernet != 0,
+            hatype: d.hatype,
+            bytes: bytes.get(..d.captured as usize)?.to_vec(),
+        });
+    }
     if e.sections & SECTION_STACK != 0 {
         event.stack = Some(
             rest.chunks_exact(8)
@@ -151,6 +213,12 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         );
     }
     Some(event)
+}
+
+fn copy(bytes: &[u8]) -> Option<(Vec<u8>, &[u8])> {
+    let (copy, rest) = read::<skb_copy>(bytes)?;
+    let len = (copy.size as usize).min(copy.bytes.len());
+    Some((copy.bytes[..len].to_vec(), rest))
 }
 
 fn word(bytes: &[u8]) -> Option<(u64, &[u8])> {
@@ -218,7 +286,7 @@ mod tests {
         b.extend_from_slice(bytes(&t));
         b.extend_from_slice(&7u64.to_ne_bytes());
         b.extend_from_slice(&8u64.to_ne_bytes());
-        let got = decode(&b).unwrap();
+        let got = decode(&b, 0).unwrap();
         assert_eq!(got.reason, Some(5));
         assert_eq!(got.meta.unwrap().netns, 4_026_531_840);
         assert_eq!(
@@ -228,14 +296,14 @@ mod tests {
         assert_eq!(got.stack.unwrap(), [7, 8]);
         // Cut anywhere in the fixed sections: refused, not misread.
         for cut in 0..b.len() - 16 {
-            assert_eq!(decode(&b[..cut]), None, "{cut}");
+            assert_eq!(decode(&b[..cut], 0), None, "{cut}");
         }
     }
 
     proptest! {
         #[test]
         fn odd_bytes_never_panic(b in prop::collection::vec(any::<u8>(), 0..400)) {
-            let _ = decode(&b);
+            let _ = decode(&b, 64);
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::output::escape::escaped;
 use crate::output::format::{Addr, Hex};
 
 use super::decode::{Event, Owner, Packet};
+use super::extras::cb_words;
 
 /// An event.
 #[derive(Serialize)]
@@ -35,6 +36,8 @@ pub struct Row<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub retval: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub subsystem: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub packet: Option<String>,
@@ -58,6 +61,14 @@ pub struct Row<'a> {
     pub len: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tuple: Option<TupleRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<TupleRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cb: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sk_buff: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared_info: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub caller: Option<Frame<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -147,7 +158,11 @@ impl<'a> Row<'a> {
     pub fn new(event: &Event) -> Self {
         let meta = event.meta.as_ref();
         Self {
-            kind: if event.dropped { "drop" } else { "event" },
+            kind: match (event.dropped, event.retval) {
+                (true, _) => "drop",
+                (_, Some(_)) => "return",
+                _ => "event",
+            },
             ts_ns: event.head.ts,
             wall_ns: 0,
             since_ns: None,
@@ -160,6 +175,7 @@ impl<'a> Row<'a> {
             func: None,
             location: None,
             reason: None,
+            retval: event.retval,
             subsystem: None,
             packet: event.packet.map(packet_name),
             owner: None,
@@ -172,6 +188,10 @@ impl<'a> Row<'a> {
             mtu: meta.map(|m| m.mtu),
             len: meta.map(|m| m.len),
             tuple: event.tuple.flatten().as_ref().map(TupleRow::new),
+            tunnel: event.tunnel.flatten().as_ref().map(TupleRow::new),
+            cb: event.cb.as_ref().map(cb_words),
+            sk_buff: None,
+            shared_info: None,
             caller: None,
             stack: None,
         }

@@ -1,7 +1,9 @@
 //! `netprobe skb`: a packet's way through the kernel, function by function.
 
 pub mod args;
+mod capture;
 mod decode;
+mod extras;
 mod hooks;
 mod json;
 mod present;
@@ -31,6 +33,7 @@ use crate::output::{self, Output};
 use crate::tools::fields;
 
 use args::Args;
+use capture::Capture;
 use present::Presenter;
 use probes::{Plan, Wants};
 use track::Sweeper;
@@ -41,12 +44,17 @@ pub fn run(args: &Args) -> Result<()> {
     let pattern = args.function_pattern()?;
     let filters = args.expression.filters()?;
     log::init(args.engine.verbose);
-    let btf = Btf::vmlinux(None);
+    let mut btf = Btf::vmlinux(args.kernel_btf.as_deref());
+    if args.kernel_btf.is_some() {
+        // What was asked for by name is told by name.
+        btf = Ok(btf.context("--kernel-btf")?);
+    }
     let features = Features::with(btf.as_ref().ok());
     let wants = Wants {
         track: args.track(),
         owner: args.output_owner,
         drops: args.drops,
+        returns: args.output_retval,
     };
     if args.drops && !wants.owner {
         features.require_drops("skb --drops")?;
@@ -57,7 +65,7 @@ pub fn run(args: &Args) -> Result<()> {
     let plan = if args.drops {
         Plan::drops(&features, args.backend, wants)?
     } else {
-        Plan::make(&btf, &features, args.backend, pattern.as_ref(), wants)?
+        Plan::make(&btf, &features, args, pattern.as_ref(), wants)?
     };
     let reasons = DropReasons::load(&btf);
     drop(btf);
@@ -76,14 +84,20 @@ pub fn run(args: &Args) -> Result<()> {
     let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
     let attached = plan.attach(&skel, &stop)?;
     eprintln!("netprobe: {}", attached.summary());
-    let mut presenter = Presenter::new(args, &attached, reasons);
+    let mut presenter = Presenter::new(args, &attached, reasons)?;
     presenter.header(&mut out)?;
     output::ready(args.output.ready_file.as_deref())?;
 
     let mut consumer = Lines {
         presenter: &mut presenter,
+        capture: args
+            .write
+            .as_deref()
+            .map(|path| Capture::create(path, args.snaplen))
+            .transpose()?,
         out: &mut out,
         sweeper: wants.track.then(|| Sweeper::new(&skel.maps.tracked)),
+        snap_len: args.snap_len() as usize,
         undecodable: 0,
     };
     let ended = session::run(drain, &stop, None, &mut consumer, || {
@@ -97,6 +111,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     });
     let undecodable = consumer.undecodable;
+    let capture = consumer.capture.take();
     let received = ended?;
     let mut loss = Loss {
         received: received.events,
@@ -106,6 +121,9 @@ pub fn run(args: &Args) -> Result<()> {
         ..Loss::default()
     };
     loss.add_stats(&skel.maps.stats)?;
+    if let Some(capture) = capture {
+        capture.finish(loss.lost)?;
+    }
     presenter.loss(&mut out, &loss)?;
     drop(pins);
     attached.detach();
@@ -120,7 +138,14 @@ fn load<'a>(
     filters: &Filters,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<SkbSkel<'a>> {
-    let mut open = SkbSkelBuilder::default()
+    let mut builder = SkbSkelBuilder::default();
+    if let Some(file) = &args.kernel_btf {
+        builder
+            .obj_builder
+            .btf_custom_path(file)
+            .context("--kernel-btf")?;
+    }
+    let mut open = builder
         .open(storage)
         .context("failed to open the BPF object")?;
     let rodata = open
@@ -132,6 +157,7 @@ fn load<'a>(
     rodata.has_func_ip = u8::from(features.func_ip);
     rodata.has_reasons = u8::from(features.drop_reasons);
     rodata.sections = args.sections();
+    rodata.snap_len = args.snap_len();
     if filters.on() != 0 {
         let pages = PageVariables::find();
         rodata.np_filter_on = filters.on();
@@ -139,7 +165,8 @@ fn load<'a>(
         rodata.np_filter_page_offset_base = pages.page_offset_base;
     }
     rodata.track = u8::from(args.track());
-    rodata.track_stack = u8::from(args.filter_track_skb_by_stackid);
+    rodata.track_stack = u8::from(args.track_stack());
+    rodata.returns_on = u8::from(args.output_retval);
     let size = |map: &mut OpenMapMut<'_>, entries: u32| {
         map.set_max_entries(entries)
             .context("failed to set the size of a map")
@@ -147,6 +174,9 @@ fn load<'a>(
     if args.track() {
         size(&mut open.maps.tracked, args.track_entries)?;
         size(&mut open.maps.contexts, 4096)?;
+    }
+    if args.output_retval {
+        size(&mut open.maps.entered, 16_384)?;
     }
     if args.output_owner {
         size(&mut open.maps.owners, args.track_entries)?;
@@ -171,22 +201,33 @@ fn set_config(skel: &SkbSkel<'_>, config: &types::np_config) -> Result<()> {
 /// Events to lines.
 struct Lines<'a> {
     presenter: &'a mut Presenter,
+    capture: Option<Capture>,
     out: &'a mut Output,
     sweeper: Option<Sweeper<'a>>,
+    snap_len: usize,
     undecodable: u64,
 }
 
 impl Consumer for Lines<'_> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
-        let Some(event) = decode::decode(record.bytes) else {
+        let Some(event) = decode::decode(record.bytes, self.snap_len) else {
             self.undecodable += 1;
             return Ok(Flow::Continue);
         };
-        self.presenter.event(self.out, &event, record.late)
+        let flow = self.presenter.event(self.out, &event, record.late)?;
+        if let Some(capture) = &mut self.capture {
+            let comment = self.presenter.comment(&event);
+            capture.packet(&event, &comment)?;
+        }
+        Ok(flow)
     }
 
     fn tick(&mut self) -> Result<Flow> {
         self.out.flush()?;
+        self.presenter.tick()?;
+        if let Some(capture) = &mut self.capture {
+            capture.flush()?;
+        }
         if let Some(sweeper) = &mut self.sweeper {
             sweeper.tick()?;
         }

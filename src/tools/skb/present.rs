@@ -8,16 +8,20 @@ use anyhow::Result;
 
 use crate::engine::loss::Loss;
 use crate::engine::session::Flow;
+use crate::event::tuple::Tuple;
+use crate::kernel::clock::WallClock;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::SocketHolders;
 use crate::output::Output;
+use crate::output::columns::{pad, push_time_of_day};
 use crate::output::escape::{escaped, push_escaped};
 use crate::output::format::{self, Hex, push_dec, push_hex};
 
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Owner};
+use super::extras::{Extras, Shown, cb_words};
 use super::json::{Frame, LossRow, OwnerRow, Row, packet_name};
 use super::probes::Attached;
 
@@ -29,14 +33,15 @@ pub struct Presenter {
     meta: bool,
     tuple: bool,
     timestamp: Timestamp,
-    /// CLOCK_REALTIME - CLOCK_MONOTONIC, ns
-    wall_offset: i128,
+    clock: WallClock,
     names: ByAddress<String>,
     reasons: DropReasons,
     drops: bool,
     track: bool,
     tcp_flags: bool,
     caller: bool,
+    tunnel: bool,
+    extras: Extras,
     holders: Option<SocketHolders>,
     symbols: KernelSymbols,
     last_seen: HashMap<u64, u64>,
@@ -50,23 +55,27 @@ struct Widths {
     process: usize,
     packet: usize,
     owner: usize,
+    netns: usize,
     iface: usize,
     tuple: usize,
+    tunnel: usize,
 }
 
 impl Presenter {
-    pub fn new(args: &Args, attached: &Attached, reasons: DropReasons) -> Self {
-        Self {
+    pub fn new(args: &Args, attached: &Attached, reasons: DropReasons) -> Result<Self> {
+        Ok(Self {
             meta: args.output_meta,
             tuple: args.output_tuple,
             timestamp: args.timestamp(),
-            wall_offset: wall_offset(),
+            clock: WallClock::new()?,
             names: attached.names().clone(),
             reasons,
             drops: args.drops,
             track: args.track(),
             tcp_flags: args.output_tcp_flags,
             caller: args.output_caller,
+            extras: Extras::new(args)?,
+            tunnel: args.output_tunnel,
             holders: args.output_owner.then(SocketHolders::look),
             symbols: KernelSymbols::default(),
             last_seen: HashMap::new(),
@@ -74,11 +83,18 @@ impl Presenter {
                 process: 16,
                 packet: 6,
                 owner: 16,
+                netns: 10,
                 iface: 10,
                 tuple: 36,
+                tunnel: 36,
             },
             line: Vec::new(),
-        }
+        })
+    }
+
+    /// To be called now and then.
+    pub fn tick(&mut self) -> Result<()> {
+        self.clock.refresh()
     }
 
     /// The header line of the text form.
@@ -121,6 +137,9 @@ impl Presenter {
         if self.tuple {
             line += &format!("{:<tw$} ", "TUPLE", tw = w.tuple);
         }
+        if self.tunnel {
+            line += &format!("{:<tw$} ", "INNER", tw = w.tunnel);
+        }
         line += match (self.drops, self.caller) {
             (true, _) => "REASON AT",
             (false, true) => "FUNC CALLER",
@@ -149,13 +168,14 @@ impl Presenter {
             self.names.insert(event.func, name);
         }
         let since = self.since_last(event);
+        let shown = self.extras.show(event)?;
         if out.json() {
-            let row = self.row(event, late, since);
+            let row = self.row(event, late, since, shown);
             return out.json_event(&row);
         }
         let mut line = std::mem::take(&mut self.line);
         line.clear();
-        self.text(&mut line, event, late, since);
+        self.text(&mut line, event, late, since, &shown);
         let flow = out.event(|b| b.extend_from_slice(&line));
         self.line = line;
         flow
@@ -177,7 +197,14 @@ impl Presenter {
         Some(last.map_or(0, |l| event.head.ts.saturating_sub(l)))
     }
 
-    fn text(&mut self, line: &mut Vec<u8>, event: &Event, late: bool, since: Option<u64>) {
+    fn text(
+        &mut self,
+        line: &mut Vec<u8>,
+        event: &Event,
+        late: bool,
+        since: Option<u64>,
+        shown: &Shown,
+    ) {
         line.extend_from_slice(b"0x");
         push_hex(line, event.skb, 1);
         format::pad(line, 0, 18);
@@ -203,7 +230,12 @@ impl Presenter {
             pad(line, start, &mut self.widths.owner);
         }
         if let (true, Some(m)) = (self.meta, &event.meta) {
-            number(line, m.netns.into(), 10);
+            let start = line.len();
+            match self.extras.netns(m.netns) {
+                Some(name) => push_escaped(line, name.as_bytes()),
+                None => push_dec(line, m.netns.into()),
+            }
+            pad(line, start, &mut self.widths.netns);
             let start = line.len();
             push_hex(line, m.mark.into(), 1);
             format::pad(line, start, 8);
@@ -222,28 +254,50 @@ impl Presenter {
             number(line, m.mtu.into(), 5);
             number(line, m.len.into(), 5);
         }
+        if self.meta && event.meta.is_none() {
+            let blank = self.widths.netns + self.widths.iface + 8 + 6 + 5 + 5 + 6;
+            line.resize(line.len() + blank, b' ');
+        }
+        if self.tuple && event.tuple.is_none() {
+            line.resize(line.len() + self.widths.tuple + 1, b' ');
+        }
         if let (true, Some(tuple)) = (self.tuple, &event.tuple) {
             let start = line.len();
-            match tuple {
-                Some(t) => {
-                    t.push(line);
-                    if self.tcp_flags && t.proto == 6 && !t.fragment {
-                        // Behind the protocol, within its bracket.
-                        line.pop();
-                        let _ = write!(line, ",{})", TcpFlags(t.tcp_flags));
-                    }
-                }
-                None => line.push(b'-'),
-            }
+            self.push_tuple(line, tuple.as_ref());
             pad(line, start, &mut self.widths.tuple);
+        }
+        if let Some(inner) = &event.tunnel {
+            let start = line.len();
+            self.push_tuple(line, inner.as_ref());
+            pad(line, start, &mut self.widths.tunnel);
         }
         self.place(line, event);
         if late {
             line.extend_from_slice(b" [late]");
         }
+        if let Some(cb) = &event.cb {
+            let _ = write!(line, "\n    cb: {}", cb_words(cb).join(" "));
+        }
+        for text in [&shown.skb, &shown.shared_info].into_iter().flatten() {
+            line.extend_from_slice(b"\n    ");
+            line.extend_from_slice(text.as_bytes());
+        }
         for &addr in event.stack.iter().flatten() {
             line.extend_from_slice(b"\n    ");
             self.push_address(line, addr);
+        }
+    }
+
+    fn push_tuple(&self, line: &mut Vec<u8>, tuple: Option<&Tuple>) {
+        let Some(t) = tuple else {
+            line.push(b'-');
+            return;
+        };
+        t.push(line);
+        if self.tcp_flags && t.proto == 6 && !t.fragment {
+            // Behind the protocol, within its bracket.
+            line.pop();
+            let _ = write!(line, ",{})", TcpFlags(t.tcp_flags));
         }
     }
 
@@ -260,15 +314,9 @@ impl Presenter {
                 write!(line, "{text:<11} ")
             }
             Timestamp::Absolute => {
-                let wall = (i128::from(ts) + self.wall_offset).max(0) as u64;
-                let (s, us) = (wall / 1_000_000_000, wall % 1_000_000_000 / 1000);
-                write!(
-                    line,
-                    "{:02}:{:02}:{:02}.{us:06} ",
-                    s / 3600 % 24,
-                    s / 60 % 60,
-                    s % 60
-                )
+                push_time_of_day(line, self.clock.wall(ts));
+                line.push(b' ');
+                Ok(())
             }
         };
     }
@@ -292,10 +340,33 @@ impl Presenter {
         if let Some(reason) = reason {
             let _ = write!(line, "({})", self.reasons.name(reason));
         }
+        if let Some(value) = event.retval {
+            let _ = write!(line, " = {value}");
+        }
         if let Some(caller) = event.caller {
             line.push(b' ');
             self.push_address(line, caller);
         }
+    }
+
+    /// An event in words, for the comment of its packet in a capture file: `FUNC(REASON) skb 0x… cpu 1 curl:123 …`.
+    pub fn comment(&mut self, event: &Event) -> String {
+        let mut line = Vec::new();
+        self.place(&mut line, event);
+        let _ = write!(line, " skb {:#x} cpu {} ", event.skb, event.head.cpu);
+        event.head.push_process(&mut line);
+        if let Some(packet) = event.packet {
+            let _ = write!(line, " packet {}", packet_name(packet));
+        }
+        if let Some(Some(owner)) = &event.owner {
+            if let Some((pid, comm)) = self.process(owner) {
+                let _ = write!(line, " owner {comm}:{pid}");
+            }
+        }
+        if let Some(m) = &event.meta {
+            let _ = write!(line, " netns {} mark {:#x}", m.netns, m.mark);
+        }
+        String::from_utf8(line).unwrap_or_default()
     }
 
     fn push_address(&self, line: &mut Vec<u8>, addr: u64) {
@@ -323,14 +394,19 @@ impl Presenter {
         }
     }
 
-    fn row(&mut self, event: &Event, late: bool, since: Option<u64>) -> Row<'_> {
+    fn row(&mut self, event: &Event, late: bool, since: Option<u64>, shown: Shown) -> Row<'_> {
         let reason = event.reason.filter(|_| self.reasons.any());
         let owner = event.owner.as_ref().map(|owner| {
             let owner = owner.as_ref()?;
             Some(OwnerRow::new(owner, self.process(owner)))
         });
+        let netns = event.meta.as_ref().and_then(|m| self.extras.netns(m.netns));
+        let netns = netns.map(|name| escaped(name.as_bytes()));
         let mut row = Row {
-            wall_ns: (i128::from(event.head.ts) + self.wall_offset).max(0) as u64,
+            netns_name: netns,
+            sk_buff: shown.skb,
+            shared_info: shown.shared_info,
+            wall_ns: self.clock.wall(event.head.ts),
             since_ns: since,
             late,
             reason: reason.map(|r| self.reasons.name(r)),
@@ -358,12 +434,6 @@ impl Presenter {
         }
         out.flush()
     }
-}
-
-/// Fills up with spaces to the column's width, which grows where the text is longer, and one space more.
-fn pad(line: &mut Vec<u8>, start: usize, width: &mut usize) {
-    *width = (*width).max(format::chars(&line[start..]));
-    format::pad(line, start, *width);
 }
 
 /// A number in a column of `width`.
@@ -401,17 +471,6 @@ impl fmt::Display for TcpFlags {
     }
 }
 
-/// CLOCK_REALTIME - CLOCK_MONOTONIC now, ns.
-fn wall_offset() -> i128 {
-    use nix::time::{ClockId, clock_gettime};
-    let now = |c| {
-        clock_gettime(c).map_or(0, |t| {
-            i128::from(t.tv_sec()) * 1_000_000_000 + i128::from(t.tv_nsec())
-        })
-    };
-    now(ClockId::CLOCK_REALTIME) - now(ClockId::CLOCK_MONOTONIC)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -421,16 +480,5 @@ mod tests {
         assert_eq!(TcpFlags(0x12).to_string(), "SYN|ACK");
         assert_eq!(TcpFlags(0).to_string(), "-");
         assert_eq!(TcpFlags(0xff).to_string().split('|').count(), 8);
-    }
-
-    #[test]
-    fn a_column_grows_and_stays_grown() {
-        let mut width = 4;
-        let mut line = b"ab".to_vec();
-        pad(&mut line, 0, &mut width);
-        assert_eq!(line, b"ab   ");
-        line = b"abcdef".to_vec();
-        pad(&mut line, 0, &mut width);
-        assert_eq!((line.as_slice(), width), (&b"abcdef "[..], 6));
     }
 }

@@ -18,7 +18,7 @@ use crate::kernel::btf::{self, Btf, Function};
 use crate::kernel::features::Features;
 use crate::kernel::functions::{self, ByAddress, TraceableSet};
 
-use super::args::Backend;
+use super::args::{Args, Backend};
 use super::hooks::{self, Hook};
 
 /// A program of skb.bpf.c, by name.
@@ -26,6 +26,10 @@ type Prog = &'static str;
 
 /// Programs that no plan knows: attached by [`Plan::attach`] itself, or not at all.
 const DROPS: Prog = "skb_dropped";
+/// Attached to the return of functions.
+const RETURN: Prog = "skb_return";
+/// For functions without an skb.
+const NEAR: Prog = "skb_near";
 
 /// The program that shows hits of a function.
 fn program_of(f: &Function) -> Prog {
@@ -49,6 +53,8 @@ pub struct Wants {
     pub owner: bool,
     /// the tracepoint of drops in place of functions
     pub drops: bool,
+    /// what functions return
+    pub returns: bool,
 }
 
 /// A function to attach to.
@@ -66,7 +72,11 @@ pub struct Plan {
     targets: BTreeMap<Prog, Vec<Target>>,
     /// functions attached to for tracking and owners, without events
     hooks: BTreeMap<Prog, Vec<Target>>,
+    /// functions whose return is shown
+    returns: BTreeMap<Prog, Vec<Target>>,
     drops: bool,
+    /// functions to a link of kprobe.multi; 0: all
+    batch: usize,
     count: usize,
     /// functions with an skb that the kernel does not let one trace
     untraceable: usize,
@@ -77,12 +87,23 @@ impl Plan {
     pub fn make(
         btf: &Btf,
         features: &Features,
-        backend: Option<Backend>,
+        args: &Args,
         pattern: Option<&Regex>,
         wants: Wants,
     ) -> Result<Self> {
-        let backend = choose(features, backend)?;
-        let mut functions = btf.functions_taking("sk_buff", &btf::modules())?;
+        let backend = choose(features, args.backend)?;
+        if args.filter_kprobe_batch > 0 && backend == Backend::Kprobe {
+            return Err(usage(
+                "--filter-kprobe-batch: only kprobe-multi attaches many functions at a time",
+            ));
+        }
+        if wants.returns && !features.func_ip {
+            bail!(
+                "--output-retval needs kernel 5.15 (bpf_get_func_ip); this is {}",
+                features.release
+            );
+        }
+        let mut functions = btf.functions_taking("sk_buff", &modules(args)?)?;
         let all = functions.len();
         if let Some(pattern) = pattern {
             functions.retain(|f| pattern.is_match(&f.name));
@@ -94,13 +115,18 @@ impl Plan {
             )));
         }
         let mut plan = Self::empty(backend, wants);
+        plan.batch = args.filter_kprobe_batch;
         let hooks = plan.hooks_wanted(wants);
         let names: HashSet<&str> = functions
             .iter()
             .map(|f| f.name.as_str())
             .chain(hooks.iter().map(|(_, f)| *f))
+            .chain(args.filter_non_skb_funcs.iter().map(String::as_str))
             .collect();
         let traceable = TraceableSet::load(|n| names.contains(n));
+        for name in &args.filter_non_skb_funcs {
+            plan.add_near(name, &traceable)?;
+        }
         for f in &functions {
             plan.add(f, &traceable, wants);
         }
@@ -131,7 +157,9 @@ impl Plan {
             backend,
             targets: BTreeMap::new(),
             hooks: BTreeMap::new(),
+            returns: BTreeMap::new(),
             drops: wants.drops,
+            batch: 0,
             count: 0,
             untraceable: 0,
         }
@@ -141,6 +169,27 @@ impl Plan {
         let track = wants.track.then_some(&hooks::TRACK[..]);
         let owner = wants.owner.then_some(&hooks::OWNER[..]);
         track.into_iter().chain(owner).flatten().copied().collect()
+    }
+
+    /// A function without an skb.
+    fn add_near(&mut self, name: &str, traceable: &TraceableSet) -> Result<()> {
+        match traceable.everywhere(name) {
+            [] => Err(usage(format!(
+                "--filter-non-skb-funcs {name}: the kernel has no such function that can be traced"
+            ))),
+            [place] => {
+                self.count += 1;
+                self.targets.entry(NEAR).or_default().push(Target {
+                    name: name.to_string(),
+                    addr: place.addr,
+                });
+                Ok(())
+            }
+            places => Err(usage(format!(
+                "--filter-non-skb-funcs {name}: the kernel has {} functions of this name",
+                places.len()
+            ))),
+        }
     }
 
     fn add_hooks(&mut self, hooks: &[Hook], traceable: &TraceableSet) {
@@ -184,6 +233,11 @@ impl Plan {
                 let hook = hooks::TRACK.iter().find(|(_, name)| *name == f.name);
                 prog = hook.and_then(|(p, _)| hooks::shown(p)).unwrap_or(prog);
             }
+            if wants.returns && f.returns_number {
+                self.count += usable.len();
+                let returns = self.returns.entry(RETURN).or_default();
+                returns.extend(usable.iter().cloned());
+            }
             self.targets.entry(prog).or_default().extend(usable);
         }
     }
@@ -194,6 +248,7 @@ impl Plan {
             let name = p.name().to_string_lossy().into_owned();
             let used = self.targets.contains_key(name.as_str())
                 || self.hooks.contains_key(name.as_str())
+                || self.returns.contains_key(name.as_str())
                 || self.drops && name == DROPS;
             p.set_autoload(used);
             if self.backend == Backend::KprobeMulti && name != DROPS {
@@ -210,6 +265,8 @@ impl Plan {
             progs: Vec::new(),
             backend: self.backend,
             drops: self.drops,
+            batch: self.batch,
+            at_return: false,
             functions: 0,
             refused: 0,
             refusal: None,
@@ -223,6 +280,11 @@ impl Plan {
         for (prog, targets) in &self.hooks {
             attached.group(skel, prog, targets, &mut progress, stop)?;
         }
+        attached.at_return = true;
+        for (prog, targets) in &self.returns {
+            attached.group(skel, prog, targets, &mut progress, stop)?;
+        }
+        attached.at_return = false;
         // Only functions that are shown count as traced.
         (attached.functions, attached.refused) = (0, self.untraceable);
         for (prog, targets) in &self.targets {
@@ -256,6 +318,31 @@ impl Plan {
     }
 }
 
+/// Modules whose functions are traced too.
+fn modules(args: &Args) -> Result<Vec<String>> {
+    let loaded = btf::modules();
+    match &args.kmods {
+        Some(wanted) => {
+            if let Some(missing) = wanted.iter().find(|w| !loaded.contains(w)) {
+                let why = if loaded.is_empty() {
+                    "this kernel has no BTF of modules (it needs 5.11)".to_string()
+                } else {
+                    format!(
+                        "it is not loaded, or has no BTF (there are: {})",
+                        loaded.join(", ")
+                    )
+                };
+                return Err(usage(format!("--kmods {missing}: {why}")));
+            }
+            Ok(wanted.clone())
+        }
+        None if args.all_kmods && loaded.is_empty() => Err(anyhow!(
+            "--all-kmods: this kernel has no BTF of modules (it needs 5.11), or no module is loaded"
+        )),
+        None => Ok(loaded),
+    }
+}
+
 /// The backend asked for, or the better one that the kernel has.
 fn choose(features: &Features, backend: Option<Backend>) -> Result<Backend> {
     match backend {
@@ -286,6 +373,9 @@ pub struct Attached {
     progs: Vec<i32>,
     backend: Backend,
     drops: bool,
+    batch: usize,
+    /// what is attached now goes to the functions' returns
+    at_return: bool,
     functions: usize,
     refused: usize,
     /// the first function that the kernel refused, and why
@@ -304,7 +394,15 @@ impl Attached {
         let program = program(skel, prog)?;
         self.progs.push(program.as_fd_raw());
         match self.backend {
-            Backend::KprobeMulti => self.many(&program, targets, progress, stop),
+            Backend::KprobeMulti => {
+                let batch = match self.batch {
+                    0 => targets.len(),
+                    n => n,
+                };
+                targets
+                    .chunks(batch.max(1))
+                    .try_for_each(|part| self.many(&program, part, progress, stop))
+            }
             Backend::Kprobe => self.singly(&program, targets, progress, stop),
         }
     }
@@ -319,10 +417,10 @@ impl Attached {
         interrupted(stop)?;
         let result = if targets.iter().all(|t| t.addr != 0) {
             let addrs: Vec<u64> = targets.iter().map(|t| t.addr).collect();
-            attach::kprobe_multi_addrs(program, &addrs)
+            attach::kprobe_multi_addrs(program, &addrs, self.at_return)
         } else {
             let names: Vec<&str> = targets.iter().map(|t| t.name.as_str()).collect();
-            attach::kprobe_multi_names(program, &names)
+            attach::kprobe_multi_names(program, &names, self.at_return)
         };
         match result {
             Ok(link) => {
@@ -357,7 +455,7 @@ impl Attached {
     ) -> Result<()> {
         for t in targets {
             interrupted(stop)?;
-            match program.attach_kprobe(false, &t.name) {
+            match program.attach_kprobe(self.at_return, &t.name) {
                 Ok(link) => {
                     self.links.push(link);
                     self.taken(t);
