@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::common::{Case, Finished, Netns, Netprobe, Pair, case, wait_for};
+use crate::common::{Case, Finished, Netns, Netprobe, Pair, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -36,49 +36,28 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("ping")
             .limit(400),
-        case("icmp_culprit", culprit)
-            .trace()
-            .program("ping")
-            .program("iptables-legacy")
-            .when(|_| {
-                let legacy = Command::new("iptables-legacy").arg("-nL").output();
-                (!legacy.is_ok_and(|o| o.status.success()))
-                    .then(|| "this kernel has no legacy iptables, the load of this test".to_owned())
-            })
-            .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned()))
-            .limit(400),
-        case("icmp_sent", sent).trace().program("ping").limit(400),
-        case("icmp_sent_lost", sent_lost)
-            .trace()
-            .program("ping")
-            .program("iptables")
-            .limit(400),
-        case("icmp_sent_flood", sent_flood)
-            .trace()
-            .program("ping")
-            .limit(400),
         case("icmp_usage", usage),
     ]
 }
 
-fn cpus() -> usize {
+pub fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Two namespaces whose neighbours are resolved, so that the first reply leaves at once.
-fn pair() -> Result<Pair> {
+pub fn pair() -> Result<Pair> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     Ok(net)
 }
 
 /// Records of one type.
-fn records<'a>(all: &'a [Value], kind: &str) -> Vec<&'a Value> {
+pub fn records<'a>(all: &'a [Value], kind: &str) -> Vec<&'a Value> {
     all.iter().filter(|r| r["type"] == kind).collect()
 }
 
 /// Waits for so many lines of JSON of one type, then stops it.
-fn collect(
+pub fn collect(
     probe: crate::common::Running,
     kind: &str,
     count: usize,
@@ -292,7 +271,7 @@ fn filters() -> Result<()> {
 }
 
 /// Makes `netns` hand what veth0 receives to the CPUs of this mask.
-fn steer(netns: &Netns, mask: &str) -> Result<()> {
+pub fn steer(netns: &Netns, mask: &str) -> Result<()> {
     // sysfs shows the interfaces of the namespace that it was mounted in.
     let script = format!(
         "mount -t sysfs sysfs /sys && echo {mask} >/sys/class/net/veth0/queues/rx-0/rps_cpus"
@@ -325,7 +304,7 @@ fn rps() -> Result<()> {
 }
 
 /// The real program (busybox' taskset and sh prefer its own of the same name).
-fn program_path(name: &str) -> Result<PathBuf> {
+pub fn program_path(name: &str) -> Result<PathBuf> {
     let path = std::env::var("PATH")?;
     path.split(':')
         .chain(["/usr/sbin", "/sbin"])
@@ -335,7 +314,7 @@ fn program_path(name: &str) -> Result<PathBuf> {
 }
 
 /// A ping to the server on CPU 0.
-fn pinned_ping(args: &[&str]) -> Result<Command> {
+pub fn pinned_ping(args: &[&str]) -> Result<Command> {
     let mut command = Command::new("taskset");
     command.arg("1").arg(program_path("ping")?).arg("-q");
     command.args(args).arg("10.77.0.2");
@@ -459,270 +438,6 @@ fn limit_and_file() -> Result<()> {
     done.expect_success()?;
     ensure!(done.stdout.lines().count() == 1, "{done}");
     done.expect_stderr("1 requests")
-}
-
-/// A cgroup of our own.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn new(name: &str) -> Result<Self> {
-        let path = PathBuf::from("/sys/fs/cgroup").join(name);
-        fs::create_dir(&path).with_context(|| format!("failed to make {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // The process that was in it may take a moment to leave.
-        let _ = wait_for(
-            "the cgroup to be empty",
-            || Ok(fs::remove_dir(&self.0).ok()),
-        );
-    }
-}
-
-/// A process that is ended when dropped.
-struct Child(std::process::Child);
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A ping that sends without a pause through so many iptables rules (they are walked with softirqs held off), to an interface that
-/// swallows everything, on CPU 1.
-fn hog(netns: &Netns, cgroup: &Cgroup) -> Result<Child> {
-    netns.ip("link add d0 type dummy")?;
-    netns.ip("addr add 10.9.0.1/24 dev d0")?;
-    netns.ip("link set d0 up")?;
-    netns.ip("neigh add 10.9.0.2 lladdr 02:00:00:00:00:01 dev d0")?;
-    let mut rules = String::from("*filter\n");
-    for i in 0..120 {
-        for j in 0..250 {
-            rules += &format!("-A OUTPUT -p tcp -s 1.2.{i}.{j}/32 -j DROP\n");
-        }
-    }
-    rules += "COMMIT\n";
-    let file = tempfile::NamedTempFile::new()?;
-    fs::write(file.path(), rules)?;
-    // One program, which goes by the name that it is called by.
-    let dir = tempfile::tempdir()?;
-    let restore = dir.path().join("iptables-legacy-restore");
-    std::os::unix::fs::symlink(
-        fs::canonicalize(program_path("iptables-legacy")?)?,
-        &restore,
-    )?;
-    netns.output(
-        Command::new("sh")
-            .args(["-c", "\"$1\" <\"$2\"", "sh"])
-            .arg(&restore)
-            .arg(file.path()),
-    )?;
-    let script = "echo $$ >\"$1/cgroup.procs\" && exec taskset 2 \"$2\" -q -f -l 65000 10.9.0.2";
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", script, "sh"])
-        .arg(&cgroup.0)
-        .arg(program_path("ping")?)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let child = Child(netns.enter(|| command.spawn())??);
-    let pid = child.0.id();
-    wait_for("the load", || {
-        let comm = fs::read_to_string(format!("/proc/{pid}/comm"))?;
-        Ok((comm.trim() == "ping").then_some(()))
-    })?;
-    Ok(child)
-}
-
-fn culprit() -> Result<()> {
-    let net = pair()?;
-    let elsewhere = Netns::new("hog")?;
-    let cgroup = Cgroup::new("np-live-hog")?;
-    steer(&net.server, "2")?;
-    let probe = Netprobe::new("icmp")
-        .args(["--output-json", "--culprit", "--min-us", "1000"])
-        .args(["--filter-dst-ip", "10.77.0.2"])
-        .start()?;
-    let hog = hog(&elsewhere, &cgroup)?;
-    // Until one of them waited for the load, and was sampled in it.
-    let found = wait_for("an echo that the load held up", || {
-        let _ = net
-            .client
-            .output(&mut pinned_ping(&["-i", "0.05", "-c", "10"])?);
-        let text = probe.stdout();
-        let held_up = |line: &str| {
-            let e: Value = serde_json::from_str(line).ok()?;
-            let c = &e["culprit"];
-            let in_rules = c["stack"].as_array()?.iter().any(|f| {
-                f["name"]
-                    .as_str()
-                    .is_some_and(|n| n.starts_with("ipt_do_table"))
-            });
-            (c["pid"] == hog.0.id() && in_rules).then_some(e)
-        };
-        // The last line may not be whole.
-        Ok(text.lines().find_map(held_up))
-    })?;
-    let wait = found["stages_ns"]["wait"].as_u64();
-    let c = &found["culprit"];
-    ensure!(found["cpu"] == 1 && c["cpu"] == 1, "{found}");
-    ensure!(wait >= Some(1_000_000), "the delay is not in WAIT: {found}");
-    ensure!(c["comm"] == "ping" && c["tgid"] == hog.0.id(), "{found}");
-    ensure!(c["cgroup"] == "/np-live-hog", "{found}");
-    ensure!(c["ran_ns"].as_u64() <= c["waited_ns"].as_u64(), "{found}");
-    ensure!(c["samples"].as_u64() >= Some(1), "{found}");
-    drop(hog);
-    probe.stop()?.expect_success()
-}
-
-fn sent() -> Result<()> {
-    let net = pair()?;
-    let probe = Netprobe::new("icmp")
-        .args(["--sent", "--timeout", "60", "--output-json"])
-        .start()?;
-    let (v4, v6) = ("10.77.0.2", "fd77::2");
-    // Raw sockets, then ping sockets (root's group may have them).
-    for range in ["1 0", "0 0"] {
-        net.client.sysctl("net/ipv4/ping_group_range", range)?;
-        net.client.cmd(&format!("ping -q -i 0.01 -c 2 {v4}"))?;
-        net.client
-            .cmd(&format!("ping -q -i 0.01 -c 2 -s 100 {v6}"))?;
-    }
-    let (done, all) = collect(probe, "request", 8)?;
-    let requests = records(&all, "request");
-    ensure!(requests.len() == 8, "{done}");
-    let netns = net.client.inode()?;
-    let ifindex = net.client.ifindex("veth0")?;
-    for (i, r) in requests.iter().enumerate() {
-        let (from, to, len) = if i % 4 < 2 {
-            ("10.77.0.1", v4, 84)
-        } else {
-            ("fd77::1", v6, 148)
-        };
-        ensure!(r["result"] == "reply" && r["seq"] == i % 2 + 1, "{r}");
-        ensure!(
-            r["saddr"] == from && r["daddr"] == to && r["len"] == len,
-            "{r}"
-        );
-        ensure!(r["comm"] == "ping" && r["pid"].as_u64() > Some(0), "{r}");
-        ensure!(
-            r["netns"] == netns && r["iface"] == "veth0" && r["ifindex"] == ifindex,
-            "{r}"
-        );
-        let part = |name: &str| r["stages_ns"][name].as_u64();
-        let sum: u64 = ["out", "wire", "in", "read"]
-            .into_iter()
-            .filter_map(part)
-            .sum();
-        ensure!(
-            ["out", "wire", "in", "read"]
-                .iter()
-                .all(|n| part(n).is_some()),
-            "a part is missing: {r}"
-        );
-        ensure!(
-            part("total") == Some(sum),
-            "the parts are not the whole: {r}"
-        );
-    }
-    let summary = records(&all, "summary");
-    ensure!(
-        summary[0]["side"] == "sent" && summary[0]["requests"] == 8 && summary[0]["replies"] == 8,
-        "{done}"
-    );
-    Ok(())
-}
-
-fn sent_lost() -> Result<()> {
-    let net = pair()?;
-    let probe = Netprobe::new("icmp")
-        .args(["--sent", "--timeout", "5", "--output-json"])
-        .start()?;
-    let has_reasons = fs::read("/sys/kernel/btf/vmlinux")?
-        .windows(27)
-        .any(|w| w == b"SKB_DROP_REASON_NOT_SPECIFI");
-    // Who drops what, and how it is told.
-    let rule = "INPUT -p icmp -j DROP";
-    let drops = [
-        (&net.server, rule, "this kernel dropped the request"),
-        (
-            &net.client,
-            "OUTPUT -p icmp -j DROP",
-            "this kernel dropped the request",
-        ),
-        (&net.client, rule, "this kernel dropped the reply"),
-    ];
-    for (i, (netns, rule, _)) in drops.iter().enumerate() {
-        netns.cmd(&format!("iptables -I {rule}"))?;
-        let _ = net
-            .client
-            .cmd(&format!("ping -q -c 1 -W 0.1 -e {} 10.77.0.2", 100 + i));
-        netns.cmd(&format!("iptables -D {rule}"))?;
-    }
-    // Nobody has this address, and nobody answers for it.
-    net.client
-        .ip("neigh add 10.77.0.9 lladdr 02:00:00:00:00:09 dev veth0")?;
-    let _ = net.client.cmd("ping -q -c 1 -W 0.1 -e 103 10.77.0.9");
-    let (done, all) = collect(probe, "request", 4)?;
-    let requests = records(&all, "request");
-    for (i, (r, (_, _, why))) in requests.iter().zip(&drops).enumerate() {
-        ensure!(r["result"] == "lost" && r["id"] == 100 + i, "{r}");
-        ensure!(r["lost"]["why"] == *why, "{r}");
-        ensure!(
-            r["lost"]["location"]
-                .as_str()
-                .is_some_and(|l| l.contains('+')),
-            "{r}"
-        );
-        if has_reasons {
-            ensure!(r["lost"]["reason"] == "NETFILTER_DROP", "{r}");
-        } else {
-            ensure!(r["lost"]["reason"].is_null(), "{r}");
-        }
-    }
-    ensure!(requests.len() == 4, "{done}");
-    // Its packet went to the other end, which is not 10.77.0.9 and throws it away: by the MAC address, before the stack looks.
-    ensure!(
-        requests[3]["id"] == 103 && requests[3]["result"] == "lost",
-        "{done}"
-    );
-    let summary = records(&all, "summary")[0];
-    ensure!(summary["lost"] == 4 && summary["replies"] == 0, "{done}");
-    Ok(())
-}
-
-fn sent_flood() -> Result<()> {
-    const COUNT: u64 = 1000;
-    let net = pair()?;
-    // Every third request does not arrive.
-    net.server.nft(
-        "add table netdev t; add chain netdev t in { type filter hook ingress device veth0 priority 0; }; add rule netdev t in icmp type echo-request icmp sequence & 3 == 3 drop",
-    )?;
-    let probe = Netprobe::new("icmp")
-        .args(["--sent", "--output-json", "--timeout", "60"])
-        .start()?;
-    let told = net.client.output(Command::new("sh").args([
-        "-c",
-        &format!("ping -q -f -c {COUNT} -W 1 10.77.0.2 || true"),
-    ]))?;
-    let done = probe.stop()?;
-    done.expect_success()?;
-    let all = done.json()?;
-    let summary = records(&all, "summary")[0];
-    let n = |name: &str| summary[name].as_u64().unwrap_or(0);
-    ensure!(n("requests") == COUNT, "{summary}\n{told}");
-    ensure!(n("replies") + n("lost") + n("open") == COUNT, "{summary}");
-    // The kernel says which: nothing but those that were dropped is lost.
-    ensure!(
-        told.contains(&format!("{} received", n("replies"))),
-        "{summary}\n{told}"
-    );
-    ensure!(records(&all, "loss").is_empty(), "{}", done.stderr);
-    Ok(())
 }
 
 fn usage() -> Result<()> {

@@ -9,18 +9,21 @@ mod common;
 mod filter;
 mod harness;
 mod icmp;
+mod icmp_more;
 mod skb;
 mod skb_ends;
 mod skb_more;
 mod skb_output;
 mod tcpconnect;
 mod tcpconnect_more;
+mod tcpconnect_outcome;
 mod xdpdump;
 
 fn main() {
     let mut cases = Vec::new();
     cases.extend(harness::cases());
     cases.extend(icmp::cases());
+    cases.extend(icmp_more::cases());
     cases.extend(skb_more::cases());
     cases.extend(filter::cases());
     cases.extend(skb_output::cases());
@@ -28,6 +31,7 @@ fn main() {
     cases.extend(skb::cases());
     cases.extend(skb_ends::cases());
     cases.extend(tcpconnect::cases());
+    cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_more::cases());
     common::run(cases)
 }

@@ -1,16 +1,15 @@
 //! `netprobe tcpconnect`: real connects, every column, every filter both ways, every outcome.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::common::{
-    Case, Finished, Netns, Netprobe, Pair, Running, SHORT, TcpServer, case, deadline, wait_for,
+    Case, Finished, Netns, Netprobe, Pair, Running, TcpServer, case, deadline, wait_for,
 };
 
 pub fn cases() -> Vec<Case> {
@@ -36,30 +35,23 @@ pub fn cases() -> Vec<Case> {
         case("tcpconnect_count_full", count_full).trace(),
         case("tcpconnect_threads", threads).trace(),
         case("tcpconnect_limit", limit).trace(),
-        case("tcpconnect_outcomes", outcomes)
-            .trace()
-            .limit(600)
-            .program("nft"),
-        case("tcpconnect_outcome_drop", outcome_drop)
-            .trace()
-            .program("nft"),
         case("tcpconnect_usage", usage),
     ]
 }
 
 /// Waits for nothing but its own answer.
-fn connect(net: &Netns, to: SocketAddr) -> Result<TcpStream> {
+pub fn connect(net: &Netns, to: SocketAddr) -> Result<TcpStream> {
     net.tcp_connect(to, deadline())?
         .with_context(|| format!("no connection to {to}"))
 }
 
 /// Connects in a blocking way, whatever comes of it.
-fn blocking(net: &Netns, to: SocketAddr) -> Result<io::Result<TcpStream>> {
+pub fn blocking(net: &Netns, to: SocketAddr) -> Result<io::Result<TcpStream>> {
     net.enter(|| TcpStream::connect(to))
 }
 
 /// `nc` in the namespace: a process of its own.
-fn nc(net: &Netns, to: SocketAddr, prepare: impl FnOnce(&mut Command)) -> Result<u32> {
+pub fn nc(net: &Netns, to: SocketAddr, prepare: impl FnOnce(&mut Command)) -> Result<u32> {
     let mut command = Command::new("nc");
     command
         .args([to.ip().to_string(), to.port().to_string()])
@@ -73,7 +65,7 @@ fn nc(net: &Netns, to: SocketAddr, prepare: impl FnOnce(&mut Command)) -> Result
     Ok(pid)
 }
 
-fn mapped(address: SocketAddr) -> SocketAddr {
+pub fn mapped(address: SocketAddr) -> SocketAddr {
     match address.ip() {
         IpAddr::V4(v4) => SocketAddr::from((v4.to_ipv6_mapped(), address.port())),
         IpAddr::V6(_) => address,
@@ -94,7 +86,7 @@ fn rows(done: &Finished) -> Vec<Vec<&str>> {
 }
 
 /// A server with both families, and the client's namespace.
-fn net() -> Result<(Pair, TcpServer, TcpServer)> {
+pub fn net() -> Result<(Pair, TcpServer, TcpServer)> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     let v4 = net.server.tcp_listen(net.server.v4(80))?;
@@ -647,139 +639,6 @@ fn limit() -> Result<()> {
     ensure!(done.stdout.is_empty(), "{done}");
     let text = std::fs::read_to_string(path)?;
     ensure!(text.lines().count() == 3, "{text}");
-    Ok(())
-}
-
-/// The row of one connect with --outcome, as JSON.
-fn outcome<T>(
-    net: &Netns,
-    args: &[&str],
-    port: u16,
-    connect: impl FnOnce() -> Result<T>,
-) -> Result<Value> {
-    let ns = format!("inode:{}", net.inode()?);
-    let run = Netprobe::new("tcpconnect")
-        .args(["--outcome", "--output-json", "--netns", &ns])
-        .args(args)
-        .start()?;
-    connect()?;
-    let line = run.wait_line(&format!("\"dport\":{port},"))?;
-    let done = run.stop()?;
-    done.expect_success()?;
-    ensure!(done.json()?.len() == 1, "{done}");
-    Ok(serde_json::from_str(&line)?)
-}
-
-fn expect(row: &Value, outcome: &str, error: Value, nonblocking: bool) -> Result<()> {
-    ensure!(
-        row["outcome"] == outcome && row["error"] == error && row["nonblocking"] == nonblocking,
-        "not {outcome}, {error}, non-blocking {nonblocking}: {row}"
-    );
-    Ok(())
-}
-
-fn outcomes() -> Result<()> {
-    let (net, v4, v6) = net()?;
-    let ns = format!("inode:{}", net.client.inode()?);
-    // SYNs to these are dropped, answered by a reset or by ICMP, on the server's side.
-    net.server.nft(
-        "add table inet t; add chain inet t in { type filter hook input priority 0; }; \
-         add rule inet t in tcp dport 90 drop; \
-         add rule inet t in tcp dport 91 reject with icmpx type host-unreachable; \
-         add rule inet t in tcp dport 92 reject with tcp reset",
-    )?;
-    net.client.sysctl("net/ipv4/tcp_syn_retries", "1")?;
-    let run = Netprobe::new("tcpconnect")
-        .args(["--outcome", "--output-json", "--netns", &ns])
-        .start()?;
-    let client = &net.client;
-    connect(client, v4.address())?;
-    blocking(client, v6.address())??;
-    ensure!(blocking(client, net.server.v4(99))?.is_err());
-    ensure!(client.tcp_connect(net.server.v6(98), deadline())?.is_err());
-    ensure!(blocking(client, net.server.v4(90))?.is_err());
-    // Given up by its process: the socket closes without an answer.
-    ensure!(client.tcp_connect(net.server.v6(90), SHORT)?.is_err());
-    ensure!(blocking(client, net.server.v4(91))?.is_err());
-    ensure!(blocking(client, net.server.v4(92))?.is_err());
-    ensure!(blocking(client, "192.0.2.1:97".parse()?)?.is_err());
-    run.wait_line("192.0.2.1")?;
-    let done = run.stop()?;
-    done.expect_success()?;
-    let rows = done.json()?;
-    let row = |port: u16, ip: u8| {
-        rows.iter()
-            .find(|r| r["dport"] == port && r["ip"] == ip)
-            .with_context(|| format!("no row of port {port}, IPv{ip}:\n{done}"))
-    };
-    ensure!(rows.len() == 9, "{done}");
-    expect(row(80, 4)?, "established", Value::Null, true)?;
-    expect(row(81, 6)?, "established", Value::Null, false)?;
-    expect(row(99, 4)?, "refused", "ECONNREFUSED".into(), false)?;
-    expect(row(98, 6)?, "refused", "ECONNREFUSED".into(), true)?;
-    expect(row(90, 4)?, "timed-out", "ETIMEDOUT".into(), false)?;
-    expect(row(90, 6)?, "interrupted", Value::Null, true)?;
-    expect(row(91, 4)?, "unreachable", "EHOSTUNREACH".into(), false)?;
-    expect(row(92, 4)?, "refused", "ECONNREFUSED".into(), false)?;
-    expect(row(97, 4)?, "failed", "ENETUNREACH".into(), false)?;
-    ensure!(row(97, 4)?["syn_sent"] == false, "{done}");
-    let timed_out = row(90, 4)?;
-    // One in a second and two more to wait; newer kernels send two, a second apart.
-    ensure!(timed_out["retransmits"].as_u64() >= Some(1), "{done}");
-    let latency = timed_out["latency_ns"].as_u64().context("latency")?;
-    ensure!(latency > 2_500_000_000, "{done}");
-    // Without an error the socket's own memory of one is not made up: an interrupted connect took at least its patience.
-    let given_up = row(90, 6)?["latency_ns"].as_u64().context("latency")?;
-    ensure!(
-        given_up >= SHORT.as_nanos() as u64 - Duration::from_millis(20).as_nanos() as u64,
-        "{done}"
-    );
-
-    // --min-ms: the slow one is told, the fast one is not.
-    let row = outcome(client, &["--min-ms", "1500"], 90, || {
-        connect(client, v4.address())?;
-        blocking(client, net.server.v4(90))
-    })?;
-    expect(&row, "timed-out", "ETIMEDOUT".into(), false)
-}
-
-/// The kernel drops the SYN: on this side, and on the other.
-fn outcome_drop() -> Result<()> {
-    let (net, _v4, _v6) = net()?;
-    net.client.nft(
-        "add table inet t; add chain inet t out { type filter hook output priority 0; }; add rule inet t out tcp dport 93 drop",
-    )?;
-    net.server.nft(
-        "add table inet t; add chain inet t in { type filter hook input priority 0; }; add rule inet t in tcp dport 94 drop",
-    )?;
-    let reasons = std::fs::read("/sys/kernel/btf/vmlinux")?
-        .windows(31)
-        .any(|w| w == b"SKB_DROP_REASON_NETFILTER_DROP\0");
-    for to in [net.server.v4(93), net.server.v6(94)] {
-        let row = outcome(&net.client, &[], to.port(), || {
-            net.client.tcp_connect(to, SHORT)
-        })?;
-        expect(&row, "interrupted", Value::Null, true)?;
-        let drop = &row["drop"];
-        ensure!(drop["packets"].as_u64() >= Some(1), "{row}");
-        if reasons {
-            ensure!(drop["reason"] == "SKB_DROP_REASON_NETFILTER_DROP", "{row}");
-        } else {
-            ensure!(drop["reason"].is_null(), "{row}");
-        }
-        ensure!(
-            drop["at"].as_str().is_some_and(|at| at.starts_with("nf")),
-            "{row}"
-        );
-    }
-    // An address that answers is not blamed.
-    let server = net.server.tcp_listen(SocketAddr::from((
-        Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2),
-        0,
-    )))?;
-    let to = server.address();
-    let row = outcome(&net.client, &[], to.port(), || connect(&net.client, to))?;
-    ensure!(row["drop"].is_null(), "{row}");
     Ok(())
 }
 

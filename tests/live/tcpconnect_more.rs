@@ -10,18 +10,18 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use super::tcpconnect_outcome::socket;
 use crate::common::{Case, Netns, Netprobe, Pair, case, deadline};
 
 pub fn cases() -> Vec<Case> {
     vec![
         case("tcpconnect_dns", dns).trace().limit(400).program("nc"),
         case("tcpconnect_stack", stack).trace().limit(400),
-        case("tcpconnect_sockets", sockets).trace().limit(400),
         case("tcpconnect_burst", burst).trace().limit(600),
         case("tcpconnect_beside", beside)
             .trace()
             .limit(400)
-            .program("tcpconnect"),
+            .program("peer-tcpconnect"),
     ]
 }
 
@@ -199,7 +199,7 @@ fn dns() -> Result<()> {
 
 /// The function that the stacks must name: it calls connect itself.
 #[inline(never)]
-fn the_caller_of_connect(fd: i32, port: u16) -> i32 {
+pub fn the_caller_of_connect(fd: i32, port: u16) -> i32 {
     let address = libc::sockaddr_in {
         sin_family: libc::AF_INET as u16,
         sin_port: port.to_be(),
@@ -283,74 +283,6 @@ fn stack() -> Result<()> {
     Ok(())
 }
 
-fn socket(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
-    // SAFETY: plain numbers; gives a new fd or -1.
-    let fd = unsafe { libc::socket(family, kind, protocol) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a fresh fd that nothing else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// MPTCP, TCP Fast Open with the SYN put off to the first data, and what a plain socket's row says about these.
-fn sockets() -> Result<()> {
-    const MPTCP: i32 = 262;
-    const TCP_FASTOPEN_CONNECT: i32 = 30;
-    let net = Netns::new("sockets")?;
-    let servers: Vec<_> = (0..3)
-        .map(|_| net.tcp_listen("127.0.0.1:0".parse()?))
-        .collect::<Result<_>>()?;
-    let port = |i: usize| servers[i].address().port();
-    // Data in the SYN without a cookie of an earlier connect.
-    net.sysctl("net/ipv4/tcp_fastopen", "5")?;
-    let run = Netprobe::new("tcpconnect")
-        .args(["--outcome", "--output-json", "--netns", net.name()])
-        .start()?;
-    let plain = net.enter(|| socket(libc::AF_INET, libc::SOCK_STREAM, 0))??;
-    ensure!(the_caller_of_connect(plain.as_raw_fd(), port(0)) == 0);
-    let mptcp = net.enter(|| socket(libc::AF_INET, libc::SOCK_STREAM, MPTCP))?;
-    if let Ok(mptcp) = &mptcp {
-        ensure!(the_caller_of_connect(mptcp.as_raw_fd(), port(1)) == 0);
-    }
-    let fast = net.enter(|| socket(libc::AF_INET, libc::SOCK_STREAM, 0))??;
-    let on = 1i32;
-    // SAFETY: the value is valid for the call, and its length is given.
-    let set = unsafe {
-        libc::setsockopt(
-            fast.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            TCP_FASTOPEN_CONNECT,
-            (&raw const on).cast(),
-            size_of::<i32>() as u32,
-        )
-    };
-    ensure!(set == 0, "{}", io::Error::last_os_error());
-    ensure!(the_caller_of_connect(fast.as_raw_fd(), port(2)) == 0);
-    TcpStream::from(fast).write_all(b"data")?;
-    let row = |port: u16| -> Result<Value> {
-        let line = run.wait_line(&format!("\"dport\":{port},"))?;
-        Ok(serde_json::from_str(&line)?)
-    };
-    let check = |row: &Value, mptcp: bool, fast: bool| -> Result<()> {
-        ensure!(
-            row["outcome"] == "established"
-                && row["nonblocking"] == false
-                && row["mptcp"] == mptcp
-                && row["fast_open"] == fast
-                && row["syn_deferred"] == fast,
-            "{row}"
-        );
-        Ok(())
-    };
-    check(&row(port(0))?, false, false)?;
-    if mptcp.is_ok() {
-        check(&row(port(1))?, true, false)?;
-    }
-    check(&row(port(2))?, false, true)?;
-    run.stop()?.expect_success()
-}
-
 /// 20,000 connects as fast as they come: each is printed, or counted as lost.
 fn burst() -> Result<()> {
     const THREADS: u64 = 4;
@@ -398,7 +330,7 @@ fn beside() -> Result<()> {
         .start()?;
     // Into a pipe it would write nothing before its end.
     let (ours, terminal) = terminal()?;
-    let mut peer = Command::new("tcpconnect")
+    let mut peer = Command::new("peer-tcpconnect")
         .args(["-s", "-p", &me()])
         .stdout(terminal)
         .stderr(Stdio::null())
@@ -414,7 +346,7 @@ fn beside() -> Result<()> {
         }
     }
     run.wait_lines("60 rows", |t| (t.lines().count() > 60).then_some(()))?;
-    // Its rows come in batches; the last connect's is the last.
+    // Its rows come in batches; its local port stands behind the address, where bcc's stands before it.
     let mut theirs = BTreeMap::new();
     while theirs.values().sum::<usize>() < 60 {
         let mut line = String::new();
@@ -422,7 +354,7 @@ fn beside() -> Result<()> {
             io::BufRead::read_line(&mut out, &mut line)? > 0,
             "the peer ended"
         );
-        *theirs.entry(key(&line)).or_insert(0) += 1;
+        *theirs.entry(key(&line, [0, 2, 3, 5, 4, 6])).or_insert(0) += 1;
     }
     peer.kill()?;
     peer.wait()?;
@@ -430,7 +362,7 @@ fn beside() -> Result<()> {
     done.expect_success()?;
     let mut ours = BTreeMap::new();
     for line in done.stdout.lines().skip(1) {
-        *ours.entry(key(line)).or_insert(0) += 1;
+        *ours.entry(key(line, [0, 2, 3, 4, 5, 6])).or_insert(0) += 1;
     }
     ensure!(ours == theirs, "theirs: {theirs:?}\n{done}");
     Ok(())
@@ -454,11 +386,11 @@ fn terminal() -> Result<(OwnedFd, OwnedFd)> {
     unsafe { Ok((OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(terminal))) }
 }
 
-/// All words of a row but the name, which the two cut at different places.
-fn key(line: &str) -> Vec<String> {
-    line.split_whitespace()
-        .enumerate()
-        .filter(|(i, _)| *i != 1)
-        .map(|(_, w)| w.to_owned())
+/// The words of a row but the name, which the two cut at different places, in the order of these places.
+fn key(line: &str, order: [usize; 6]) -> Vec<String> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    order
+        .iter()
+        .map(|&i| words.get(i).unwrap_or(&"").to_string())
         .collect()
 }

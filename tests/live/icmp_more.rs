@@ -1,0 +1,424 @@
+//! `netprobe icmp`: the culprits of late softirqs, requests by a network card, and the sending side.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::icmp::{collect, cpus, pair, pinned_ping, program_path, records, steer};
+use crate::common::{Case, Netns, Netprobe, case, wait_for};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("icmp_nic", nic)
+            .trace()
+            .program("ping")
+            .when(|_| {
+                std::env::var_os("NETPROBE_LIVE_CARDS")
+                    .is_none()
+                    .then(|| "needs the two network cards of tests/vm/live".to_owned())
+            })
+            .limit(400),
+        case("icmp_culprit", culprit)
+            .trace()
+            .program("ping")
+            .program("iptables-legacy")
+            .when(|_| {
+                let legacy = Command::new("iptables-legacy").arg("-nL").output();
+                (!legacy.is_ok_and(|o| o.status.success()))
+                    .then(|| "this kernel has no legacy iptables, the load of this test".to_owned())
+            })
+            .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned()))
+            .limit(400),
+        case("icmp_sent", sent).trace().program("ping").limit(400),
+        case("icmp_sent_lost", sent_lost)
+            .trace()
+            .program("ping")
+            .program("iptables")
+            .limit(400),
+        case("icmp_sent_flood", sent_flood)
+            .trace()
+            .program("ping")
+            .limit(400),
+    ]
+}
+
+/// A cgroup of our own.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(name: &str) -> Result<Self> {
+        let path = PathBuf::from("/sys/fs/cgroup").join(name);
+        fs::create_dir(&path).with_context(|| format!("failed to make {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // The process that was in it may take a moment to leave.
+        let _ = wait_for(
+            "the cgroup to be empty",
+            || Ok(fs::remove_dir(&self.0).ok()),
+        );
+    }
+}
+
+/// A process that is ended when dropped.
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A ping that sends without a pause through so many iptables rules (they are walked with softirqs held off), to an interface that
+/// swallows everything, on CPU 1.
+fn hog(netns: &Netns, cgroup: &Cgroup) -> Result<Child> {
+    netns.ip("link add d0 type dummy")?;
+    netns.ip("addr add 10.9.0.1/24 dev d0")?;
+    netns.ip("link set d0 up")?;
+    netns.ip("neigh add 10.9.0.2 lladdr 02:00:00:00:00:01 dev d0")?;
+    let mut rules = String::from("*filter\n");
+    for i in 0..120 {
+        for j in 0..250 {
+            rules += &format!("-A OUTPUT -p tcp -s 1.2.{i}.{j}/32 -j DROP\n");
+        }
+    }
+    rules += "COMMIT\n";
+    let file = tempfile::NamedTempFile::new()?;
+    fs::write(file.path(), rules)?;
+    // One program, which goes by the name that it is called by.
+    let dir = tempfile::tempdir()?;
+    let restore = dir.path().join("iptables-legacy-restore");
+    std::os::unix::fs::symlink(
+        fs::canonicalize(program_path("iptables-legacy")?)?,
+        &restore,
+    )?;
+    netns.output(
+        Command::new("sh")
+            .args(["-c", "\"$1\" <\"$2\"", "sh"])
+            .arg(&restore)
+            .arg(file.path()),
+    )?;
+    let script = "echo $$ >\"$1/cgroup.procs\" && exec taskset 2 \"$2\" -q -f -l 65000 10.9.0.2";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script, "sh"])
+        .arg(&cgroup.0)
+        .arg(program_path("ping")?)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let child = Child(netns.enter(|| command.spawn())??);
+    let pid = child.0.id();
+    wait_for("the load", || {
+        let comm = fs::read_to_string(format!("/proc/{pid}/comm"))?;
+        Ok((comm.trim() == "ping").then_some(()))
+    })?;
+    Ok(child)
+}
+
+fn culprit() -> Result<()> {
+    let net = pair()?;
+    let elsewhere = Netns::new("hog")?;
+    let cgroup = Cgroup::new("np-live-hog")?;
+    steer(&net.server, "2")?;
+    let probe = Netprobe::new("icmp")
+        .args(["--output-json", "--culprit", "--min-us", "1000"])
+        .args(["--filter-dst-ip", "10.77.0.2"])
+        .start()?;
+    let hog = hog(&elsewhere, &cgroup)?;
+    // Until one of them waited for the load, and was sampled in it.
+    let found = wait_for("an echo that the load held up", || {
+        let _ = net
+            .client
+            .output(&mut pinned_ping(&["-i", "0.05", "-c", "10"])?);
+        let text = probe.stdout();
+        let held_up = |line: &str| {
+            let e: Value = serde_json::from_str(line).ok()?;
+            let c = &e["culprit"];
+            let in_rules = c["stack"].as_array()?.iter().any(|f| {
+                f["name"]
+                    .as_str()
+                    .is_some_and(|n| n.starts_with("ipt_do_table"))
+            });
+            (c["pid"] == hog.0.id() && in_rules).then_some(e)
+        };
+        // The last line may not be whole.
+        Ok(text.lines().find_map(held_up))
+    })?;
+    let wait = found["stages_ns"]["wait"].as_u64();
+    let c = &found["culprit"];
+    ensure!(found["cpu"] == 1 && c["cpu"] == 1, "{found}");
+    ensure!(wait >= Some(1_000_000), "the delay is not in WAIT: {found}");
+    ensure!(c["comm"] == "ping" && c["tgid"] == hog.0.id(), "{found}");
+    ensure!(c["cgroup"] == "/np-live-hog", "{found}");
+    ensure!(c["ran_ns"].as_u64() <= c["waited_ns"].as_u64(), "{found}");
+    ensure!(c["samples"].as_u64() >= Some(1), "{found}");
+    drop(hog);
+    probe.stop()?.expect_success()
+}
+
+/// Two network cards of the virtual machine (tests/vm/run) on one cable; their driver goes with them, back to where they came from.
+struct Cards;
+
+impl Cards {
+    /// Makes their driver look for them.
+    fn new() -> Result<Self> {
+        for module in ["virtio_pci", "virtio_net"] {
+            // Built in, in some kernels.
+            let _ = Command::new("modprobe").args(["-q", module]).status();
+        }
+        Ok(Self)
+    }
+
+    /// Moves the card with this MAC address into a namespace as `nic0`, with an address.
+    fn give(&self, mac: &str, netns: &Netns, address: &str) -> Result<()> {
+        let name = wait_for("a network card of the virtual machine", || {
+            for entry in fs::read_dir("/sys/class/net")? {
+                let entry = entry?;
+                if fs::read_to_string(entry.path().join("address")).is_ok_and(|a| a.trim() == mac) {
+                    return Ok(Some(entry.file_name().to_string_lossy().into_owned()));
+                }
+            }
+            Ok(None)
+        })?;
+        let status = Command::new("ip")
+            .args(["link", "set", &name, "netns", netns.name(), "name", "nic0"])
+            .status()?;
+        ensure!(status.success(), "ip link set {name}: {status}");
+        netns.ip(&format!("addr add {address} dev nic0"))?;
+        netns.ip("link set nic0 up")?;
+        Ok(())
+    }
+}
+
+impl Drop for Cards {
+    fn drop(&mut self) {
+        let _ = Command::new("modprobe").args(["-r", "virtio_net"]).status();
+    }
+}
+
+/// Requests that come in by a hard interrupt: the IRQ stage, which a veth pair does not have.
+fn nic() -> Result<()> {
+    let cards = Cards::new()?;
+    let (client, server) = (Netns::new("nicc")?, Netns::new("nics")?);
+    cards.give("52:54:00:6e:70:01", &client, "10.78.0.1/24")?;
+    cards.give("52:54:00:6e:70:02", &server, "10.78.0.2/24")?;
+    client.ip("addr add fd78::1/64 dev nic0 nodad")?;
+    server.ip("addr add fd78::2/64 dev nic0 nodad")?;
+    client.wait_up("nic0")?;
+    server.wait_up("nic0")?;
+    let probe = Netprobe::new("icmp").arg("--output-json").start()?;
+    let text = Netprobe::new("icmp").start()?;
+    client.cmd("ping -q -i 0.05 -c 4 -W 10 10.78.0.2")?;
+    client.cmd("ping -q -i 0.05 -c 4 -W 10 fd78::2")?;
+    let (done, all) = collect(probe, "echo", 8)?;
+    let echoes = records(&all, "echo");
+    ensure!(echoes.len() == 8, "{done}");
+    let mut with_irq = 0;
+    for e in &echoes {
+        ensure!(e["iface"] == "nic0", "{e}");
+        let t = &e["times"];
+        let stage = |name: &str| e["stages_ns"][name].as_u64();
+        for name in ["poll", "stack", "reply", "total"] {
+            ensure!(stage(name).is_some(), "no stage {name}: {e}");
+        }
+        // Where the card was polled already when the request came, there was no interrupt for it.
+        let Some(irq) = stage("irq") else { continue };
+        let order = [
+            &t["softirq"]["irq"],
+            &t["softirq"]["raise"],
+            &t["softirq"]["entry"],
+            &t["receive"],
+            &t["echo"],
+            &t["reply"],
+        ];
+        let order: Vec<u64> = order.iter().filter_map(|v| v.as_u64()).collect();
+        ensure!(order.len() == 6 && order.is_sorted(), "order of times: {e}");
+        ensure!(order[1] - order[0] == irq, "{e}");
+        let sum: u64 = ["irq", "wait", "poll", "stack", "reply"]
+            .into_iter()
+            .filter_map(stage)
+            .sum();
+        ensure!(
+            stage("total") == Some(sum),
+            "the parts are not the whole: {e}"
+        );
+        with_irq += 1;
+    }
+    ensure!(
+        with_irq >= 4,
+        "{with_irq} of 8 came by an interrupt:\n{done}"
+    );
+    let summary = records(&all, "summary");
+    ensure!(summary[0]["stages"]["irq"]["count"] == with_irq, "{done}");
+
+    // The same in the columns.
+    text.wait_lines("eight rows", |t| (t.lines().count() > 8).then_some(()))?;
+    let done = text.stop()?;
+    done.expect_success()?;
+    let column = done
+        .stdout
+        .lines()
+        .next()
+        .and_then(|h| h.split_whitespace().position(|w| w == "IRQ"))
+        .context("no column IRQ")?;
+    let shown = done.stdout.lines().skip(1).filter(|l| {
+        l.split_whitespace()
+            .nth(column)
+            .is_some_and(|w| w.parse::<f64>().is_ok())
+    });
+    ensure!(shown.count() >= 4, "{done}");
+    Ok(())
+}
+
+fn sent() -> Result<()> {
+    let net = pair()?;
+    let probe = Netprobe::new("icmp")
+        .args(["--sent", "--timeout", "60", "--output-json"])
+        .start()?;
+    let (v4, v6) = ("10.77.0.2", "fd77::2");
+    // Raw sockets, then ping sockets (root's group may have them).
+    for range in ["1 0", "0 0"] {
+        net.client.sysctl("net/ipv4/ping_group_range", range)?;
+        net.client.cmd(&format!("ping -q -i 0.01 -c 2 {v4}"))?;
+        net.client
+            .cmd(&format!("ping -q -i 0.01 -c 2 -s 100 {v6}"))?;
+    }
+    let (done, all) = collect(probe, "request", 8)?;
+    let requests = records(&all, "request");
+    ensure!(requests.len() == 8, "{done}");
+    let netns = net.client.inode()?;
+    let ifindex = net.client.ifindex("veth0")?;
+    for (i, r) in requests.iter().enumerate() {
+        let (from, to, len) = if i % 4 < 2 {
+            ("10.77.0.1", v4, 84)
+        } else {
+            ("fd77::1", v6, 148)
+        };
+        ensure!(r["result"] == "reply" && r["seq"] == i % 2 + 1, "{r}");
+        ensure!(
+            r["saddr"] == from && r["daddr"] == to && r["len"] == len,
+            "{r}"
+        );
+        ensure!(r["comm"] == "ping" && r["pid"].as_u64() > Some(0), "{r}");
+        ensure!(
+            r["netns"] == netns && r["iface"] == "veth0" && r["ifindex"] == ifindex,
+            "{r}"
+        );
+        let part = |name: &str| r["stages_ns"][name].as_u64();
+        let sum: u64 = ["out", "wire", "in", "read"]
+            .into_iter()
+            .filter_map(part)
+            .sum();
+        ensure!(
+            ["out", "wire", "in", "read"]
+                .iter()
+                .all(|n| part(n).is_some()),
+            "a part is missing: {r}"
+        );
+        ensure!(
+            part("total") == Some(sum),
+            "the parts are not the whole: {r}"
+        );
+    }
+    let summary = records(&all, "summary");
+    ensure!(
+        summary[0]["side"] == "sent" && summary[0]["requests"] == 8 && summary[0]["replies"] == 8,
+        "{done}"
+    );
+    Ok(())
+}
+
+fn sent_lost() -> Result<()> {
+    let net = pair()?;
+    let probe = Netprobe::new("icmp")
+        .args(["--sent", "--timeout", "5", "--output-json"])
+        .start()?;
+    let has_reasons = fs::read("/sys/kernel/btf/vmlinux")?
+        .windows(27)
+        .any(|w| w == b"SKB_DROP_REASON_NOT_SPECIFI");
+    // Who drops what, and how it is told.
+    let rule = "INPUT -p icmp -j DROP";
+    let drops = [
+        (&net.server, rule, "this kernel dropped the request"),
+        (
+            &net.client,
+            "OUTPUT -p icmp -j DROP",
+            "this kernel dropped the request",
+        ),
+        (&net.client, rule, "this kernel dropped the reply"),
+    ];
+    for (i, (netns, rule, _)) in drops.iter().enumerate() {
+        netns.cmd(&format!("iptables -I {rule}"))?;
+        let _ = net
+            .client
+            .cmd(&format!("ping -q -c 1 -W 0.1 -e {} 10.77.0.2", 100 + i));
+        netns.cmd(&format!("iptables -D {rule}"))?;
+    }
+    // Nobody has this address, and nobody answers for it.
+    net.client
+        .ip("neigh add 10.77.0.9 lladdr 02:00:00:00:00:09 dev veth0")?;
+    let _ = net.client.cmd("ping -q -c 1 -W 0.1 -e 103 10.77.0.9");
+    let (done, all) = collect(probe, "request", 4)?;
+    let requests = records(&all, "request");
+    for (i, (r, (_, _, why))) in requests.iter().zip(&drops).enumerate() {
+        ensure!(r["result"] == "lost" && r["id"] == 100 + i, "{r}");
+        ensure!(r["lost"]["why"] == *why, "{r}");
+        ensure!(
+            r["lost"]["location"]
+                .as_str()
+                .is_some_and(|l| l.contains('+')),
+            "{r}"
+        );
+        if has_reasons {
+            ensure!(r["lost"]["reason"] == "NETFILTER_DROP", "{r}");
+        } else {
+            ensure!(r["lost"]["reason"].is_null(), "{r}");
+        }
+    }
+    ensure!(requests.len() == 4, "{done}");
+    // Its packet went to the other end, which is not 10.77.0.9 and throws it away: by the MAC address, before the stack looks.
+    ensure!(
+        requests[3]["id"] == 103 && requests[3]["result"] == "lost",
+        "{done}"
+    );
+    let summary = records(&all, "summary")[0];
+    ensure!(summary["lost"] == 4 && summary["replies"] == 0, "{done}");
+    Ok(())
+}
+
+fn sent_flood() -> Result<()> {
+    const COUNT: u64 = 1000;
+    let net = pair()?;
+    // Every third request does not arrive.
+    net.server.nft(
+        "add table netdev t; add chain netdev t in { type filter hook ingress device veth0 priority 0; }; add rule netdev t in icmp type echo-request icmp sequence & 3 == 3 drop",
+    )?;
+    let probe = Netprobe::new("icmp")
+        .args(["--sent", "--output-json", "--timeout", "60"])
+        .start()?;
+    let told = net.client.output(Command::new("sh").args([
+        "-c",
+        &format!("ping -q -f -c {COUNT} -W 1 10.77.0.2 || true"),
+    ]))?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    let all = done.json()?;
+    let summary = records(&all, "summary")[0];
+    let n = |name: &str| summary[name].as_u64().unwrap_or(0);
+    ensure!(n("requests") == COUNT, "{summary}\n{told}");
+    ensure!(n("replies") + n("lost") + n("open") == COUNT, "{summary}");
+    // The kernel says which: nothing but those that were dropped is lost.
+    ensure!(
+        told.contains(&format!("{} received", n("replies"))),
+        "{summary}\n{told}"
+    );
+    ensure!(records(&all, "loss").is_empty(), "{}", done.stderr);
+    Ok(())
+}
