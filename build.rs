@@ -1,5 +1,5 @@
 //! Compiles every `src/bpf/*.bpf.c` into a skeleton `OUT_DIR/NAME.skel.rs` (included by `src/bpf.rs`), and every
-//! `examples/*.bpf.c` into `OUT_DIR/NAME.o` (which the live tests take).
+//! `examples/*.bpf.c` and `tests/data/*.bpf.c` into `OUT_DIR/NAME.o` (which the live tests take).
 
 use std::env;
 use std::ffi::OsString;
@@ -18,6 +18,7 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=src/bpf");
     println!("cargo:rerun-if-changed=vmlinux");
     println!("cargo:rerun-if-changed=examples");
+    println!("cargo:rerun-if-changed=tests/data");
     for (source, name) in bpf_sources(&root.join("src/bpf"))? {
         SkeletonBuilder::new()
             .source(&source)
@@ -25,7 +26,11 @@ fn main() -> Result<()> {
             .build_and_generate(out.join(format!("{name}.skel.rs")))
             .with_context(|| format!("failed to build {}", source.display()))?;
     }
-    for (source, name) in bpf_sources(&root.join("examples"))? {
+    let examples = bpf_sources(&root.join("examples"))?;
+    for (source, name) in examples
+        .into_iter()
+        .chain(bpf_sources(&root.join("tests/data"))?)
+    {
         SkeletonBuilder::new()
             .source(&source)
             .obj(out.join(format!("{name}.o")))

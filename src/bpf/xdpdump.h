@@ -39,7 +39,7 @@ struct np_xdp_event {
 	__u32 len; /* of the whole packet, all buffers */
 	__u32 verdict; /* at exit: what the program returned */
 	__u32 program; /* which traced program: index given by user space */
-	__u32 pad;
+	__s32 moved; /* at exit: bytes by which the program moved the packet's start; negative: room was made in front */
 };
 
 _Static_assert(sizeof(struct np_xdp_event) == 72,

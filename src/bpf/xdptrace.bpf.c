@@ -44,6 +44,7 @@ struct {
  */
 struct decision {
 	__u64 id;
+	__u64 data; /* where the packet began */
 	__u8 wanted;
 	__u8 pad[7];
 };
@@ -69,7 +70,8 @@ static __always_inline __u64 packet_len(struct xdp_buff *xdp)
 	return (long)xdp->data_end - (long)xdp->data;
 }
 
-static __always_inline void send(struct xdp_buff *xdp, __u64 id, __u16 kind,
+static __always_inline void send(struct xdp_buff *xdp,
+				 const struct decision *decision, __u16 kind,
 				 int verdict)
 {
 	struct np_xdp_event event = {};
@@ -79,7 +81,8 @@ static __always_inline void send(struct xdp_buff *xdp, __u64 id, __u16 kind,
 	event.head.ts = bpf_ktime_get_ns();
 	event.head.kind = kind;
 	event.head.cpu = bpf_get_smp_processor_id();
-	event.id = id;
+	event.id = decision->id;
+	event.moved = (long)xdp->data - (long)decision->data;
 	event.ifindex = ifindex;
 	event.queue = xdp->rxq->queue_index;
 	event.verdict = verdict;
@@ -134,8 +137,9 @@ int BPF_PROG(xdp_entry, struct xdp_buff *xdp)
 	if (!decision->wanted)
 		return 0;
 	decision->id = (__u64)bpf_get_smp_processor_id() << 48 | count->matched;
+	decision->data = (__u64)xdp->data;
 	if (send_entry)
-		send(xdp, decision->id, NP_XDP_ENTRY, 0);
+		send(xdp, decision, NP_XDP_ENTRY, 0);
 	return 0;
 }
 
@@ -149,7 +153,7 @@ int BPF_PROG(xdp_exit, struct xdp_buff *xdp, int verdict)
 		return 0;
 	decision->wanted = 0;
 	if (send_exit && verdicts & 1U << (verdict & 31))
-		send(xdp, decision->id, NP_XDP_EXIT, verdict);
+		send(xdp, decision, NP_XDP_EXIT, verdict);
 	return 0;
 }
 

@@ -2,5 +2,6 @@
 
 pub mod dns;
 pub mod head;
+pub mod layout;
 pub mod packet;
 pub mod tuple;

@@ -17,7 +17,10 @@ mod skb_output;
 mod tcpconnect;
 mod tcpconnect_more;
 mod tcpconnect_outcome;
+mod xdp;
+mod xdpchain;
 mod xdpdump;
+mod xdpdump_trace;
 
 fn main() {
     let mut cases = Vec::new();
@@ -27,7 +30,9 @@ fn main() {
     cases.extend(skb_more::cases());
     cases.extend(filter::cases());
     cases.extend(skb_output::cases());
+    cases.extend(xdpdump_trace::cases());
     cases.extend(xdpdump::cases());
+    cases.extend(xdpchain::cases());
     cases.extend(skb::cases());
     cases.extend(skb_ends::cases());
     cases.extend(tcpconnect::cases());

@@ -102,6 +102,10 @@ pub struct Args {
     #[arg(short, long, value_name = "NAME", value_delimiter = ',')]
     pub program_names: Vec<String>,
 
+    /// Show what the traced program changed in each packet: bytes put in, taken out, header fields rewritten
+    #[arg(long, conflicts_with_all = ["rx_capture", "write", "read"])]
+    pub diff: bool,
+
     /// Only packets with one of these verdicts: traced at exit, or of a file
     #[arg(long, value_enum, value_delimiter = ',')]
     pub action: Vec<Verdict>,
@@ -174,10 +178,10 @@ impl Args {
                 "xdpdump needs --iface NAME (or -r FILE, -D, --restore)",
             ));
         }
-        let traces = !self.program_names.is_empty() || !self.action.is_empty();
+        let traces = !self.program_names.is_empty() || !self.action.is_empty() || self.diff;
         if traces && captures && self.mode == Mode::Chain {
             return Err(usage(
-                "-p and --action need --mode trace: a program in front of others knows no verdict",
+                "-p, --action and --diff need --mode trace: a program in front of others knows no verdict",
             ));
         }
         if self.sample == 0 {
@@ -220,21 +224,22 @@ impl Args {
     pub fn check_chain(&self) -> Result<()> {
         if self.program_names.is_empty()
             && self.action.is_empty()
+            && !self.diff
             && !self.rx_capture.contains(&Point::Exit)
         {
             return Ok(());
         }
         Err(usage(
-            "--rx-capture exit, -p and --action need an XDP program that can be traced (--mode trace says why not)",
+            "--rx-capture exit, -p, --action and --diff need an XDP program that can be traced (--mode trace says why not)",
         ))
     }
 
-    /// What to send of traced programs. Verdicts are asked for at exit alone.
+    /// What to send of traced programs. Verdicts are asked for at exit alone, a difference takes both ends.
     pub fn points(&self) -> Points {
         let exit_only = !self.action.is_empty();
         Points {
-            entry: self.rx_capture.contains(&Point::Entry) && !exit_only,
-            exit: self.rx_capture.contains(&Point::Exit) || exit_only,
+            entry: self.diff || self.rx_capture.contains(&Point::Entry) && !exit_only,
+            exit: self.diff || self.rx_capture.contains(&Point::Exit) || exit_only,
             verdicts: match self.action.as_slice() {
                 [] => u32::MAX,
                 some => some

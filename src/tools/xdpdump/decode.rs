@@ -30,6 +30,8 @@ pub struct Seen<'a> {
     pub verdict: Option<u32>,
     /// Index of the traced program.
     pub program: u32,
+    /// At exit: bytes by which the program moved the packet's start; negative: it made room in front.
+    pub moved: i32,
     /// What was captured.
     pub data: &'a [u8],
 }
@@ -54,6 +56,7 @@ pub fn decode(bytes: &[u8]) -> Option<Seen<'_>> {
         len: event.len,
         verdict: (point == Point::Exit).then_some(event.verdict),
         program: event.program,
+        moved: event.moved,
         data: rest.get(..captured)?,
     })
 }

@@ -3,6 +3,7 @@
 pub mod args;
 pub mod chain;
 mod decode;
+mod diff;
 mod errors;
 mod file;
 mod list;
@@ -33,6 +34,7 @@ use crate::output;
 
 use args::{Args, Mode};
 use decode::Point;
+use diff::Pairs;
 use errors::Errors;
 use place::{Lock, Place};
 use probes::{Capture, Counts, Options};
@@ -152,6 +154,7 @@ fn capture(args: &Args) -> Result<()> {
         captured: 0,
         limit: args.limit(),
         undecodable: 0,
+        pairs: args.diff.then(Pairs::default),
         stats: probes.iter().map(Probe::stats).collect::<Result<_>>()?,
         lost: 0,
     };
@@ -245,7 +248,7 @@ fn begin<'a>(
     }
     if let Some(error) = refused {
         eprintln!("netprobe: {}: {error}: chaining instead", planned.iface);
-        if !args.action.is_empty() || !args.program_names.is_empty() {
+        if !args.action.is_empty() || !args.program_names.is_empty() || args.diff {
             return Err(error);
         }
         traces.clear();
@@ -370,6 +373,8 @@ struct Live<'a> {
     /// 0: none
     limit: u64,
     undecodable: u64,
+    /// With --diff: packets between entry and exit.
+    pairs: Option<Pairs>,
     /// The counters of all probes, to tell in the file where packets were lost.
     stats: Vec<MapHandle>,
     lost: u64,
@@ -403,10 +408,17 @@ impl Consumer for Live<'_> {
             self.undecodable += 1;
             return Ok(Flow::Continue);
         };
+        let mut diff = None;
+        if let Some(pairs) = &mut self.pairs {
+            if seen.point == Point::Entry {
+                pairs.enter(&seen);
+                return Ok(Flow::Continue);
+            }
+            diff = Some(pairs.exit(&seen));
+        }
         self.captured += 1;
-        let flow = self
-            .sink
-            .packet(&seen, self.clock.wall(seen.ts), record.late)?;
+        let wall = self.clock.wall(seen.ts);
+        let flow = self.sink.packet(&seen, diff.as_ref(), wall, record.late)?;
         Ok(if self.captured == self.limit {
             Flow::Stop
         } else {

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::engine::loss::Loss;
 use crate::engine::session::Flow;
+use crate::event::layout::joined;
 use crate::event::packet::{self, Frame, Line, Mac, Net, Transport, protocol_name};
 use crate::kernel::clock::time_of_day;
 use crate::output::Output;
@@ -14,6 +15,7 @@ use crate::output::escape::{escaped, push_escaped};
 
 use super::args::Args;
 use super::decode::verdict_name;
+use super::diff::{Change, Diff};
 use super::errors::Problem;
 use super::probes::Counts;
 
@@ -33,6 +35,8 @@ pub struct Shown<'a> {
     /// Out of the order of time.
     pub late: bool,
     pub comment: Option<&'a str>,
+    /// What the traced program changed in it, where that was asked for.
+    pub diff: Option<&'a Diff>,
 }
 
 /// Turns packets into lines.
@@ -150,6 +154,20 @@ impl Presenter {
         if let Some(comment) = shown.comment {
             line.extend_from_slice(b" # ");
             push_escaped(line, comment.as_bytes());
+        }
+        match shown.diff {
+            None => {}
+            Some(Diff::Unknown) => {
+                line.extend_from_slice(b"\n\t?      the packet at entry was lost")
+            }
+            Some(Diff::Changes(changes)) if changes.is_empty() => {
+                line.extend_from_slice(b"\n\t=      unchanged");
+            }
+            Some(Diff::Changes(changes)) => {
+                for change in changes {
+                    let _ = write!(line, "\n\t{}", change.words());
+                }
+            }
         }
         match self.hex {
             0 => {}
@@ -275,6 +293,48 @@ struct Row {
     summary: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     comment: Option<String>,
+    /// null: not known
+    #[serde(skip_serializing_if = "Option::is_none")]
+    changes: Option<Option<Vec<ChangeRow>>>,
+}
+
+/// One change of `--diff` as a JSON object; bytes are in hex, at most 32 of them.
+#[derive(Serialize)]
+struct ChangeRow {
+    /// "inserted", "removed" or "replaced"
+    kind: &'static str,
+    /// Offset: of what was inserted in the packet at exit, else in the packet at entry.
+    offset: usize,
+    len: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    field: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    old: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    new: Option<String>,
+}
+
+impl From<&Change> for ChangeRow {
+    fn from(change: &Change) -> Self {
+        let (kind, offset, len, field, old, new) = match change {
+            Change::Inserted { at, len, bytes } => ("inserted", at, *len, None, None, Some(bytes)),
+            Change::Removed { at, len, bytes } => ("removed", at, *len, None, Some(bytes), None),
+            Change::Replaced {
+                at,
+                field,
+                old,
+                new,
+            } => ("replaced", at, old.len(), *field, Some(old), Some(new)),
+        };
+        ChangeRow {
+            kind,
+            offset: *offset,
+            len,
+            field: field.map(|field| field.name),
+            old: old.map(|bytes| joined(bytes, "")),
+            new: new.map(|bytes| joined(bytes, "")),
+        }
+    }
 }
 
 fn row(shown: &Shown<'_>, frame: Option<&Frame>) -> Row {
@@ -323,5 +383,9 @@ fn row(shown: &Shown<'_>, frame: Option<&Frame>) -> Row {
             })
             .unwrap_or_else(|| "[|ether]".to_owned()),
         comment: shown.comment.map(|comment| escaped(comment.as_bytes())),
+        changes: shown.diff.map(|diff| match diff {
+            Diff::Changes(changes) => Some(changes.iter().map(ChangeRow::from).collect()),
+            Diff::Unknown => None,
+        }),
     }
 }

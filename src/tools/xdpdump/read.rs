@@ -61,6 +61,7 @@ pub fn run(args: &Args, path: &Path) -> Result<()> {
             data: &packet.data,
             late: false,
             comment: packet.comment.as_deref(),
+            diff: None,
         };
         printed += 1;
         if presenter.packet(&mut out, &shown)? == Flow::Stop || printed == args.limit() {

@@ -12,6 +12,7 @@ use crate::output::pcapng::{Counters, Direction, Interface, Packet};
 
 use super::args::Args;
 use super::decode::{Point, Seen};
+use super::diff::Diff;
 use super::errors::{Names, Problem};
 use super::file::{CaptureFile, Rotation};
 use super::present::{self, Presenter, Shown};
@@ -122,8 +123,14 @@ impl Sink {
         })
     }
 
-    /// One packet; `wall`: its time in ns since 1970.
-    pub fn packet(&mut self, seen: &Seen<'_>, wall: u64, late: bool) -> Result<Flow> {
+    /// One packet; `diff`: what a program changed in it, `wall`: its time in ns since 1970.
+    pub fn packet(
+        &mut self,
+        seen: &Seen<'_>,
+        diff: Option<&Diff>,
+        wall: u64,
+        late: bool,
+    ) -> Result<Flow> {
         let at = self
             .sources
             .iter()
@@ -143,6 +150,7 @@ impl Sink {
                     data: seen.data,
                     late,
                     comment: None,
+                    diff,
                 };
                 presenter.packet(&mut self.out, &shown)
             }
