@@ -4,6 +4,7 @@
 # Debian packages: to build, to check, to run the live tests here and in virtual machines.
 PACKAGES = clang llvm gcc make pkg-config libelf-dev zlib1g-dev libpcap-dev bpftool clang-format \
 	iproute2 iptables nftables iputils-ping tcpdump tshark \
+	xdp-tools \
 	qemu-system-x86 busybox-static kmod cpio xz-utils zstd lz4 python3
 C_FILES = $(wildcard src/bpf/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu

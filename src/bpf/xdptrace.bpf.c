@@ -72,7 +72,7 @@ static __always_inline __u64 packet_len(struct xdp_buff *xdp)
 
 static __always_inline void send(struct xdp_buff *xdp,
 				 const struct decision *decision, __u16 kind,
-				 int verdict)
+				 __s32 moved, int verdict)
 {
 	struct np_xdp_event event = {};
 	struct np_stats *stats;
@@ -82,7 +82,7 @@ static __always_inline void send(struct xdp_buff *xdp,
 	event.head.kind = kind;
 	event.head.cpu = bpf_get_smp_processor_id();
 	event.id = decision->id;
-	event.moved = (long)xdp->data - (long)decision->data;
+	event.moved = moved;
 	event.ifindex = ifindex;
 	event.queue = xdp->rxq->queue_index;
 	event.verdict = verdict;
@@ -124,6 +124,20 @@ static __always_inline int is_wanted(struct xdp_buff *xdp,
 	return sample_every <= 1 || count->matched % sample_every == 0;
 }
 
+/*
+ * By how much the packet's start was moved since the entry. Through the map, since kernels
+ * from 7.x know the member for a pointer and let none of its arithmetic out.
+ */
+static __always_inline __s32 moved(struct xdp_buff *xdp,
+				   struct decision *decision)
+{
+	volatile __u64 *data = &decision->data;
+	__u64 before = *data;
+
+	*data = (__u64)xdp->data;
+	return *data - before;
+}
+
 SEC("fentry/xdp")
 int BPF_PROG(xdp_entry, struct xdp_buff *xdp)
 {
@@ -139,7 +153,7 @@ int BPF_PROG(xdp_entry, struct xdp_buff *xdp)
 	decision->id = (__u64)bpf_get_smp_processor_id() << 48 | count->matched;
 	decision->data = (__u64)xdp->data;
 	if (send_entry)
-		send(xdp, decision, NP_XDP_ENTRY, 0);
+		send(xdp, decision, NP_XDP_ENTRY, 0, 0);
 	return 0;
 }
 
@@ -153,7 +167,7 @@ int BPF_PROG(xdp_exit, struct xdp_buff *xdp, int verdict)
 		return 0;
 	decision->wanted = 0;
 	if (send_exit && verdicts & 1U << (verdict & 31))
-		send(xdp, decision, NP_XDP_EXIT, verdict);
+		send(xdp, decision, NP_XDP_EXIT, moved(xdp, decision), verdict);
 	return 0;
 }
 

@@ -83,6 +83,8 @@ pub struct BufferOptions {
     pub pages: usize,
     /// drain threads
     pub threads: usize,
+    /// events of a CPU that wake its reader; 0: a quarter of its buffer does
+    pub wakeup: u32,
 }
 
 /// The drain threads of a session.
@@ -114,7 +116,7 @@ impl Drain {
         };
         for group in 0..groups {
             let mine: Vec<i32> = cpus.iter().copied().skip(group).step_by(groups).collect();
-            let buffer = RawBuffer::open(map.as_raw_fd(), options.pages, mine)?;
+            let buffer = RawBuffer::open(map.as_raw_fd(), options, mine)?;
             let (back, recycled) = unbounded();
             let (tx, stop) = (tx.clone(), stop.clone());
             drain.recycle.push(back);
@@ -198,7 +200,8 @@ struct RawBuffer {
 unsafe impl Send for RawBuffer {}
 
 impl RawBuffer {
-    fn open(map_fd: RawFd, pages: usize, cpus: Vec<i32>) -> Result<Self> {
+    fn open(map_fd: RawFd, options: BufferOptions, cpus: Vec<i32>) -> Result<Self> {
+        let pages = options.pages;
         let mut attr = sys::perf_event_attr {
             type_: sys::PERF_TYPE_SOFTWARE,
             size: size_of::<sys::perf_event_attr>() as u32,
@@ -207,9 +210,13 @@ impl RawBuffer {
             ..Default::default()
         };
         attr.__bindgen_anon_1.sample_period = 1;
-        // Wake the reader when a quarter of the buffer is full; the poll's time-out takes what is left.
-        attr.set_watermark(1);
-        attr.__bindgen_anon_2.wakeup_watermark = (pages * page_size() / 4) as u32;
+        // The poll's time-out takes what did not wake the reader.
+        if options.wakeup > 0 {
+            attr.__bindgen_anon_2.wakeup_events = options.wakeup;
+        } else {
+            attr.set_watermark(1);
+            attr.__bindgen_anon_2.wakeup_watermark = (pages * page_size() / 4) as u32;
+        }
 
         let mut keys = cpus.clone();
         let mut cpus = cpus;

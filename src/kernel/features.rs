@@ -65,9 +65,7 @@ impl Features {
             perf: Path::new("/proc/sys/kernel/perf_event_paranoid").exists(),
             bpffs: nix::sys::statfs::statfs("/sys/fs/bpf")
                 .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC),
-            lockdown: fs::read_to_string("/sys/kernel/security/lockdown")
-                .ok()
-                .and_then(|t| parse_lockdown(&t)),
+            lockdown: lockdown(),
             tracefs: ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
                 .iter()
                 .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
@@ -151,6 +149,12 @@ impl Features {
 }
 
 /// `none [integrity] confidentiality`: the mode in brackets.
+/// The kernel's lockdown mode: `none`, `integrity` or `confidentiality`; nothing where it has no lockdown.
+pub fn lockdown() -> Option<String> {
+    let text = fs::read_to_string("/sys/kernel/security/lockdown").ok()?;
+    parse_lockdown(&text)
+}
+
 fn parse_lockdown(text: &str) -> Option<String> {
     let (_, rest) = text.split_once('[')?;
     let (mode, _) = rest.split_once(']')?;

@@ -19,6 +19,10 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub buffer_pages: usize,
 
+    /// Wake up for every N events of a CPU; 1: for each at once (default: when a quarter of its buffer is full, or after 50 ms)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub perf_wakeup: Option<u32>,
+
     /// Threads that drain the buffers, each a part of the CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub drain_threads: usize,
@@ -33,6 +37,7 @@ impl EngineArgs {
         crate::engine::drain::BufferOptions {
             pages: self.buffer_pages,
             threads: self.drain_threads,
+            wakeup: self.perf_wakeup.unwrap_or(0),
         }
     }
 }

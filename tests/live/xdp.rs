@@ -13,6 +13,8 @@ use crate::common::{Finished, Netns, Netprobe, Pair, Running, wait_for};
 pub const ECHO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_echo.o"));
 pub const DROP_PORT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_drop_port.o"));
 pub const REWRITE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_rewrite.o"));
+pub const LOOK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_look.o"));
+pub const STOP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_stop.o"));
 pub const COUNT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_count.o"));
 pub const IFACE: &str = Pair::IFACE;
 /// The examples' discard port.

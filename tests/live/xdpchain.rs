@@ -1,14 +1,17 @@
 //! `netprobe xdpchain`, and `netprobe xdpdump` in front of other programs: the chain, its swaps and its way back.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, Xdp, XdpFlags};
 
 use crate::common::{Case, Netns, Netprobe, Pair, case, wait_for};
 use crate::xdp::*;
+use netprobe::kernel::xdp::Mode;
+use netprobe::tools::xdpdump::probes::{Capture, Options, event_map};
 
 pub fn cases() -> Vec<Case> {
     let cases = vec![
@@ -18,6 +21,7 @@ pub fn cases() -> Vec<Case> {
             .program("tcpdump"),
         case("xdpdump_in_front_of_netlink", in_front_of_netlink).xdp(),
         case("xdpdump_in_front_of_link", in_front_of_link).xdp(),
+        case("xdpdump_panic_puts_back", panic_puts_back).xdp(),
         case("xdpdump_killed_and_restored", killed_and_restored).xdp(),
         case("xdpdump_swap_under_a_flood_loses_nothing", swap_under_flood).xdp(),
         case(
@@ -200,6 +204,36 @@ fn in_front(net: &Pair, counter: &Counter, id: u32) -> Result<()> {
     ensure!(program_id(&net.server)? == id, "it was not put back");
     nothing_is_pinned(net)
 }
+
+/// A capture that panics takes its program away, and the one that was there is back.
+fn panic_puts_back() -> Result<()> {
+    let net = quiet_pair()?;
+    let mut counter = Counter::load(has_frags())?;
+    let id = counter.attach(&net.server, Some(XdpFlags::SKB_MODE))?;
+    let during = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        net.server.enter(|| -> Result<()> {
+            let options = Options {
+                snaplen: 64,
+                sample: 1,
+                filter: None,
+            };
+            let events = event_map()?;
+            let mut storage = std::mem::MaybeUninit::uninit();
+            let modes = vec![Mode::Generic];
+            let capture = Capture::begin(IFACE, &options, modes, events.as_fd(), &mut storage)?;
+            ensure!(capture.before == Some(id) && program_id(&net.server)? != id);
+            std::panic::resume_unwind(Box::new(PANIC))
+        })
+    }));
+    let Err(panic) = during else {
+        bail!("it did not panic: {during:?}");
+    };
+    ensure!(panic.downcast_ref() == Some(&PANIC), "another panic");
+    ensure!(program_id(&net.server)? == id, "not put back");
+    nothing_is_pinned(&net)
+}
+
+const PANIC: &str = "as the test wants it";
 
 fn killed_and_restored() -> Result<()> {
     let net = quiet_pair()?;

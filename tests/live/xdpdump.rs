@@ -31,6 +31,9 @@ pub fn cases() -> Vec<Case> {
         case("xdpdump_two_interfaces_and_rotation", two_interfaces)
             .xdp()
             .program("ping"),
+        case("xdpdump_rotation_by_time", rotation_by_time).xdp(),
+        case("xdpdump_promiscuous_meanwhile", promiscuous).xdp(),
+        case("xdpdump_wake_ups", wake_ups).xdp(),
         case("xdpdump_errors", errors).xdp(),
         case("xdpdump_file_printed_again", printed_again).xdp(),
         case("xdpdump_filter_in_the_kernel", filters).xdp(),
@@ -281,6 +284,62 @@ fn two_interfaces() -> Result<()> {
     }
     ensure!(names.len() == 2, "{names:?}");
     Ok(())
+}
+
+/// Another file after a second: the packet that comes then begins it.
+fn rotation_by_time() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let net = quiet_pair()?;
+    let probe = dump(&net)
+        .args(["--rotate-seconds", "1", "-w"])
+        .arg(dir.path().join("t.pcapng"))
+        .start()?;
+    wait_for("a second file", || {
+        flood(&net, PORT, 1, 64)?;
+        Ok((std::fs::read_dir(dir.path())?.count() >= 2).then_some(()))
+    })?;
+    let done = probe.stop()?;
+    let mut packets = 0;
+    for entry in std::fs::read_dir(dir.path())? {
+        let read = Netprobe::new("xdpdump")
+            .arg("-r")
+            .arg(entry?.path())
+            .run()?;
+        read.expect_success()?;
+        packets += read.stdout.lines().count() as u64;
+    }
+    ensure!(packets == summary(&done)?[0], "{packets} packets: {done}");
+    Ok(())
+}
+
+fn promiscuous() -> Result<()> {
+    let net = quiet_pair()?;
+    let is_promiscuous = || -> Result<bool> {
+        let link = net.server.ip(&format!("-d link show {IFACE}"))?;
+        Ok(link.contains("promiscuity 1"))
+    };
+    ensure!(!is_promiscuous()?);
+    let probe = dump(&net).arg("-P").start()?;
+    ensure!(is_promiscuous()?, "not promiscuous");
+    probe.stop()?.expect_success()?;
+    ensure!(!is_promiscuous()?, "still promiscuous");
+    Ok(())
+}
+
+/// However often the reader is woken, every packet is captured or counted.
+fn wake_ups() -> Result<()> {
+    let net = quiet_pair()?;
+    for wakeup in ["1", "100000"] {
+        let probe = dump(&net).args(["--perf-wakeup", wakeup]).start()?;
+        flood(&net, PORT, 500, 64)?;
+        let done = probe.stop()?;
+        let [captured, lost, matched, _] = summary(&done)?;
+        ensure!(captured + lost == 500 && matched == 500, "{done}");
+    }
+    dump(&net)
+        .args(["--perf-wakeup", "0"])
+        .run()?
+        .expect_code(2)
 }
 
 fn errors() -> Result<()> {

@@ -16,6 +16,11 @@ pub fn cases() -> Vec<Case> {
             .fentry()
             .program("ping"),
         case("xdpdump_trace_names", trace_names).xdp().fentry(),
+        case("xdpdump_dispatcher", dispatcher)
+            .xdp()
+            .fentry()
+            .program("xdp-loader"),
+        case("xdpdump_aborted", aborted).xdp(),
         case("xdpdump_diff", diff).xdp().fentry(),
         case("xdpdump_diff_refused", diff_refused).xdp(),
         case("xdpdump_auto_says_which", auto_mode).xdp(),
@@ -115,6 +120,77 @@ fn trace() -> Result<()> {
     );
     let all = Netprobe::new("xdpdump").arg("-r").arg(&file).run()?;
     ensure!(all.stdout.lines().count() == 20, "{all}");
+    Ok(())
+}
+
+/// Two programs behind libxdp's own dispatcher: listed, each watched by name, all of them with verdicts, and left as they were.
+fn dispatcher() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let net = quiet_pair()?;
+    let look = object(&dir, "xdp_look.o", LOOK)?;
+    let stop = object(&dir, "xdp_stop.o", STOP)?;
+    net.server.cmd(&format!(
+        "nsenter --net={} xdp-loader load -m skb {IFACE} {} {}",
+        net.server.path().display(),
+        look.display(),
+        stop.display()
+    ))?;
+    let id = program_id(&net.server)?;
+    let listed = Netprobe::new("xdpdump")
+        .args(["-D", "--netns", net.server.name()])
+        .run()?;
+    ensure!(
+        listed.lines_with("xdp_dispatcher (id").len() == 1
+            && listed.lines_with("dispatched   xdp_look").len() == 1
+            && listed.lines_with("dispatched   xdp_stop").len() == 1,
+        "{listed}"
+    );
+    let wrong = dump(&net).args(["-p", "nosuch"]).run()?;
+    wrong.expect_code(2)?;
+    wrong.expect_stderr("xdp_stop@")?;
+
+    let probe = dump(&net)
+        .args(["-p", "all", "--rx-capture", "entry,exit"])
+        .start()?;
+    flood(&net, 9, 3, 64)?;
+    flood(&net, 11, 2, 64)?;
+    let done = probe.stop()?;
+    for (place, count) in [
+        ("xdp_dispatcher()@entry", 5),
+        ("xdp_dispatcher()@exit[DROP]", 3),
+        ("xdp_dispatcher()@exit[PASS]", 2),
+        ("xdp_stop()@exit[DROP]", 3),
+        ("xdp_stop()@exit[PASS]", 2),
+    ] {
+        ensure!(done.lines_with(place).len() == count, "{place}: {done}");
+    }
+    let one = dump(&net)
+        .args(["-p", "xdp_stop", "--action", "drop"])
+        .start()?;
+    flood(&net, 9, 3, 64)?;
+    flood(&net, 11, 2, 64)?;
+    let done = one.stop()?;
+    ensure!(done.stdout.lines().count() == 3, "{done}");
+
+    let before = chained(&net).start()?;
+    flood(&net, 9, 3, 64)?;
+    let done = before.stop()?;
+    ensure!(summary(&done)?[0] == 3, "{done}");
+    ensure!(program_id(&net.server)? == id, "the dispatcher was changed");
+    Ok(())
+}
+
+/// An aborted packet is explained, captured in front of the program that did it.
+fn aborted() -> Result<()> {
+    let net = quiet_pair()?;
+    let _program = attached(&net, STOP)?;
+    let probe = chained(&net).start()?;
+    flood(&net, 10, 2, 64)?;
+    let line = probe.wait_line(" xdp_exception: ")?;
+    ensure!(line.contains("aborted"), "{line}");
+    let done = probe.stop()?;
+    ensure!(summary(&done)?[0] == 2, "{done}");
+    ensure!(done.lines_with(" xdp_exception: ").len() == 2, "{done}");
     Ok(())
 }
 

@@ -84,7 +84,7 @@ impl Lock {
             .create(&dir)
             .with_context(|| {
                 format!(
-                    "failed to make {} (is bpffs mounted at /sys/fs/bpf?)",
+                    "failed to make {} (is bpffs mounted at /sys/fs/bpf? `ip netns exec` hides it: take --netns NAME instead)",
                     dir.display()
                 )
             })?;

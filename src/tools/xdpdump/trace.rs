@@ -14,6 +14,7 @@ use crate::bpf::xdptrace::{XdptraceSkel, XdptraceSkelBuilder};
 use crate::engine::loss::Loss;
 use crate::engine::{log, usage};
 use crate::filter;
+use crate::kernel::features;
 use crate::kernel::netns::Netns;
 use crate::kernel::program;
 use crate::kernel::xdp;
@@ -165,11 +166,11 @@ impl<'a> Trace<'a> {
             filter::inject_l2(open.open_object_mut(), &filter.l2)?;
         }
         let refused = |error: libbpf_rs::Error| {
-            let lockdown = match error.kind() {
-                ErrorKind::PermissionDenied => {
-                    " (a locked-down kernel refuses fentry and fexit; --mode chain works)"
-                }
-                _ => "",
+            let locked = features::lockdown().is_some_and(|mode| mode != "none");
+            let lockdown = if locked && error.kind() == ErrorKind::PermissionDenied {
+                " (a locked-down kernel refuses fentry and fexit; --mode chain works)"
+            } else {
+                ""
             };
             anyhow!("{error:?}\n{}", log::take())
                 .context(format!("cannot trace {}{lockdown}", target.name()))
