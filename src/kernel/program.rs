@@ -16,6 +16,8 @@ const MAX_FUNCTIONS: u32 = 512;
 pub struct Function {
     /// Whole, where the kernel's own name of the program is cut to 15 characters.
     pub name: String,
+    /// Its id in the program's types.
+    pub btf: u32,
     /// Its first argument is the packet's context (`struct xdp_md *`).
     pub takes_context: bool,
 }
@@ -62,6 +64,7 @@ fn function(btf: &Btf<'_>, id: u32) -> Option<Function> {
     let name = function.name()?.to_string_lossy().into_owned();
     Some(Function {
         name,
+        btf: id,
         takes_context: takes_context(btf, &function).unwrap_or(false),
     })
 }

@@ -3,6 +3,7 @@
 //! It knows no tool and keeps no state: what to put back, and when, is the caller's.
 
 use std::ffi::CString;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -202,26 +203,71 @@ pub fn links(ifindex: u32, program: u32) -> io::Result<Vec<(u32, OwnedFd)>> {
     Ok(found)
 }
 
-/// The programs that extend (freplace) or trace the program `target`, with their attach types: a libxdp dispatcher's programs.
-pub fn attached_to(target: u32) -> io::Result<Vec<u32>> {
+/// A program that has replaced a function of another (freplace), as libxdp's dispatcher has its programs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extension {
+    /// Its id.
+    pub program: u32,
+    pub replaced: Replaced,
+}
+
+/// Which function of the other program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Replaced {
+    /// Its BTF id in the other program's types.
+    Id(u32),
+    Name(String),
+}
+
+/// The extensions of the program `target`. Links tell their targets from kernel 5.13 on; before, libxdp's pins do.
+pub fn extensions(target: u32) -> io::Result<Vec<Extension>> {
     let mut found = Vec::new();
     for_each_link(|_, info, _| {
         if info.type_ != sys::BPF_LINK_TYPE_TRACING {
             return;
         }
         // SAFETY: the kernel filled the union's member that belongs to the type of the link.
-        let (object, kind) = unsafe {
-            (
-                info.__bindgen_anon_1.tracing.target_obj_id,
-                info.__bindgen_anon_1.tracing.attach_type,
-            )
-        };
+        let tracing = unsafe { info.__bindgen_anon_1.tracing };
         // Extensions have no attach type of their own (0); fentry and fexit do.
-        if object == target && kind == 0 {
-            found.push(info.prog_id);
+        if tracing.target_obj_id == target && tracing.attach_type == 0 {
+            found.push(Extension {
+                program: info.prog_id,
+                replaced: Replaced::Id(tracing.target_btf_id),
+            });
         }
     })?;
+    if found.is_empty() {
+        found = pinned_extensions(target);
+    }
     Ok(found)
+}
+
+/// What libxdp pinned for its dispatcher `target`: dispatch-IFINDEX-ID/progN-prog has replaced the dispatcher's function progN.
+fn pinned_extensions(target: u32) -> Vec<Extension> {
+    let ending = format!("-{target}");
+    let folders = fs::read_dir("/sys/fs/bpf/xdp")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let pins = folders
+        .filter(|folder| {
+            let name = folder.file_name();
+            name.to_str()
+                .is_some_and(|name| name.starts_with("dispatch-") && name.ends_with(&ending))
+        })
+        .flat_map(|folder| fs::read_dir(folder.path()).into_iter().flatten().flatten());
+    let mut found = pins
+        .filter_map(|pin| {
+            let name = pin.file_name().to_str()?.strip_suffix("-prog")?.to_owned();
+            let program = program_info(pinned(&pin.path()).ok()?.as_fd()).ok()?.id;
+            Some(Extension {
+                program,
+                replaced: Replaced::Name(name),
+            })
+        })
+        .collect::<Vec<_>>();
+    found.sort_by_key(|extension| extension.program);
+    found
 }
 
 fn for_each_link(mut each: impl FnMut(u32, &sys::bpf_link_info, OwnedFd)) -> io::Result<()> {

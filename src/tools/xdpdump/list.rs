@@ -69,11 +69,12 @@ fn row(ifindex: u32, name: &str, lock: Option<&Lock>) -> Result<Row> {
     let Some(attached) = attached else {
         return Ok(row);
     };
-    for id in xdp::attached_to(attached.program).unwrap_or_default() {
-        row.behind.extend(program(id).map(|program| Behind {
-            how: "dispatched".to_owned(),
-            program,
-        }));
+    for extension in xdp::extensions(attached.program).unwrap_or_default() {
+        row.behind
+            .extend(program(extension.program).map(|program| Behind {
+                how: "dispatched".to_owned(),
+                program,
+            }));
     }
     let found = lock.map(|lock| Place::find(name, lock)).transpose()?;
     let chain = found.and_then(|place| Some((place.state()?, place)));

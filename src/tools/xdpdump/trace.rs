@@ -16,8 +16,8 @@ use crate::engine::{log, usage};
 use crate::filter;
 use crate::kernel::features;
 use crate::kernel::netns::Netns;
-use crate::kernel::program;
-use crate::kernel::xdp;
+use crate::kernel::program::{self, Function};
+use crate::kernel::xdp::{self, Replaced};
 use crate::output::escape::escaped;
 
 use super::decode::Point;
@@ -38,14 +38,25 @@ pub fn targets(iface: &str, ifindex: u32, wanted: &[String]) -> Result<Vec<Targe
         .with_context(|| format!("failed to ask for the XDP program of {iface}"))?
         .with_context(|| format!("{iface} has no XDP program to trace"))?;
     let mut candidates = Vec::new();
+    let extensions = xdp::extensions(attached.program).unwrap_or_default();
+    // Of a function that was replaced, its replacement runs, and the kernel lets nobody watch it.
+    let is_replaced = |function: &Function| {
+        extensions
+            .iter()
+            .any(|extension| match &extension.replaced {
+                Replaced::Id(id) => *id == function.btf,
+                Replaced::Name(name) => *name == function.name,
+            })
+    };
     let mut ids = vec![attached.program];
-    ids.extend(xdp::attached_to(attached.program).unwrap_or_default());
+    ids.extend(extensions.iter().map(|extension| extension.program));
     for id in ids {
         let fd = xdp::program_by_id(id).with_context(|| format!("failed to open program {id}"))?;
         let fd = Rc::new(fd);
         for function in program::functions(fd.as_fd())? {
             // A fexit program reads the packet through the context: a subprogram without it cannot be watched.
-            if function.takes_context {
+            let is_gone = id == attached.program && is_replaced(&function);
+            if function.takes_context && !is_gone {
                 candidates.push(Target {
                     ifindex,
                     program: id,
