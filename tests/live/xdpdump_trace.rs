@@ -172,10 +172,22 @@ fn dispatcher() -> Result<()> {
     let done = one.stop()?;
     ensure!(done.stdout.lines().count() == 3, "{done}");
 
-    let before = chained(&net).start()?;
-    flood(&net, 9, 3, 64)?;
-    let done = before.stop()?;
-    ensure!(summary(&done)?[0] == 3, "{done}");
+    // In front of it by a tail call, which kernels from 6.13 on (and corrected older ones) refuse.
+    let before = chained(&net).args(["-c", "3"]).start();
+    match before {
+        Ok(probe) => {
+            flood(&net, 9, 3, 64)?;
+            let done = probe.stop()?;
+            ensure!(summary(&done)?[0] == 3, "{done}");
+        }
+        Err(error) => {
+            let told = format!("{error:#}");
+            ensure!(
+                told.contains("lets no tail call into such a program: --mode trace works"),
+                "{told}"
+            );
+        }
+    }
     ensure!(program_id(&net.server)? == id, "the dispatcher was changed");
     Ok(())
 }

@@ -76,11 +76,17 @@ impl Plan {
                 attached.program, place.name
             )
         })?;
-        let traits = xdp::traits_of(original.as_fd()).with_context(|| {
-            format!(
-                "cannot chain with XDP program {} of {}",
-                attached.program, place.name
-            )
+        let traits = xdp::traits_of(original.as_fd()).map_err(|error| {
+            // Kernels from 6.13 on, and older ones with its corrections: a program that others extend takes no tail call.
+            let extended = error.raw_os_error() == Some(libc::EBUSY);
+            let hint = if extended {
+                " (others have replaced functions of it, as behind libxdp's dispatcher, and this kernel lets no tail call into such a program: --mode trace works)"
+            } else {
+                ""
+            };
+            let (id, name) = (attached.program, &place.name);
+            anyhow::Error::new(error)
+                .context(format!("cannot chain with XDP program {id} of {name}{hint}"))
         })?;
         Ok(Plan {
             place,
