@@ -24,6 +24,7 @@
 #include "skb_sections.bpf.h"
 #include "skb_track.bpf.h"
 #include "skb_return.bpf.h"
+#include "skb_xdp.bpf.h"
 
 /* SKB_SECTION_* to write. */
 const volatile __u32 sections = 0;
@@ -243,9 +244,32 @@ static __always_inline bool wants_tuple(const struct np_config *cfg)
 }
 
 /*
- * One hit. Gives true where the skb is one of ours. With `begin` false it is
- * so only where it is tracked already.
+ * Is the skb one of ours? Reads the tuple where it is needed, and the packet's
+ * identity. `sp`: the stack pointer, where tracking is on. With `begin` false
+ * it is one of ours only where it is tracked already.
  */
+static __always_inline bool is_ours(const struct np_config *cfg, __u64 sp,
+				    struct sk_buff *skb, struct np_tuple *tuple,
+				    __u64 *packet, bool begin)
+{
+	bool matched = match_skb(cfg, skb) && np_filter_skb(skb);
+
+	if (track)
+		*packet = track_find(skb);
+	if (!matched && !*packet && !track_stack)
+		return false;
+	if (wants_tuple(cfg))
+		np_read_tuple(skb, tuple);
+	if (matched && (cfg->fields & NP_FIELDS_PACKET))
+		matched = match_tuple(cfg, tuple);
+	if (track) {
+		*packet = track_packet(sp, skb, *packet, matched, begin);
+		matched = matched || *packet;
+	}
+	return matched;
+}
+
+/* One hit. Gives true where the skb is one of ours. */
 static __always_inline bool handle(struct pt_regs *ctx, void *skb_ptr,
 				   __u16 kind, __u32 reason, bool begin)
 {
@@ -253,26 +277,11 @@ static __always_inline bool handle(struct pt_regs *ctx, void *skb_ptr,
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct np_tuple tuple = {};
 	struct hit hit = {.kind = kind, .reason = reason};
-	bool matched;
 
 	if (!cfg || !skb_ptr || (cfg->fields & NP_PAUSED))
 		return false;
-	matched = match_skb(cfg, skb) && np_filter_skb(skb);
-	if (track)
-		hit.packet = track_find(skb);
-	if (!matched && !hit.packet && !track_stack)
+	if (!is_ours(cfg, PT_REGS_SP(ctx), skb, &tuple, &hit.packet, begin))
 		return false;
-	if (wants_tuple(cfg))
-		np_read_tuple(skb, &tuple);
-	if (matched && (cfg->fields & NP_FIELDS_PACKET))
-		matched = match_tuple(cfg, &tuple);
-	if (track) {
-		hit.packet = track_packet(ctx, skb, hit.packet, matched, begin);
-		matched = matched || hit.packet;
-	}
-	if (!matched)
-		return false;
-
 	hit.func = func_addr(ctx);
 	if (returns_on)
 		return_expect(ctx, hit.func, (__u64)skb_ptr, hit.packet);

@@ -13,6 +13,10 @@
 #define SKB_KIND_RETURN 4 /* a function ends; `retval`: what it gives back */
 #define SKB_KIND_NEAR 5 /* a function without an skb, below one of a packet */
 
+/* A tc or XDP program; `func`: its id, `skb`: the sk_buff or the xdp_buff */
+#define SKB_KIND_ENTER 6 /* it is entered */
+#define SKB_KIND_LEAVE 7 /* it ends; `reason`: its verdict */
+
 /* Bits of skb_event.sections, in the order in which the sections follow. */
 #define SKB_SECTION_META (1U << 0) /* struct skb_meta */
 #define SKB_SECTION_TUPLE (1U << 1) /* struct np_tuple */

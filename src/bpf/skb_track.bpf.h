@@ -154,12 +154,10 @@ static __always_inline void track_remember(__u64 sp, __u64 skb, __u64 packet)
  * of the stack's packet, else a new one where a filter has matched. 0: not one
  * of ours. With `begin` false nothing begins.
  */
-static __always_inline __u64 track_packet(struct pt_regs *ctx,
-					  struct sk_buff *skb, __u64 packet,
-					  bool matched, bool begin)
+static __always_inline __u64 track_packet(__u64 sp, struct sk_buff *skb,
+					  __u64 packet, bool matched,
+					  bool begin)
 {
-	__u64 sp = PT_REGS_SP(ctx);
-
 	if (!packet && begin) {
 		if (track_stack)
 			packet = track_by_stack(sp);

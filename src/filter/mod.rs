@@ -42,6 +42,9 @@ const TUNNEL_L2: u32 = 1 << 1;
 const TUNNEL_L3: u32 = 1 << 2;
 const MEMBERS: u32 = 1 << 3;
 
+/// The stub of [`Filters::members`].
+const MEMBERS_STUB: &str = "np_filter_members";
+
 /// The filters of a program that has an sk_buff (filter.bpf.h); all that are given must hold.
 #[derive(Debug, Default)]
 pub struct Filters {
@@ -93,7 +96,7 @@ impl Filters {
         }
         if let Some(condition) = &self.members {
             bodies.push(Body {
-                stub: "np_filter_members",
+                stub: MEMBERS_STUB,
                 insns: condition.translate()?,
             });
         }
@@ -106,7 +109,32 @@ impl Filters {
         if self.on() == 0 {
             return Ok(());
         }
+        self.prepare(object)
+    }
+
+    /// The same, and prepares it also where there is no filter.
+    pub fn prepare(&self, object: &mut OpenObject) -> Result<()> {
         inject::inject(object, &self.bodies()?)
+    }
+
+    /// The value of `np_filter_on` in a program that traces XDP programs; `members`: of the xdp_buff.
+    pub fn on_xdp(&self, members: Option<&Condition>) -> u32 {
+        let members = if members.is_some() { MEMBERS } else { 0 };
+        self.on() & !MEMBERS | members
+    }
+
+    /// [`Filters::prepare`] for a program that traces XDP programs: it calls np_filter_fields with a link header always, so that
+    /// it has no stub for packets without one; it has an xdp_buff and no sk_buff.
+    pub fn prepare_xdp(&self, object: &mut OpenObject, members: Option<&Condition>) -> Result<()> {
+        let mut bodies = self.bodies()?;
+        bodies.retain(|body| !matches!(body.stub, "np_filter_l3" | MEMBERS_STUB));
+        if let Some(condition) = members {
+            bodies.push(Body {
+                stub: MEMBERS_STUB,
+                insns: condition.translate()?,
+            });
+        }
+        inject::inject(object, &bodies)
     }
 }
 

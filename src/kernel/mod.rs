@@ -15,5 +15,6 @@ pub mod netns;
 pub mod pages;
 pub mod process;
 pub mod program;
+pub mod trampoline;
 pub mod usyms;
 pub mod xdp;

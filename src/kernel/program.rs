@@ -1,12 +1,14 @@
 //! Loaded BPF programs as their own type information describes them: the functions that can be traced.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 use libbpf_rs::btf::types::{Func, FuncProto, Ptr};
 use libbpf_rs::btf::{Btf, TypeId};
 use libbpf_sys as sys;
+
+use super::xdp;
 
 /// Functions of one program that are looked at; a program has 256 at most.
 const MAX_FUNCTIONS: u32 = 512;
@@ -20,6 +22,35 @@ pub struct Function {
     pub btf: u32,
     /// Its first argument is the packet's context (`struct xdp_md *`).
     pub takes_context: bool,
+    /// The struct that its first argument points to.
+    pub context: Option<String>,
+}
+
+/// A loaded program and what the kernel says of it.
+#[derive(Debug)]
+pub struct Loaded {
+    pub fd: OwnedFd,
+    pub info: xdp::Program,
+}
+
+/// The next loaded program by its id, if it has not gone meanwhile; ids grow until they begin anew at 2^31.
+pub fn next_id(after: u32) -> Option<u32> {
+    let mut id = 0;
+    // SAFETY: the pointer is to a live integer.
+    let code = unsafe { sys::bpf_prog_get_next_id(after, &mut id) };
+    (code == 0).then_some(id)
+}
+
+/// A program by its id; `None` where it has gone.
+pub fn open(id: u32) -> Result<Option<Loaded>> {
+    let fd = match xdp::program_by_id(id) {
+        Ok(fd) => fd,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(|| format!("failed to open program {id}")),
+    };
+    let info =
+        xdp::program_info(fd.as_fd()).with_context(|| format!("failed to look at program {id}"))?;
+    Ok(Some(Loaded { fd, info }))
 }
 
 /// The functions of a program, its main one first.
@@ -62,17 +93,19 @@ fn function_types(program: BorrowedFd<'_>) -> Result<(u32, Vec<u32>)> {
 fn function(btf: &Btf<'_>, id: u32) -> Option<Function> {
     let function = btf.type_by_id::<Func<'_>>(TypeId::from(id))?;
     let name = function.name()?.to_string_lossy().into_owned();
+    let context = context(btf, &function);
     Some(Function {
         name,
         btf: id,
-        takes_context: takes_context(btf, &function).unwrap_or(false),
+        takes_context: context.as_deref() == Some("xdp_md"),
+        context,
     })
 }
 
-fn takes_context(btf: &Btf<'_>, function: &Func<'_>) -> Option<bool> {
+fn context(btf: &Btf<'_>, function: &Func<'_>) -> Option<String> {
     let proto = FuncProto::try_from(function.next_type()?).ok()?;
     let first = proto.iter().next()?;
     let pointer = btf.type_by_id::<Ptr<'_>>(first.ty)?;
     let pointee = pointer.next_type()?.skip_mods_and_typedefs();
-    Some(pointee.name()? == "xdp_md")
+    Some(pointee.name()?.to_string_lossy().into_owned())
 }

@@ -14,6 +14,7 @@ mod skb;
 mod skb_ends;
 mod skb_more;
 mod skb_output;
+mod skb_programs;
 mod tcpconnect;
 mod tcpconnect_more;
 mod tcpconnect_outcome;
@@ -31,6 +32,7 @@ fn main() {
     cases.extend(filter::cases());
     cases.extend(skb_output::cases());
     cases.extend(xdpdump_trace::cases());
+    cases.extend(skb_programs::cases());
     cases.extend(xdpdump::cases());
     cases.extend(xdpchain::cases());
     cases.extend(skb::cases());

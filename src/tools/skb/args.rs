@@ -7,6 +7,8 @@ use clap::ValueEnum;
 use regex::Regex;
 
 use crate::engine::usage;
+use crate::filter::members::Condition;
+use crate::kernel::btf::Btf;
 use crate::output::OutputArgs;
 use crate::tools::EngineArgs;
 use crate::tools::expression::ExpressionArgs;
@@ -104,6 +106,25 @@ pub struct Args {
         help_heading = "Tracking"
     )]
     pub filter_non_skb_funcs: Vec<String>,
+
+    /// Show each run of a tc program too (tcx and netkit programs as well), with its verdict: of those that are loaded, and of those
+    /// that are loaded later (noticed within 0.1 s)
+    #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
+    pub filter_trace_tc: bool,
+
+    /// The same of XDP programs
+    #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
+    pub filter_trace_xdp: bool,
+
+    /// XDP packets whose xdp_buff, and what it points to, is so: 'xdp->rxq->queue_index == 3' (--filter-skb-expr does not apply
+    /// to them)
+    #[arg(
+        long,
+        value_name = "CONDITION",
+        help_heading = "BPF programs",
+        requires = "filter_trace_xdp"
+    )]
+    pub filter_xdp_expr: Option<String>,
 
     /// skbs that can be tracked at the same time
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216), help_heading = "Tracking")]
@@ -216,6 +237,17 @@ impl Args {
             }
         }
         sections
+    }
+
+    /// --filter-xdp-expr
+    pub fn xdp_members(&self) -> Result<Option<Condition>> {
+        let Some(text) = &self.filter_xdp_expr else {
+            return Ok(None);
+        };
+        let btf = Btf::vmlinux(self.kernel_btf.as_deref())?;
+        Condition::parse(text, ("xdp", "xdp_buff"), &btf)
+            .map(Some)
+            .map_err(|e| usage(format!("--filter-xdp-expr '{text}': {e:#}")))
     }
 
     /// Packets are followed by their skb.

@@ -16,6 +16,10 @@ const KIND_DROP: u16 = 2;
 const KIND_DROPPED: u16 = 3;
 /// SKB_KIND_RETURN
 const KIND_RETURN: u16 = 4;
+/// SKB_KIND_ENTER
+const KIND_ENTER: u16 = 6;
+/// SKB_KIND_LEAVE
+const KIND_LEAVE: u16 = 7;
 /// SKB_PACKET_CPU_BITS
 const PACKET_CPU_BITS: u32 = 16;
 
@@ -33,6 +37,8 @@ pub struct Event {
     pub reason: Option<u32>,
     /// what the function gives back: it ends, where this is something
     pub retval: Option<i32>,
+    /// it is no function but a tc or XDP program: `func` is its id
+    pub program: Option<Point>,
     pub meta: Option<Meta>,
     /// outer: the section is there; inner: the packet is IP
     pub tuple: Option<Option<Tuple>>,
@@ -51,6 +57,14 @@ pub struct Event {
     pub data: Option<Data>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
+}
+
+/// Where in a program's run an event is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Point {
+    Enter,
+    /// with its verdict
+    Leave(i32),
 }
 
 /// The packet's bytes.
@@ -118,6 +132,11 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
         dropped: e.head.kind == KIND_DROPPED,
         reason: matches!(e.head.kind, KIND_DROP | KIND_DROPPED).then_some(e.reason),
         retval: (e.head.kind == KIND_RETURN).then_some(e.reason as i32),
+        program: match e.head.kind {
+            KIND_ENTER => Some(Point::Enter),
+            KIND_LEAVE => Some(Point::Leave(e.reason as i32)),
+            _ => None,
+        },
         meta: None,
         tuple: None,
         packet: None,

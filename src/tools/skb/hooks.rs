@@ -56,6 +56,18 @@ pub const OWNER: [Hook; 14] = [
     ("owner_gone", "packet_sock_destruct"),
 ];
 
+/// --filter-trace-xdp with tracking (src/bpf/skb_xdp.bpf.h)
+pub const XDP: [Hook; 6] = [
+    // A packet in an skb is on its way to XDP: generic, then veth.
+    ("xdp_skb_2", "do_xdp_generic"),
+    ("xdp_skb_1", "bpf_prog_run_generic_xdp"),
+    ("xdp_skb_2", "veth_xdp_rcv_skb"),
+    ("xdp_skb_at_3", "veth_convert_skb_to_xdp_buff"),
+    ("xdp_skb_1", "skb_copy_header"),
+    // A packet that XDP passed is in an skb.
+    ("xdp_passed_1", "eth_type_trans"),
+];
+
 /// The program that shows a hit and does what `hook`'s own program does, where tracking needs both in one.
 pub fn shown(hook: &str) -> Option<&'static str> {
     match hook {
@@ -72,7 +84,7 @@ mod tests {
 
     #[test]
     fn each_function_once() {
-        for table in [&TRACK[..], &OWNER[..]] {
+        for table in [&TRACK[..], &OWNER[..], &XDP[..]] {
             let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
             assert_eq!(names.len(), table.len());
         }

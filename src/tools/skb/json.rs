@@ -10,8 +10,9 @@ use crate::kernel::ksyms::Symbol;
 use crate::output::escape::escaped;
 use crate::output::format::{Addr, Hex};
 
-use super::decode::{Event, Owner, Packet};
+use super::decode::{Event, Owner, Packet, Point};
 use super::extras::cb_words;
+use super::programs::Program;
 
 /// An event.
 #[derive(Serialize)]
@@ -37,6 +38,8 @@ pub struct Row<'a> {
     pub reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retval: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub program: Option<ProgramRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subsystem: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,6 +118,37 @@ pub struct OwnerRow {
     pub inode: u64,
 }
 
+/// A tc or XDP program; its name is the event's `func`.
+#[derive(Serialize)]
+pub struct ProgramRow {
+    pub id: u32,
+    pub kind: &'static str,
+    /// `entry` or `exit`
+    pub at: &'static str,
+    /// at exit: TC_ACT_* or XDP_*, or the number where it has no name
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<String>,
+}
+
+impl ProgramRow {
+    pub fn new(program: &Program, point: Point) -> Self {
+        let verdict = |value| match program.kind.verdict(value) {
+            Some(name) => name.to_owned(),
+            None => value.to_string(),
+        };
+        let (at, verdict) = match point {
+            Point::Enter => ("entry", None),
+            Point::Leave(value) => ("exit", Some(verdict(value))),
+        };
+        Self {
+            id: program.id,
+            kind: program.kind.name(),
+            at,
+            verdict,
+        }
+    }
+}
+
 impl OwnerRow {
     pub fn new(owner: &Owner, process: Option<(u32, String)>) -> Self {
         let (pid, comm) = process.unzip();
@@ -176,6 +210,7 @@ impl<'a> Row<'a> {
             location: None,
             reason: None,
             retval: event.retval,
+            program: None,
             subsystem: None,
             packet: event.packet.map(packet_name),
             owner: None,

@@ -8,6 +8,7 @@ mod hooks;
 mod json;
 mod present;
 mod probes;
+mod programs;
 mod track;
 
 use std::mem::MaybeUninit;
@@ -36,6 +37,7 @@ use args::Args;
 use capture::Capture;
 use present::Presenter;
 use probes::{Plan, Wants};
+use programs::{Programs, Storage};
 use track::Sweeper;
 
 pub fn run(args: &Args) -> Result<()> {
@@ -43,6 +45,7 @@ pub fn run(args: &Args) -> Result<()> {
     let config = args.fields.config()?;
     let pattern = args.function_pattern()?;
     let filters = args.expression.filters()?;
+    let xdp_members = args.xdp_members()?;
     log::init(args.engine.verbose);
     let mut btf = Btf::vmlinux(args.kernel_btf.as_deref());
     if args.kernel_btf.is_some() {
@@ -55,6 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
         owner: args.output_owner,
         drops: args.drops,
         returns: args.output_retval,
+        xdp: args.filter_trace_xdp,
     };
     if args.drops && !wants.owner {
         features.require_drops("skb --drops")?;
@@ -84,7 +88,13 @@ pub fn run(args: &Args) -> Result<()> {
     let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
     let attached = plan.attach(&skel, &stop)?;
     eprintln!("netprobe: {}", attached.summary());
+    let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
+    let watched = (&filters, xdp_members.as_ref());
+    let mut programs = Programs::prepare(args, &features, watched, &skel, &mut kinds)?;
     let mut presenter = Presenter::new(args, &attached, reasons)?;
+    if let Some(programs) = &mut programs {
+        presenter.programs(programs.start()?);
+    }
     presenter.header(&mut out)?;
     output::ready(args.output.ready_file.as_deref())?;
 
@@ -98,6 +108,7 @@ pub fn run(args: &Args) -> Result<()> {
         out: &mut out,
         sweeper: wants.track.then(|| Sweeper::new(&skel.maps.tracked)),
         snap_len: args.snap_len() as usize,
+        programs,
         undecodable: 0,
     };
     let ended = session::run(drain, &stop, None, &mut consumer, || {
@@ -110,14 +121,18 @@ pub fn run(args: &Args) -> Result<()> {
             eprintln!("netprobe: {e:#}");
         }
     });
-    let undecodable = consumer.undecodable;
-    let capture = consumer.capture.take();
+    let Lines {
+        capture,
+        programs,
+        undecodable,
+        ..
+    } = consumer;
     let received = ended?;
     let mut loss = Loss {
         received: received.events,
         late: received.late,
         undecodable: undecodable + received.short,
-        missed: attached.missed(),
+        missed: attached.missed() + programs.as_ref().map_or(0, Programs::missed),
         ..Loss::default()
     };
     loss.add_stats(&skel.maps.stats)?;
@@ -199,16 +214,17 @@ fn set_config(skel: &SkbSkel<'_>, config: &types::np_config) -> Result<()> {
 }
 
 /// Events to lines.
-struct Lines<'a> {
+struct Lines<'a, 'p> {
     presenter: &'a mut Presenter,
     capture: Option<Capture>,
     out: &'a mut Output,
     sweeper: Option<Sweeper<'a>>,
     snap_len: usize,
+    programs: Option<Programs<'p>>,
     undecodable: u64,
 }
 
-impl Consumer for Lines<'_> {
+impl Consumer for Lines<'_, '_> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
         let Some(event) = decode::decode(record.bytes, self.snap_len) else {
             self.undecodable += 1;
@@ -230,6 +246,9 @@ impl Consumer for Lines<'_> {
         }
         if let Some(sweeper) = &mut self.sweeper {
             sweeper.tick()?;
+        }
+        if let Some(programs) = &mut self.programs {
+            self.presenter.programs(programs.look()?);
         }
         Ok(Flow::Continue)
     }

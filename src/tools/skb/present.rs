@@ -22,8 +22,9 @@ use crate::output::format::{self, Hex, push_dec, push_hex};
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Owner};
 use super::extras::{Extras, Shown, cb_words};
-use super::json::{Frame, LossRow, OwnerRow, Row, packet_name};
+use super::json::{Frame, LossRow, OwnerRow, ProgramRow, Row, packet_name};
 use super::probes::Attached;
+use super::programs::Program;
 
 /// skbs whose last event is remembered for relative time stamps.
 const REMEMBERED: usize = 65_536;
@@ -35,6 +36,8 @@ pub struct Presenter {
     timestamp: Timestamp,
     clock: WallClock,
     names: ByAddress<String>,
+    /// tc and XDP programs by the id that stands in their events for an address
+    programs: HashMap<u64, Program>,
     reasons: DropReasons,
     drops: bool,
     track: bool,
@@ -69,6 +72,7 @@ impl Presenter {
             timestamp: args.timestamp(),
             clock: WallClock::new()?,
             names: attached.names().clone(),
+            programs: HashMap::new(),
             reasons,
             drops: args.drops,
             track: args.track(),
@@ -95,6 +99,14 @@ impl Presenter {
     /// To be called now and then.
     pub fn tick(&mut self) -> Result<()> {
         self.clock.refresh()
+    }
+
+    /// From now on events of these programs may come.
+    pub fn programs(&mut self, programs: Vec<Program>) {
+        for program in programs {
+            self.names.insert(program.id.into(), program.name.clone());
+            self.programs.insert(program.id.into(), program);
+        }
     }
 
     /// The header line of the text form.
@@ -229,6 +241,9 @@ impl Presenter {
             }
             pad(line, start, &mut self.widths.owner);
         }
+        if self.holders.is_some() && event.owner.is_none() {
+            line.resize(line.len() + self.widths.owner + 1, b' ');
+        }
         if let (true, Some(m)) = (self.meta, &event.meta) {
             let start = line.len();
             match self.extras.netns(m.netns) {
@@ -265,6 +280,9 @@ impl Presenter {
             let start = line.len();
             self.push_tuple(line, tuple.as_ref());
             pad(line, start, &mut self.widths.tuple);
+        }
+        if self.tunnel && event.tunnel.is_none() {
+            line.resize(line.len() + self.widths.tunnel + 1, b' ');
         }
         if let Some(inner) = &event.tunnel {
             let start = line.len();
@@ -343,10 +361,23 @@ impl Presenter {
         if let Some(value) = event.retval {
             let _ = write!(line, " = {value}");
         }
+        if let Some(program) = self.program(event) {
+            let _ = write!(line, "[{}:{}]", program.kind, program.id);
+            if let Some(verdict) = program.verdict {
+                let _ = write!(line, " = {verdict}");
+            }
+        }
         if let Some(caller) = event.caller {
             line.push(b' ');
             self.push_address(line, caller);
         }
+    }
+
+    /// The program of an event that is not of a function.
+    fn program(&self, event: &Event) -> Option<ProgramRow> {
+        let point = event.program?;
+        let program = self.programs.get(&event.func)?;
+        Some(ProgramRow::new(program, point))
     }
 
     /// An event in words, for the comment of its packet in a capture file: `FUNC(REASON) skb 0x… cpu 1 curl:123 …`.
@@ -412,6 +443,7 @@ impl Presenter {
             reason: reason.map(|r| self.reasons.name(r)),
             subsystem: reason.and_then(|r| self.reasons.subsystem(r)),
             owner,
+            program: self.program(event),
             ..Row::new(event)
         };
         if event.dropped {

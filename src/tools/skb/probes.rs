@@ -55,6 +55,8 @@ pub struct Wants {
     pub drops: bool,
     /// what functions return
     pub returns: bool,
+    /// XDP programs
+    pub xdp: bool,
 }
 
 /// A function to attach to.
@@ -168,7 +170,9 @@ impl Plan {
     fn hooks_wanted(&self, wants: Wants) -> Vec<Hook> {
         let track = wants.track.then_some(&hooks::TRACK[..]);
         let owner = wants.owner.then_some(&hooks::OWNER[..]);
-        track.into_iter().chain(owner).flatten().copied().collect()
+        let xdp = (wants.xdp && wants.track).then_some(&hooks::XDP[..]);
+        let tables = [track, owner, xdp].into_iter().flatten();
+        tables.flatten().copied().collect()
     }
 
     /// A function without an skb.

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * netprobe skb --filter-trace-tc, --filter-trace-xdp: a loaded tc or XDP program
+ * watched from outside, by fentry and fexit. The watched program is not changed.
+ *
+ * User space prepares this object once and loads its programs once for each
+ * watched program, with that one's id in the place of SKB_PROGRAM_ID. The maps
+ * are those of skb.bpf.c (one filter, one tracking, one stream of events), but
+ * for the scratch memory: a kprobe may interrupt what runs here.
+ */
+#include "skb.bpf.c"
+
+/* A constant that user space looks for in the loaded instructions. */
+#define SKB_PROGRAM_ID 0x4e50b1d0
+
+/* bpf_xdp_get_buff_len exists (kernels from 5.18); packets have one buffer before. */
+const volatile __u8 has_buff_len = 0;
+
+struct running_key {
+	__u64 packet; /* address of the sk_buff, or of the xdp_buff */
+	__u32 program;
+	__u32 pad;
+};
+
+/*
+ * Packets that a watched program is busy with, and their identity: what comes
+ * out of it is shown where what went in was, whatever it has become.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct running_key);
+	__type(value, __u64);
+} running SEC(".maps");
+
+static __always_inline __u32 program_id(void)
+{
+	__u64 id;
+
+	asm volatile("%0 = %1" : "=r"(id) : "i"(SKB_PROGRAM_ID));
+	return id;
+}
+
+/* What went in is remembered, with its identity. */
+static __always_inline void running_begin(__u64 packet, __u32 program,
+					  __u64 identity)
+{
+	struct running_key key = {.packet = packet, .program = program};
+
+	bpf_map_update_elem(&running, &key, &identity, BPF_ANY);
+}
+
+/* Gives true where this packet was remembered, and forgets it. */
+static __always_inline bool running_end(__u64 packet, __u32 program,
+					__u64 *identity)
+{
+	struct running_key key = {.packet = packet, .program = program};
+	__u64 *found = bpf_map_lookup_elem(&running, &key);
+
+	if (!found)
+		return false;
+	*identity = *found;
+	bpf_map_delete_elem(&running, &key);
+	return true;
+}
+
+SEC("fentry/tc")
+int BPF_PROG(tc_enter, struct sk_buff *ptr)
+{
+	struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
+	struct hit hit = {.kind = SKB_KIND_ENTER, .func = program_id()};
+	struct np_tuple tuple = {};
+
+	if (!cfg || (cfg->fields & NP_PAUSED))
+		return 0;
+	if (!is_ours(cfg, track ? stack_address(ctx) : 0, skb, &tuple,
+		     &hit.packet, true))
+		return 0;
+	running_begin((__u64)ptr, hit.func, hit.packet);
+	write_event(ctx, skb, &tuple, &hit);
+	return 0;
+}
+
+SEC("fexit/tc")
+int BPF_PROG(tc_leave, struct sk_buff *ptr, int verdict)
+{
+	struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
+	struct hit hit = {.kind = SKB_KIND_LEAVE,
+			  .func = program_id(),
+			  .reason = verdict};
+	struct np_tuple tuple = {};
+
+	if (!cfg || (cfg->fields & NP_PAUSED) ||
+	    !running_end((__u64)ptr, hit.func, &hit.packet))
+		return 0;
+	if (wants_tuple(cfg))
+		np_read_tuple(skb, &tuple);
+	write_event(ctx, skb, &tuple, &hit);
+	return 0;
+}
+
+#define NP_ETH_VLAN 0x8100
+#define NP_ETH_VLAN_OUTER 0x88a8
+#define NP_XDP_PASS 2
+
+/* Where the network header is behind up to two VLAN tags; its EtherType. */
+static __always_inline const __u8 *xdp_l3(const __u8 *data, __u16 *type)
+{
+	__be16 field = 0;
+	const __u8 *at = data + NP_ETH_LEN;
+
+	for (int tags = 0; tags < 3; tags++) {
+		bpf_probe_read_kernel(&field, sizeof(field), at - 2);
+		*type = bpf_ntohs(field);
+		if (*type != NP_ETH_VLAN && *type != NP_ETH_VLAN_OUTER)
+			break;
+		at += 4;
+	}
+	return at;
+}
+
+/* An xdp_buff, as much of it as filters and events need. */
+struct xdp_packet {
+	const __u8 *data;
+	const __u8 *l3;
+	struct net_device *dev;
+	__u64 head;
+	__u32 linear;
+	__u32 len;
+	__u16 protocol;
+};
+
+/* `xdp`: as the program has it; the verifier knows its type. */
+static __always_inline void xdp_read(struct xdp_buff *xdp, struct xdp_packet *p)
+{
+	p->data = xdp->data;
+	p->dev = xdp->rxq->dev;
+	p->head = (__u64)xdp->data_hard_start;
+	p->linear = (__u64)xdp->data_end - (__u64)xdp->data;
+	p->len = has_buff_len ? bpf_xdp_get_buff_len((void *)xdp) : p->linear;
+	p->l3 = xdp_l3(p->data, &p->protocol);
+}
+
+static __always_inline bool match_xdp(const struct np_config *cfg,
+				      struct xdp_buff *xdp,
+				      const struct xdp_packet *p)
+{
+	/* A local: BPF_CORE_READ takes every struct on its way for a kernel's. */
+	struct net_device *dev = p->dev;
+	__u32 f = cfg->fields;
+	struct np_filter_fields fields = {
+		.skb = (__u64)xdp,
+		.head = (__u64)p->data,
+		.tail = p->linear,
+		.data_len = p->len - p->linear,
+		.mac_len = 1, /* with its link header */
+	};
+
+	/* It has no mark as yet. */
+	if ((f & NP_FIELD_MARK) && cfg->mark)
+		return false;
+	if ((f & NP_FIELD_IFINDEX) &&
+	    BPF_CORE_READ(dev, ifindex) != cfg->ifindex)
+		return false;
+	if ((f & NP_FIELD_NETNS) &&
+	    BPF_CORE_READ(dev, nd_net.net, ns.inum) != cfg->netns)
+		return false;
+	return np_filter_fields(&fields);
+}
+
+/* The identity of an XDP packet, as track_packet() for an sk_buff. */
+static __always_inline __u64 track_xdp(__u64 sp, __u32 program,
+				       struct xdp_buff *xdp,
+				       const struct xdp_packet *p, bool matched)
+{
+	struct xdp_link *link = xdp_link_get();
+	__u64 addr, packet = 0;
+	struct sk_buff *skb;
+
+	if (!link)
+		return 0;
+	/* A dispatcher calls other programs. */
+	if (link->buff == (__u64)xdp)
+		return link->buff_packet;
+	addr = xdp_skb_of(p->head);
+	skb = NP_CAST(struct sk_buff, addr);
+	if (addr)
+		packet = track_find(skb);
+	if (!packet) {
+		if (track_stack)
+			packet = track_by_stack(sp);
+		if (!packet && matched)
+			packet = track_number();
+		if (packet && addr)
+			track_set(skb, packet, false);
+	}
+	if (packet && track_stack)
+		track_remember(sp, (__u64)xdp, packet);
+	if (packet) {
+		link->buff = (__u64)xdp;
+		link->buff_packet = packet;
+		link->program = program;
+	}
+	return packet;
+}
+
+static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
+				      const struct xdp_packet *p,
+				      const struct np_tuple *tuple,
+				      const struct hit *hit)
+{
+	struct net_device *dev = p->dev;
+	struct skb_scratch *buf;
+	struct skb_event *event;
+	__u64 len = sizeof(*event);
+	__u32 zero = 0;
+	long stack;
+
+	buf = bpf_map_lookup_elem(&scratch, &zero);
+	if (!buf)
+		return;
+	event = (struct skb_event *)buf->bytes;
+	np_head_fill(&event->head, hit->kind);
+	event->skb = (__u64)xdp;
+	event->func = hit->func;
+	event->sections = sections;
+	event->reason = hit->reason;
+	if (sections & SKB_SECTION_META) {
+		struct skb_meta *m = (struct skb_meta *)&buf->bytes[len];
+
+		__builtin_memset(m, 0, sizeof(*m));
+		m->netns = BPF_CORE_READ(dev, nd_net.net, ns.inum);
+		m->ifindex = BPF_CORE_READ(dev, ifindex);
+		m->mtu = BPF_CORE_READ(dev, mtu);
+		m->len = p->len;
+		m->protocol = p->protocol;
+		bpf_probe_read_kernel(m->ifname, sizeof(m->ifname), dev->name);
+		len += sizeof(*m);
+	}
+	if (sections & SKB_SECTION_TUPLE) {
+		*(struct np_tuple *)&buf->bytes[len] = *tuple;
+		len += sizeof(struct np_tuple);
+	}
+	if (sections & SKB_SECTION_PACKET) {
+		*(__u64 *)&buf->bytes[len] = hit->packet;
+		len += sizeof(__u64);
+	}
+	if (sections & SKB_SECTION_STACK) {
+		stack = bpf_get_stack(ctx, &buf->bytes[len],
+				      SKB_STACK_DEPTH * sizeof(__u64), 0);
+		if (stack > 0)
+			len += stack & (1024 - 1);
+	}
+	if (len > sizeof(buf->bytes))
+		return;
+	np_output(ctx, &event->head, len);
+}
+
+SEC("fentry/xdp")
+int BPF_PROG(xdp_enter, struct xdp_buff *xdp)
+{
+	struct np_config *cfg = np_config_get();
+	struct hit hit = {.kind = SKB_KIND_ENTER, .func = program_id()};
+	struct np_tuple tuple = {};
+	struct xdp_packet p;
+	bool matched;
+
+	if (!cfg || (cfg->fields & NP_PAUSED))
+		return 0;
+	xdp_read(xdp, &p);
+	matched = match_xdp(cfg, xdp, &p);
+	if (!matched && !track)
+		return 0;
+	if (wants_tuple(cfg))
+		np_read_l3(p.l3, &tuple);
+	if (matched && (cfg->fields & NP_FIELDS_PACKET))
+		matched = match_tuple(cfg, &tuple);
+	if (track) {
+		hit.packet = track_xdp(stack_address(ctx), hit.func, xdp, &p,
+				       matched);
+		matched = matched || hit.packet;
+	}
+	if (!matched)
+		return 0;
+	running_begin((__u64)xdp, hit.func, hit.packet);
+	write_xdp(ctx, xdp, &p, &tuple, &hit);
+	return 0;
+}
+
+SEC("fexit/xdp")
+int BPF_PROG(xdp_leave, struct xdp_buff *xdp, int verdict)
+{
+	struct np_config *cfg = np_config_get();
+	struct xdp_link *link = xdp_link_get();
+	struct hit hit = {.kind = SKB_KIND_LEAVE,
+			  .func = program_id(),
+			  .reason = verdict};
+	struct np_tuple tuple = {};
+	struct xdp_packet p;
+
+	if (!cfg || (cfg->fields & NP_PAUSED) ||
+	    !running_end((__u64)xdp, hit.func, &hit.packet))
+		return 0;
+	xdp_read(xdp, &p);
+	if (wants_tuple(cfg))
+		np_read_l3(p.l3, &tuple);
+	if (track && link && link->program == hit.func) {
+		link->buff = 0;
+		link->head = p.head;
+		link->packet = verdict == NP_XDP_PASS ? hit.packet : 0;
+	}
+	write_xdp(ctx, xdp, &p, &tuple, &hit);
+	return 0;
+}

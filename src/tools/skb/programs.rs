@@ -1,0 +1,369 @@
+//! `--filter-trace-tc` and `--filter-trace-xdp`: every loaded tc and XDP program, watched by fentry and fexit; programs that are loaded
+//! later too. A program that cannot be watched is told once and left out.
+
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result, bail};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapMut, OpenMapMut, OpenObject};
+use libbpf_sys as sys;
+
+use crate::bpf::skb::SkbSkel;
+use crate::bpf::skb_prog::{OpenSkbProgSkel, SkbProgSkelBuilder};
+use crate::engine::loss;
+use crate::filter::Filters;
+use crate::filter::members::Condition;
+use crate::kernel::features::Features;
+use crate::kernel::pages::PageVariables;
+use crate::kernel::program::{self, Function, Loaded};
+use crate::kernel::trampoline::{self, Patch, Point, Target, Watch};
+use crate::kernel::{attach, xdp};
+use crate::output::escape::escaped;
+
+use super::args::{Args, SECTION_CALLER};
+
+/// SKB_PROGRAM_ID of src/bpf/skb_prog.bpf.c
+const PROGRAM_ID: i32 = 0x4e50_b1d0;
+
+/// What a program works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Tc,
+    Xdp,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Tc => "tc",
+            Kind::Xdp => "xdp",
+        }
+    }
+
+    /// The programs of skb_prog.bpf.c for it: at entry, at exit.
+    fn watchers(self) -> (&'static str, &'static str) {
+        match self {
+            Kind::Tc => ("tc_enter", "tc_leave"),
+            Kind::Xdp => ("xdp_enter", "xdp_leave"),
+        }
+    }
+
+    /// The kernel's name of a verdict: TC_ACT_* or XDP_*. tcx and netkit programs have the same numbers as tc's.
+    pub fn verdict(self, value: i32) -> Option<&'static str> {
+        const TC: [&str; 10] = [
+            "TC_ACT_UNSPEC",
+            "TC_ACT_OK",
+            "TC_ACT_RECLASSIFY",
+            "TC_ACT_SHOT",
+            "TC_ACT_PIPE",
+            "TC_ACT_STOLEN",
+            "TC_ACT_QUEUED",
+            "TC_ACT_REPEAT",
+            "TC_ACT_REDIRECT",
+            "TC_ACT_TRAP",
+        ];
+        const XDP: [&str; 5] = [
+            "XDP_ABORTED",
+            "XDP_DROP",
+            "XDP_PASS",
+            "XDP_TX",
+            "XDP_REDIRECT",
+        ];
+        let (names, first) = match self {
+            Kind::Tc => (&TC[..], -1),
+            Kind::Xdp => (&XDP[..], 0),
+        };
+        let index = usize::try_from(value.checked_sub(first)?).ok()?;
+        names.get(index).copied()
+    }
+}
+
+/// A watched program, as lines show it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    pub id: u32,
+    /// of its main function, escaped
+    pub name: String,
+    pub kind: Kind,
+}
+
+/// An object whose programs watch programs of one kind.
+struct Watcher<'a> {
+    kind: Kind,
+    open: OpenSkbProgSkel<'a>,
+}
+
+/// What the programs of [`Watcher`]s are kept in.
+pub type Storage = [MaybeUninit<OpenObject>; 2];
+
+/// All that is watched.
+pub struct Programs<'a> {
+    watchers: Vec<Watcher<'a>>,
+    watches: Vec<Watch>,
+    /// id of the last program that was looked at: later ones have larger ids
+    last: u32,
+    /// watched programs by kind: tc, XDP
+    counts: [usize; 2],
+    started: bool,
+}
+
+impl<'a> Programs<'a> {
+    /// Prepares what is to be attached; `None` where no program is to be watched. `filters`: those of packets, and
+    /// --filter-xdp-expr.
+    pub fn prepare(
+        args: &Args,
+        features: &Features,
+        filters: (&Filters, Option<&Condition>),
+        main: &SkbSkel<'_>,
+        storage: &'a mut Storage,
+    ) -> Result<Option<Self>> {
+        let [tc, xdp] = storage;
+        let mut watchers = Vec::new();
+        if args.filter_trace_tc {
+            watchers.push(Watcher::prepare(
+                Kind::Tc,
+                args,
+                features,
+                filters,
+                main,
+                tc,
+            )?);
+        }
+        if args.filter_trace_xdp {
+            watchers.push(Watcher::prepare(
+                Kind::Xdp,
+                args,
+                features,
+                filters,
+                main,
+                xdp,
+            )?);
+        }
+        Ok((!watchers.is_empty()).then(|| Self {
+            watchers,
+            watches: Vec::new(),
+            last: 0,
+            counts: [0; 2],
+            started: false,
+        }))
+    }
+
+    /// Watches the programs that are loaded now, and tells how many they are.
+    pub fn start(&mut self) -> Result<Vec<Program>> {
+        let programs = self.look()?;
+        self.started = true;
+        let count = |kind: Kind| match self.counts[kind as usize] {
+            1 => format!("1 {} program", kind.name()),
+            n => format!("{n} {} programs", kind.name()),
+        };
+        let counts: Vec<String> = self.watchers.iter().map(|w| count(w.kind)).collect();
+        eprintln!(
+            "netprobe: tracing {}, and those that are loaded later",
+            counts.join(", ")
+        );
+        Ok(programs)
+    }
+
+    /// Watches what has been loaded since the last look: one system call where nothing has.
+    pub fn look(&mut self) -> Result<Vec<Program>> {
+        let mut found = Vec::new();
+        while let Some(id) = program::next_id(self.last) {
+            self.last = id;
+            found.extend(self.consider(id)?);
+        }
+        Ok(found)
+    }
+
+    fn consider(&mut self, id: u32) -> Result<Option<Program>> {
+        let Some(loaded) = program::open(id)? else {
+            return Ok(None);
+        };
+        let of_type = kind_of_type(loaded.info.kind);
+        let extension = loaded.info.kind == sys::BPF_PROG_TYPE_EXT;
+        if !extension && !self.watchers.iter().any(|w| Some(w.kind) == of_type) {
+            return Ok(None);
+        }
+        let main = main_function(&loaded);
+        let kind = match (&main, of_type) {
+            (_, Some(kind)) => kind,
+            // What an extension (libxdp's dispatcher calls such) works on, its main function says.
+            (Ok(main), None) => match main.context.as_deref() {
+                Some("xdp_md") => Kind::Xdp,
+                Some("__sk_buff") => Kind::Tc,
+                _ => return Ok(None),
+            },
+            (Err(_), None) => return Ok(None),
+        };
+        let Some(watcher) = self.watchers.iter().find(|w| w.kind == kind) else {
+            return Ok(None);
+        };
+        let watched = main.and_then(|main| Ok((watcher.watch(&loaded, &main)?, main)));
+        match watched {
+            Ok((watches, main)) => {
+                self.watches.extend(watches);
+                self.counts[kind as usize] += 1;
+                let program = Program {
+                    id,
+                    name: escaped(main.name.as_bytes()),
+                    kind,
+                };
+                if self.started {
+                    eprintln!(
+                        "netprobe: {} program {} (id {id}) was loaded: traced from now on",
+                        kind.name(),
+                        program.name
+                    );
+                }
+                Ok(Some(program))
+            }
+            Err(why) => {
+                eprintln!(
+                    "netprobe: {} program {} (id {id}) is not traced: {why:#}{}",
+                    kind.name(),
+                    escaped(loaded.info.name.as_bytes()),
+                    hint(&why)
+                );
+                Ok(None)
+            }
+        }
+    }
+
+    /// Hits that the kernel skipped.
+    pub fn missed(&self) -> u64 {
+        self.watches
+            .iter()
+            .map(|w| loss::missed(w.program_fd()))
+            .sum()
+    }
+}
+
+impl<'a> Watcher<'a> {
+    fn prepare(
+        kind: Kind,
+        args: &Args,
+        features: &Features,
+        (filters, xdp_members): (&Filters, Option<&Condition>),
+        main: &SkbSkel<'_>,
+        storage: &'a mut MaybeUninit<OpenObject>,
+    ) -> Result<Self> {
+        let mut open = SkbProgSkelBuilder::default()
+            .open(storage)
+            .context("failed to open the BPF object")?;
+        let rodata = open
+            .maps
+            .rodata_data
+            .as_mut()
+            .context("the BPF object has no .rodata")?;
+        rodata.use_cast = u8::from(features.rdonly_cast);
+        rodata.has_buff_len = u8::from(kind == Kind::Xdp && xdp::has_frags());
+        // A program's caller is its hook in the kernel: the same for all.
+        rodata.sections = args.sections() & !SECTION_CALLER;
+        rodata.snap_len = args.snap_len();
+        rodata.track = u8::from(args.track());
+        rodata.track_stack = u8::from(args.track_stack());
+        rodata.np_filter_on = match kind {
+            Kind::Tc => filters.on(),
+            Kind::Xdp => filters.on_xdp(xdp_members),
+        };
+        if rodata.np_filter_on != 0 {
+            let pages = PageVariables::find();
+            rodata.np_filter_vmemmap_base = pages.vmemmap_base;
+            rodata.np_filter_page_offset_base = pages.page_offset_base;
+        }
+        share(&mut open, main)?;
+        let (enter, leave) = kind.watchers();
+        for mut p in open.open_object_mut().progs_mut() {
+            let name = p.name().to_string_lossy().into_owned();
+            p.set_autoload(name == enter || name == leave);
+        }
+        match kind {
+            Kind::Tc => filters.prepare(open.open_object_mut())?,
+            Kind::Xdp => filters.prepare_xdp(open.open_object_mut(), xdp_members)?,
+        }
+        Ok(Self { kind, open })
+    }
+
+    fn watch(&self, loaded: &Loaded, main: &Function) -> Result<[Watch; 2]> {
+        let object = self.open.open_object();
+        let target = Target {
+            program: loaded.fd.as_fd(),
+            btf_id: main.btf,
+        };
+        let patch = Patch {
+            placeholder: PROGRAM_ID,
+            value: loaded.info.id as i32,
+        };
+        let (enter, leave) = self.kind.watchers();
+        attach::make_room(2)?;
+        // The exit first: it does nothing until an entry has remembered the packet.
+        let leave = trampoline::watch(object, leave, target, Point::Exit, patch)?;
+        let enter = trampoline::watch(object, enter, target, Point::Entry, patch)?;
+        Ok([enter, leave])
+    }
+}
+
+/// The maps of the main object in the place of this one's.
+fn share(open: &mut OpenSkbProgSkel<'_>, main: &SkbSkel<'_>) -> Result<()> {
+    let same = |map: &mut OpenMapMut<'_>, of: &MapMut<'_>| {
+        map.reuse_fd(of.as_fd())
+            .context("failed to share a map between BPF objects")
+    };
+    let (maps, of) = (&mut open.maps, &main.maps);
+    same(&mut maps.events, &of.events)?;
+    same(&mut maps.stats, &of.stats)?;
+    same(&mut maps.cfg_map, &of.cfg_map)?;
+    same(&mut maps.tracked, &of.tracked)?;
+    same(&mut maps.contexts, &of.contexts)?;
+    same(&mut maps.packets, &of.packets)?;
+    same(&mut maps.owners, &of.owners)?;
+    same(&mut maps.xdp_links, &of.xdp_links)
+}
+
+fn kind_of_type(kind: u32) -> Option<Kind> {
+    match kind {
+        sys::BPF_PROG_TYPE_SCHED_CLS | sys::BPF_PROG_TYPE_SCHED_ACT => Some(Kind::Tc),
+        sys::BPF_PROG_TYPE_XDP => Some(Kind::Xdp),
+        _ => None,
+    }
+}
+
+fn main_function(loaded: &Loaded) -> Result<Function> {
+    if loaded.info.ifindex != 0 {
+        bail!("it runs in a network card");
+    }
+    program::functions(loaded.fd.as_fd())?
+        .into_iter()
+        .next()
+        .context("its BTF does not name its main function")
+}
+
+/// What to do, where the reason alone does not say it.
+fn hint(why: &anyhow::Error) -> &'static str {
+    match why
+        .downcast_ref::<std::io::Error>()
+        .map(std::io::Error::kind)
+    {
+        Some(std::io::ErrorKind::PermissionDenied) => {
+            " (a locked-down kernel refuses fentry and fexit: boot with lockdown=none)"
+        }
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_by_name() {
+        assert_eq!(Kind::Tc.verdict(-1), Some("TC_ACT_UNSPEC"));
+        assert_eq!(Kind::Tc.verdict(2), Some("TC_ACT_SHOT"));
+        assert_eq!(Kind::Tc.verdict(8), Some("TC_ACT_TRAP"));
+        assert_eq!(Kind::Tc.verdict(9), None);
+        assert_eq!(Kind::Tc.verdict(i32::MIN), None);
+        assert_eq!(Kind::Xdp.verdict(1), Some("XDP_DROP"));
+        assert_eq!(Kind::Xdp.verdict(-1), None);
+        assert_eq!(Kind::Xdp.verdict(i32::MAX), None);
+    }
+}

@@ -1,0 +1,371 @@
+//! `netprobe skb` and BPF programs: tc, tcx, netkit and XDP programs traced with their verdicts, those that are loaded later, and odd
+//! ones.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use anyhow::{Context, Result, ensure};
+use libbpf_rs::{Object, ObjectBuilder, TC_EGRESS, TC_INGRESS, TcHookBuilder, Xdp, XdpFlags};
+use libbpf_sys as sys;
+
+use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case};
+
+const TC: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tc_drop_port.o"));
+const XDP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_drop_port.o"));
+
+/// The examples' discard port.
+const DROPPED: u16 = 9;
+const PASSED: u16 = 4000;
+const EXPRESSION: [&str; 1] = ["udp and (dst port 9 or dst port 4000)"];
+/// One function: attaching singly takes long on old kernels.
+const FEW: [&str; 2] = ["--filter-func", "ip_output|ip_rcv"];
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("skb_tc_programs_and_later_ones", tc).trace().fentry(),
+        case("skb_tcx_and_netkit_programs", tcx)
+            .trace()
+            .fentry()
+            .kernel(6, 7),
+        case("skb_xdp_programs_generic", || xdp(XdpFlags::SKB_MODE))
+            .trace()
+            .xdp()
+            .fentry(),
+        case("skb_xdp_programs_native", || xdp(XdpFlags::DRV_MODE))
+            .trace()
+            .xdp()
+            .fentry(),
+        case("skb_programs_wrong_values", wrong_values).trace(),
+    ]
+}
+
+/// netprobe in the client's namespace.
+fn skb<'a>(net: &'a Pair, args: &[&str]) -> Netprobe<'a> {
+    Netprobe::new("skb").args(args).netns(&net.client)
+}
+
+/// A loaded object of one program.
+struct Loaded {
+    object: Object,
+    id: u32,
+}
+
+impl Loaded {
+    fn new(bytes: &[u8]) -> Result<Self> {
+        let object = ObjectBuilder::default().open_memory(bytes)?.load()?;
+        let id = id_of(
+            object
+                .progs()
+                .next()
+                .context("no program")?
+                .as_fd()
+                .as_raw_fd(),
+        )?;
+        Ok(Self { object, id })
+    }
+
+    fn fd(&self) -> Result<i32> {
+        let program = self.object.progs().next().context("no program")?;
+        Ok(program.as_fd().as_raw_fd())
+    }
+
+    /// At clsact; it goes with the interface.
+    fn attach_tc(&self, netns: &Netns, ingress: bool) -> Result<()> {
+        let ifindex = netns.ifindex(Pair::IFACE)? as i32;
+        let program = self.object.progs().next().context("no program")?;
+        let program = program.as_fd();
+        netns.enter(|| -> Result<()> {
+            let mut hook = TcHookBuilder::new(program)
+                .ifindex(ifindex)
+                .replace(false)
+                .handle(1)
+                .priority(1)
+                .hook(if ingress { TC_INGRESS } else { TC_EGRESS });
+            hook.create()?;
+            hook.attach()?;
+            Ok(())
+        })?
+    }
+
+    /// By a link, of an attach type.
+    fn attach_link(&self, netns: &Netns, interface: &str, how: u32) -> Result<OwnedFd> {
+        let ifindex = netns.ifindex(interface)? as i32;
+        let program = self.fd()?;
+        // SAFETY: numbers and no options; a positive result is an fd that nobody else owns.
+        let fd = netns
+            .enter(|| unsafe { sys::bpf_link_create(program, ifindex, how, std::ptr::null()) })?;
+        ensure!(fd > 0, "failed to make a link: {fd}");
+        // SAFETY: see above.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    fn name(&self, kind: &str, program: &str) -> String {
+        format!("{program}[{kind}:{}]", self.id)
+    }
+}
+
+fn id_of(program: i32) -> Result<u32> {
+    let mut info = sys::bpf_prog_info::default();
+    let mut len = size_of::<sys::bpf_prog_info>() as u32;
+    // SAFETY: info is writable for len bytes, and all its pointers are null, so the kernel copies no arrays.
+    let code = unsafe { sys::bpf_prog_get_info_by_fd(program, &mut info, &mut len) };
+    ensure!(code == 0, "failed to look at a program: {code}");
+    Ok(info.id)
+}
+
+/// A tc program without BTF: nobody can tell what its function is.
+fn without_btf() -> Result<OwnedFd> {
+    let insns = [
+        sys::bpf_insn {
+            code: (sys::BPF_ALU64 | sys::BPF_MOV | sys::BPF_K) as u8,
+            ..Default::default()
+        },
+        sys::bpf_insn {
+            code: (sys::BPF_JMP | sys::BPF_EXIT) as u8,
+            ..Default::default()
+        },
+    ];
+    // SAFETY: strings and instructions live through the call; no options.
+    let fd = unsafe {
+        sys::bpf_prog_load(
+            sys::BPF_PROG_TYPE_SCHED_CLS,
+            c"odd_one".as_ptr(),
+            c"GPL".as_ptr(),
+            insns.as_ptr(),
+            insns.len() as _,
+            std::ptr::null_mut(),
+        )
+    };
+    ensure!(fd > 0, "failed to load a program: {fd}");
+    // SAFETY: the call just returned this fd, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until a program's end with this verdict is shown.
+fn wait_verdict(run: &Running, program: &str, verdict: &str) -> Result<String> {
+    run.wait_line(&format!("{program} = {verdict}"))
+}
+
+/// The column of the packet's identity.
+fn packet(line: &str) -> &str {
+    line.split_whitespace().nth(3).unwrap_or("")
+}
+
+fn tc() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let first = Loaded::new(TC)?;
+    first.attach_tc(&net.client, false)?;
+    let first_name = first.name("tc", "tc_drop_port");
+    let odd = without_btf()?;
+    let args = ["--filter-trace-tc"];
+    let run = skb(&net, &[&args[..], &FEW, &EXPRESSION].concat()).start()?;
+    run.wait_stderr("and those that are loaded later")?;
+    let said = run.wait_stderr("is not traced")?;
+    ensure!(
+        said.contains("odd_one") && said.contains("no BTF"),
+        "{said}"
+    );
+    net.client
+        .udp_send(net.server.v4(5000), b"of no interest")?;
+    net.client.udp_send(net.server.v4(DROPPED), b"hello")?;
+    net.client.udp_send(net.server.v4(PASSED), b"hello")?;
+    wait_verdict(&run, &first_name, "TC_ACT_SHOT")?;
+    let line = wait_verdict(&run, &first_name, "TC_ACT_UNSPEC")?;
+    // The packet as the program leaves it.
+    ensure!(
+        line.contains(" 77 ") && line.contains(":4000(udp)"),
+        "{line}"
+    );
+
+    let second = Loaded::new(TC)?;
+    run.wait_stderr(&format!("(id {}) was loaded", second.id))?;
+    second.attach_tc(&net.server, true)?;
+    let port = net.client.udp_send(net.server.v4(PASSED), b"again")?;
+    wait_verdict(&run, &second.name("tc", "tc_drop_port"), "TC_ACT_UNSPEC")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    ensure!(done.lines_with(":5000").is_empty(), "{done}");
+    ensure!(done.stderr.matches("odd_one").count() == 1, "{done}");
+    // In at the client's, out of it, in at the server's, out of it.
+    let again = done.lines_with(&format!(":{port}->"));
+    let of_programs: Vec<_> = again.iter().filter(|l| l.contains("[tc:")).collect();
+    ensure!(of_programs.len() == 4, "{of_programs:#?}");
+    ensure!(
+        of_programs[0].ends_with(&first_name) && of_programs[1].contains(" = "),
+        "{of_programs:#?}"
+    );
+    drop(odd);
+    json(&net, &first)
+}
+
+/// The same in JSON; a mark that the program itself sets, and the packet's identity through it.
+fn json(net: &Pair, program: &Loaded) -> Result<()> {
+    let args = [
+        "--filter-trace-tc",
+        "--output-json",
+        "--filter-track-skb",
+        "--filter-dst-port",
+        "4000",
+    ];
+    let run = skb(net, &[&args[..], &FEW].concat()).start()?;
+    net.client.udp_send(net.server.v4(PASSED), b"hello")?;
+    run.wait_line("\"func\":\"ip_rcv\"")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    let of = |at: &str| {
+        rows.iter()
+            .find(|r| r["program"]["id"] == program.id && r["program"]["at"] == at)
+            .with_context(|| format!("no event at {at}:\n{done}"))
+    };
+    let (entry, exit) = (of("entry")?, of("exit")?);
+    ensure!(
+        entry["func"] == "tc_drop_port" && entry["program"]["kind"] == "tc",
+        "{entry}"
+    );
+    ensure!(entry["program"].get("verdict").is_none(), "{entry}");
+    ensure!(exit["program"]["verdict"] == "TC_ACT_UNSPEC", "{exit}");
+    ensure!(entry["mark"] == 0 && exit["mark"] == 0x77, "{entry} {exit}");
+    for row in &rows {
+        ensure!(row["packet"] == entry["packet"], "{row} is another packet");
+    }
+    Ok(())
+}
+
+fn tcx() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    // The other end gets the first free name of nk0, nk1 and so on.
+    net.client.ip("link add prim0 type netkit")?;
+    for command in [
+        "link set prim0 up",
+        "link set nk0 up",
+        "addr add 10.78.0.1/24 dev prim0",
+    ] {
+        net.client.ip(command)?;
+    }
+    let (tcx, netkit) = (Loaded::new(TC)?, Loaded::new(TC)?);
+    let _links = [
+        tcx.attach_link(&net.client, Pair::IFACE, sys::BPF_TCX_EGRESS)?,
+        netkit.attach_link(&net.client, "prim0", sys::BPF_NETKIT_PRIMARY)?,
+    ];
+    let args = ["--filter-trace-tc", "--filter-dst-port", "9"];
+    let run = skb(&net, &[&args[..], &FEW].concat()).start()?;
+    net.client.udp_send(net.server.v4(DROPPED), b"hello")?;
+    let line = wait_verdict(&run, &tcx.name("tc", "tc_drop_port"), "TC_ACT_SHOT")?;
+    ensure!(line.contains(" veth0:"), "{line}");
+    net.client.udp_send("10.78.0.2:9".parse()?, b"hello")?;
+    let name = netkit.name("tc", "tc_drop_port");
+    let line = run.wait_lines("a verdict of the netkit program", |text| {
+        let line = text.lines().find(|l| l.contains(&format!("{name} = ")))?;
+        Some(line.to_owned())
+    })?;
+    // netkit has given the packet to the other end before it runs the program.
+    ensure!(line.contains(" nk0:"), "{line}");
+    run.stop()?.expect_success()
+}
+
+fn xdp(mode: XdpFlags) -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let program = Loaded::new(XDP)?;
+    let ifindex = net.server.ifindex(Pair::IFACE)? as i32;
+    let fd = program.object.progs().next().context("no program")?;
+    let fd = fd.as_fd();
+    net.server.enter(|| Xdp::new(fd).attach(ifindex, mode))??;
+    let name = program.name("xdp", "xdp_drop_port");
+
+    let args = ["--filter-trace-xdp", "--filter-track-skb"];
+    let run = skb(&net, &[&args[..], &FEW, &EXPRESSION].concat()).start()?;
+    net.client
+        .udp_send(net.server.v4(5000), b"of no interest")?;
+    net.client.udp_send(net.server.v4(DROPPED), b"hello")?;
+    let port = net.client.udp_send(net.server.v4(PASSED), b"hello")?;
+    wait_verdict(&run, &name, "XDP_DROP")?;
+    wait_verdict(&run, &name, "XDP_PASS")?;
+    run.wait_lines("both functions with the packet that passed", |text| {
+        let mut lines = text.lines().filter(|l| l.contains(&format!(":{port}->")));
+        lines.any(|l| l.ends_with(" ip_rcv")).then_some(())
+    })?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    ensure!(done.lines_with(":5000").is_empty(), "{done}");
+    let passed = done.lines_with(&format!(":{port}->"));
+    let dropped = done.lines_with(":9(udp)");
+    ensure!(passed.len() == 4 && dropped.len() == 3, "{done}");
+    let inode = net.server.inode()?.to_string();
+    let entry = passed
+        .iter()
+        .find(|l| l.ends_with(&name))
+        .with_context(|| format!("no entry:\n{done}"))?;
+    ensure!(
+        entry.contains(&inode) && entry.contains(" veth0:") && entry.contains("0x0800 1500"),
+        "{entry}"
+    );
+    one_identity(&done, &passed)?;
+    one_identity(&done, &dropped)?;
+    ensure!(packet(passed[0]) != packet(dropped[0]), "{done}");
+
+    // Conditions on the xdp_buff; fields that an XDP packet has; a mark, which it does not have.
+    let expr = format!("xdp->rxq->dev->ifindex == {ifindex}");
+    let run = skb(&net, &["--filter-trace-xdp", "--filter-dst-port", "9"])
+        .args(["--filter-xdp-expr", &expr, "--output-json"])
+        .args(FEW)
+        .start()?;
+    net.client.udp_send(net.server.v4(DROPPED), b"hello")?;
+    run.wait_line("\"verdict\":\"XDP_DROP\"")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    for row in done
+        .json()?
+        .iter()
+        .filter(|r| r["program"]["id"] == program.id)
+    {
+        ensure!(row["program"]["kind"] == "xdp" && row["mark"] == 0, "{row}");
+        ensure!(row["tuple"]["dport"] == 9 && row["len"] == 14 + 33, "{row}");
+    }
+    let expr = format!("xdp->rxq->dev->ifindex != {ifindex}");
+    let run = skb(&net, &["--filter-trace-xdp", "--filter-xdp-expr", &expr])
+        .args(FEW)
+        .start()?;
+    net.client.udp_send(net.server.v4(PASSED), b"hello")?;
+    run.wait_line(" ip_rcv")?;
+    let done = run.stop()?;
+    ensure!(done.lines_with("[xdp:").is_empty(), "{done}");
+    Ok(())
+}
+
+/// All lines are of one packet.
+fn one_identity(done: &Finished, lines: &[&str]) -> Result<()> {
+    for line in lines {
+        ensure!(
+            packet(line) == packet(lines[0]),
+            "{line}\nis another packet:\n{done}"
+        );
+    }
+    Ok(())
+}
+
+fn wrong_values() -> Result<()> {
+    let net = Pair::new()?;
+    for (args, word) in [
+        (
+            &["--filter-trace-xdp", "--filter-xdp-expr", "xdp->nothing"][..],
+            "nothing",
+        ),
+        (
+            &["--filter-trace-xdp", "--filter-xdp-expr", "skb->mark == 1"],
+            "xdp",
+        ),
+        (
+            &["--filter-xdp-expr", "xdp->frame_sz == 1"],
+            "--filter-trace-xdp",
+        ),
+        (&["--filter-trace-tc", "--drops"], "--drops"),
+    ] {
+        let done = skb(&net, args).run()?;
+        done.expect_code(2)?;
+        done.expect_stderr(word)?;
+    }
+    Ok(())
+}
