@@ -81,6 +81,8 @@ unsafe impl Plain for skb::types::skb_copy {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_data {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::skb_map {}
+// SAFETY: see above.
 unsafe impl Plain for skb::types::skb_track {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_tuple {}

@@ -391,4 +391,6 @@ int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+#include "skb_helpers.bpf.h"
+
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

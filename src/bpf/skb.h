@@ -28,6 +28,7 @@
 #define SKB_SECTION_SKB (1U << 7) /* struct skb_copy of the sk_buff */
 #define SKB_SECTION_SHINFO (1U << 8) /* struct skb_copy, skb_shared_info */
 #define SKB_SECTION_DATA (1U << 9) /* struct skb_data and snap_len bytes */
+#define SKB_SECTION_MAP (1U << 12) /* struct skb_map */
 #define SKB_SECTION_STACK (1U << 15) /* __u64 addresses, to the end */
 
 #define SKB_STACK_DEPTH 64
@@ -99,6 +100,22 @@ struct skb_data {
 	__u32 pad;
 };
 
+/* What a BPF program does with a map. */
+#define SKB_MAP_BYTES 256 /* longer keys and values are cut off */
+#define SKB_MAP_KEY 1
+#define SKB_MAP_VALUE 2
+struct skb_map {
+	__u32 id;
+	__u32 key_size;
+	__u32 value_size;
+	__u32 known; /* SKB_MAP_*: what could be read */
+	__u8 name[16]; /* NUL-padded */
+	__u8 key[SKB_MAP_BYTES];
+	__u8 value[SKB_MAP_BYTES];
+};
+
+_Static_assert(sizeof(struct skb_map) == 544,
+	       "skb_map is part of the contract");
 _Static_assert(sizeof(struct skb_copy) == 392,
 	       "skb_copy is part of the contract");
 _Static_assert(sizeof(struct skb_data) == 16,

@@ -64,8 +64,7 @@ static __always_inline bool running_end(__u64 packet, __u32 program,
 	return true;
 }
 
-SEC("fentry/tc")
-int BPF_PROG(tc_enter, struct sk_buff *ptr)
+static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 {
 	struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
@@ -73,17 +72,16 @@ int BPF_PROG(tc_enter, struct sk_buff *ptr)
 	struct np_tuple tuple = {};
 
 	if (!cfg || (cfg->fields & NP_PAUSED))
-		return 0;
+		return;
 	if (!is_ours(cfg, track ? stack_address(ctx) : 0, skb, &tuple,
 		     &hit.packet, true))
-		return 0;
+		return;
 	running_begin((__u64)ptr, hit.func, hit.packet);
 	write_event(ctx, skb, &tuple, &hit);
-	return 0;
 }
 
-SEC("fexit/tc")
-int BPF_PROG(tc_leave, struct sk_buff *ptr, int verdict)
+static __always_inline void leave_tc(void *ctx, struct sk_buff *ptr,
+				     int verdict)
 {
 	struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
@@ -94,11 +92,10 @@ int BPF_PROG(tc_leave, struct sk_buff *ptr, int verdict)
 
 	if (!cfg || (cfg->fields & NP_PAUSED) ||
 	    !running_end((__u64)ptr, hit.func, &hit.packet))
-		return 0;
+		return;
 	if (wants_tuple(cfg))
 		np_read_tuple(skb, &tuple);
 	write_event(ctx, skb, &tuple, &hit);
-	return 0;
 }
 
 #define NP_ETH_VLAN 0x8100
@@ -247,6 +244,16 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 		*(__u64 *)&buf->bytes[len] = hit->packet;
 		len += sizeof(__u64);
 	}
+	if (sections & SKB_SECTION_DATA) {
+		struct skb_data *d = (struct skb_data *)&buf->bytes[len];
+
+		d->len = p->len;
+		d->ethernet = 1;
+		d->hatype = BPF_CORE_READ(dev, type);
+		d->pad = 0;
+		read_bytes(d, p->data, p->linear);
+		len += sizeof(*d) + snap_len;
+	}
 	if (sections & SKB_SECTION_STACK) {
 		stack = bpf_get_stack(ctx, &buf->bytes[len],
 				      SKB_STACK_DEPTH * sizeof(__u64), 0);
@@ -258,8 +265,7 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 	np_output(ctx, &event->head, len);
 }
 
-SEC("fentry/xdp")
-int BPF_PROG(xdp_enter, struct xdp_buff *xdp)
+static __always_inline void enter_xdp(void *ctx, struct xdp_buff *xdp)
 {
 	struct np_config *cfg = np_config_get();
 	struct hit hit = {.kind = SKB_KIND_ENTER, .func = program_id()};
@@ -268,11 +274,11 @@ int BPF_PROG(xdp_enter, struct xdp_buff *xdp)
 	bool matched;
 
 	if (!cfg || (cfg->fields & NP_PAUSED))
-		return 0;
+		return;
 	xdp_read(xdp, &p);
 	matched = match_xdp(cfg, xdp, &p);
 	if (!matched && !track)
-		return 0;
+		return;
 	if (wants_tuple(cfg))
 		np_read_l3(p.l3, &tuple);
 	if (matched && (cfg->fields & NP_FIELDS_PACKET))
@@ -283,14 +289,13 @@ int BPF_PROG(xdp_enter, struct xdp_buff *xdp)
 		matched = matched || hit.packet;
 	}
 	if (!matched)
-		return 0;
+		return;
 	running_begin((__u64)xdp, hit.func, hit.packet);
 	write_xdp(ctx, xdp, &p, &tuple, &hit);
-	return 0;
 }
 
-SEC("fexit/xdp")
-int BPF_PROG(xdp_leave, struct xdp_buff *xdp, int verdict)
+static __always_inline void leave_xdp(void *ctx, struct xdp_buff *xdp,
+				      int verdict)
 {
 	struct np_config *cfg = np_config_get();
 	struct xdp_link *link = xdp_link_get();
@@ -302,7 +307,7 @@ int BPF_PROG(xdp_leave, struct xdp_buff *xdp, int verdict)
 
 	if (!cfg || (cfg->fields & NP_PAUSED) ||
 	    !running_end((__u64)xdp, hit.func, &hit.packet))
-		return 0;
+		return;
 	xdp_read(xdp, &p);
 	if (wants_tuple(cfg))
 		np_read_l3(p.l3, &tuple);
@@ -312,5 +317,40 @@ int BPF_PROG(xdp_leave, struct xdp_buff *xdp, int verdict)
 		link->packet = verdict == NP_XDP_PASS ? hit.packet : 0;
 	}
 	write_xdp(ctx, xdp, &p, &tuple, &hit);
+}
+
+SEC("fentry/tc")
+int BPF_PROG(tc_enter, struct sk_buff *ptr)
+{
+	watching_set(1);
+	enter_tc(ctx, ptr);
+	watching_set(0);
+	return 0;
+}
+
+SEC("fexit/tc")
+int BPF_PROG(tc_leave, struct sk_buff *ptr, int verdict)
+{
+	watching_set(1);
+	leave_tc(ctx, ptr, verdict);
+	watching_set(0);
+	return 0;
+}
+
+SEC("fentry/xdp")
+int BPF_PROG(xdp_enter, struct xdp_buff *xdp)
+{
+	watching_set(1);
+	enter_xdp(ctx, xdp);
+	watching_set(0);
+	return 0;
+}
+
+SEC("fexit/xdp")
+int BPF_PROG(xdp_leave, struct xdp_buff *xdp, int verdict)
+{
+	watching_set(1);
+	leave_xdp(ctx, xdp, verdict);
+	watching_set(0);
 	return 0;
 }

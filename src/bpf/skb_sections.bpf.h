@@ -130,6 +130,26 @@ static __always_inline void read_copy(struct skb_copy *to, const void *from,
 		to->size = 0;
 }
 
+/* The packet's first bytes, of which `linear` lie together. */
+static __always_inline void read_bytes(struct skb_data *d, const __u8 *at,
+				       __u32 linear)
+{
+	__u64 len = snap_len;
+
+	if (linear < len)
+		len = linear;
+	/*
+	 * The verifier must see the bounds on the very register that goes into
+	 * the call, and for 6.1 a minimum of 1.
+	 */
+	asm volatile("" : "+r"(len));
+	if (len < 1 || len > SKB_SNAP_MAX)
+		len = 0;
+	else if (bpf_probe_read_kernel(d + 1, len, at) < 0)
+		len = 0;
+	d->captured = len;
+}
+
 static __always_inline void read_data(struct sk_buff *skb, struct skb_data *d)
 {
 	__u16 mac = NP_READ(skb, mac_header),
@@ -139,7 +159,6 @@ static __always_inline void read_data(struct sk_buff *skb, struct skb_data *d)
 	struct net_device *dev = NP_READ(skb, dev);
 	__u32 tail = NP_READ(skb, tail), nonlinear = NP_READ(skb, data_len);
 	__u32 linear;
-	__u64 len;
 
 	d->ethernet = 0;
 	d->hatype = 0;
@@ -154,19 +173,7 @@ static __always_inline void read_data(struct sk_buff *skb, struct skb_data *d)
 		d->hatype = BPF_CORE_READ(dev, type);
 	linear = head + tail > at ? head + tail - at : 0;
 	d->len = linear + nonlinear;
-	len = snap_len;
-	if (linear < len)
-		len = linear;
-	/*
-	 * The verifier must see the bounds on the very register that goes into
-	 * the call, and for 6.1 a minimum of 1.
-	 */
-	asm volatile("" : "+r"(len));
-	if (len < 1 || len > SKB_SNAP_MAX)
-		len = 0;
-	else if (bpf_probe_read_kernel(d + 1, len, at) < 0)
-		len = 0;
-	d->captured = len;
+	read_bytes(d, at, linear);
 }
 
 #endif

@@ -65,7 +65,10 @@ static __always_inline __u64 xdp_skb_of(__u64 head)
 	return (__u64)NP_READ(skb, head) == head ? link->skb : 0;
 }
 
-/* bpf_prog_run_generic_xdp(skb, ...), skb_copy_header(skb, old) */
+/*
+ * bpf_prog_run_generic_xdp(skb, ...); pskb_expand_head(skb, ...), which makes
+ * room for XDP; skb_copy_header(skb, old)
+ */
 SEC("kprobe/xdp_skb_1")
 int xdp_skb_1(struct pt_regs *ctx)
 {
@@ -73,7 +76,7 @@ int xdp_skb_1(struct pt_regs *ctx)
 	return 0;
 }
 
-/* do_xdp_generic(prog, skb), veth_xdp_rcv_skb(rq, skb, ...) */
+/* do_xdp_generic(prog, skb) before 6.9, veth_xdp_rcv_skb(rq, skb, ...) */
 SEC("kprobe/xdp_skb_2")
 int xdp_skb_2(struct pt_regs *ctx)
 {

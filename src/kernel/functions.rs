@@ -160,6 +160,18 @@ fn text_symbols(
     }
 }
 
+/// Address of a function of the kernel proper; 0 where kallsyms hides it or has none.
+pub fn address(name: &str) -> u64 {
+    let text = fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+    let mut address = 0;
+    text_symbols(&text, &|n| n == name, |addr, _, module| {
+        if module.is_none() {
+            address = addr;
+        }
+    });
+    address
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

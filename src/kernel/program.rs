@@ -77,17 +77,51 @@ fn function_types(program: BorrowedFd<'_>) -> Result<(u32, Vec<u32>)> {
         func_info: functions.as_mut_ptr() as u64,
         ..Default::default()
     };
-    let mut len = size_of::<sys::bpf_prog_info>() as u32;
-    // SAFETY: info is writable for len bytes, and its one array has room for as many records as it says.
-    let code = unsafe { sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &mut info, &mut len) };
-    if code < 0 {
-        return Err(io::Error::from_raw_os_error(-code)).context("failed to look at a program");
-    }
+    look(program, &mut info)?;
     functions.truncate(info.nr_func_info.min(MAX_FUNCTIONS) as usize);
     Ok((
         info.id,
         functions.iter().map(|function| function.type_id).collect(),
     ))
+}
+
+/// BPF_JMP | BPF_CALL
+const CALL: u8 = 0x85;
+/// What follows it is a helper, a function of the program itself (1) or a kernel function (BPF_PSEUDO_KFUNC_CALL).
+const CALLS_OF_THE_KERNEL: [u8; 2] = [0, 2];
+
+/// The kernel functions that a program calls, as the verifier left it: each one's distance from `__bpf_call_base`. 0 where the kernel
+/// hides them.
+pub fn calls(program: BorrowedFd<'_>) -> Result<Vec<i32>> {
+    let mut info = sys::bpf_prog_info::default();
+    look(program, &mut info)?;
+    let size = size_of::<sys::bpf_insn>();
+    let mut insns = vec![sys::bpf_insn::default(); info.xlated_prog_len as usize / size];
+    let mut info = sys::bpf_prog_info {
+        xlated_prog_len: (insns.len() * size) as u32,
+        xlated_prog_insns: insns.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    look(program, &mut info)?;
+    let mut calls: Vec<i32> = insns
+        .iter()
+        .filter(|insn| insn.code == CALL && CALLS_OF_THE_KERNEL.contains(&insn.src_reg()))
+        .map(|insn| insn.imm)
+        .collect();
+    calls.sort_unstable();
+    calls.dedup();
+    Ok(calls)
+}
+
+/// Fills the info of a program.
+fn look(program: BorrowedFd<'_>, info: &mut sys::bpf_prog_info) -> Result<()> {
+    let mut len = size_of::<sys::bpf_prog_info>() as u32;
+    // SAFETY: info is writable for len bytes, and its arrays (of the callers, in this file) are as long as it says.
+    let code = unsafe { sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), info, &mut len) };
+    if code < 0 {
+        return Err(io::Error::from_raw_os_error(-code)).context("failed to look at a program");
+    }
+    Ok(())
 }
 
 fn function(btf: &Btf<'_>, id: u32) -> Option<Function> {

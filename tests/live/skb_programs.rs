@@ -17,7 +17,7 @@ const DROPPED: u16 = 9;
 const PASSED: u16 = 4000;
 const EXPRESSION: [&str; 1] = ["udp and (dst port 9 or dst port 4000)"];
 /// One function: attaching singly takes long on old kernels.
-const FEW: [&str; 2] = ["--filter-func", "ip_output|ip_rcv"];
+const FEW: [&str; 2] = ["--filter-func", "ip_output|ip_local_deliver"];
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -33,6 +33,9 @@ pub fn cases() -> Vec<Case> {
         case("skb_xdp_programs_native", || xdp(XdpFlags::DRV_MODE))
             .trace()
             .xdp()
+            .fentry(),
+        case("skb_programs_helpers_and_maps", helpers)
+            .trace()
             .fentry(),
         case("skb_programs_wrong_values", wrong_values).trace(),
     ]
@@ -209,7 +212,7 @@ fn json(net: &Pair, program: &Loaded) -> Result<()> {
     ];
     let run = skb(net, &[&args[..], &FEW].concat()).start()?;
     net.client.udp_send(net.server.v4(PASSED), b"hello")?;
-    run.wait_line("\"func\":\"ip_rcv\"")?;
+    run.wait_line("\"func\":\"ip_local_deliver\"")?;
     let done = run.stop()?;
     done.expect_success()?;
     let rows = done.json()?;
@@ -285,7 +288,9 @@ fn xdp(mode: XdpFlags) -> Result<()> {
     wait_verdict(&run, &name, "XDP_PASS")?;
     run.wait_lines("both functions with the packet that passed", |text| {
         let mut lines = text.lines().filter(|l| l.contains(&format!(":{port}->")));
-        lines.any(|l| l.ends_with(" ip_rcv")).then_some(())
+        lines
+            .any(|l| l.ends_with(" ip_local_deliver"))
+            .then_some(())
     })?;
     let done = run.stop()?;
     done.expect_success()?;
@@ -307,9 +312,12 @@ fn xdp(mode: XdpFlags) -> Result<()> {
     ensure!(packet(passed[0]) != packet(dropped[0]), "{done}");
 
     // Conditions on the xdp_buff; fields that an XDP packet has; a mark, which it does not have.
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("xdp.pcapng");
     let expr = format!("xdp->rxq->dev->ifindex == {ifindex}");
     let run = skb(&net, &["--filter-trace-xdp", "--filter-dst-port", "9"])
-        .args(["--filter-xdp-expr", &expr, "--output-json"])
+        .args(["--filter-xdp-expr", &expr, "--output-json", "-w"])
+        .arg(&file)
         .args(FEW)
         .start()?;
     net.client.udp_send(net.server.v4(DROPPED), b"hello")?;
@@ -324,12 +332,19 @@ fn xdp(mode: XdpFlags) -> Result<()> {
         ensure!(row["program"]["kind"] == "xdp" && row["mark"] == 0, "{row}");
         ensure!(row["tuple"]["dport"] == 9 && row["len"] == 14 + 33, "{row}");
     }
+    let bytes = std::fs::read(&file)?;
+    for text in [&format!("{name} = XDP_DROP")[..], "hello"] {
+        ensure!(
+            bytes.windows(text.len()).any(|w| w == text.as_bytes()),
+            "{text} is not in the capture"
+        );
+    }
     let expr = format!("xdp->rxq->dev->ifindex != {ifindex}");
     let run = skb(&net, &["--filter-trace-xdp", "--filter-xdp-expr", &expr])
         .args(FEW)
         .start()?;
     net.client.udp_send(net.server.v4(PASSED), b"hello")?;
-    run.wait_line(" ip_rcv")?;
+    run.wait_line(" ip_local_deliver")?;
     let done = run.stop()?;
     ensure!(done.lines_with("[xdp:").is_empty(), "{done}");
     Ok(())
@@ -343,6 +358,67 @@ fn one_identity(done: &Finished, lines: &[&str]) -> Result<()> {
             "{line}\nis another packet:\n{done}"
         );
     }
+    Ok(())
+}
+
+fn helpers() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let program = Loaded::new(TC)?;
+    program.attach_tc(&net.client, false)?;
+    let name = program.name("tc", "tc_drop_port");
+    let args = [
+        "--filter-trace-tc",
+        "--filter-track-bpf-helpers",
+        "--output-bpfmap",
+        "--filter-dst-port",
+        "4000",
+    ];
+    let run = skb(&net, &[&args[..], &FEW].concat()).start()?;
+    run.wait_stderr("functions that they call")?;
+    // Of no interest, though its program runs: nothing of it is shown.
+    net.client.udp_send(net.server.v4(DROPPED), b"hello")?;
+    // The example counts by port: made by the first packet, found by the second.
+    for _ in 0..2 {
+        net.client.udp_send(net.server.v4(PASSED), b"hello")?;
+    }
+    run.wait_lines("two runs of the program", |text| {
+        (text.matches(&format!("{name} = ")).count() >= 2).then_some(())
+    })?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    // Within the program's run, and in the order of its calls.
+    let lines: Vec<&str> = done.stdout.lines().collect();
+    let begin = lines
+        .iter()
+        .position(|l| l.ends_with(&name))
+        .with_context(|| format!("no entry:\n{done}"))?;
+    let end = lines
+        .iter()
+        .position(|l| l.contains(&format!("{name} = ")))
+        .with_context(|| format!("no exit:\n{done}"))?;
+    let mut rest = lines[begin..end].iter();
+    for word in [
+        "bpf_skb_load_bytes",
+        "map_lookup_elem",
+        "ports: key 0fa0 value -",
+        "map_update_elem",
+        "ports: key 0fa0 value 0100000000000000",
+    ] {
+        ensure!(
+            rest.any(|l| l.contains(word)),
+            "no {word} in its place:\n{done}"
+        );
+    }
+    // The second packet's look-up.
+    ensure!(
+        lines[end..]
+            .iter()
+            .any(|l| l.contains("ports: key 0fa0 value 0100000000000000")),
+        "{done}"
+    );
+    ensure!(done.lines_with("key 0009").is_empty(), "{done}");
+    ensure!(!done.stderr.contains("missed"), "{done}");
     Ok(())
 }
 
@@ -362,6 +438,7 @@ fn wrong_values() -> Result<()> {
             "--filter-trace-xdp",
         ),
         (&["--filter-trace-tc", "--drops"], "--drops"),
+        (&["--output-bpfmap"], "--filter-track-bpf-helpers"),
     ] {
         let done = skb(&net, args).run()?;
         done.expect_code(2)?;

@@ -25,6 +25,7 @@ pub const SECTION_CB: u32 = 1 << 6;
 pub const SECTION_SKB: u32 = 1 << 7;
 pub const SECTION_SHINFO: u32 = 1 << 8;
 pub const SECTION_DATA: u32 = 1 << 9;
+pub const SECTION_MAP: u32 = 1 << 12;
 pub const SECTION_STACK: u32 = 1 << 15;
 
 /// How functions are attached to.
@@ -125,6 +126,19 @@ pub struct Args {
         requires = "filter_trace_xdp"
     )]
     pub filter_xdp_expr: Option<String>,
+
+    /// Show calls of kernel functions (helpers, map functions, kfuncs) by tc and XDP programs that handle a packet of ours; implies
+    /// --filter-track-skb-by-stackid
+    #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
+    pub filter_track_bpf_helpers: bool,
+
+    /// Show map, key and value of calls that look up, update or delete in a BPF map
+    #[arg(
+        long,
+        help_heading = "BPF programs",
+        requires = "filter_track_bpf_helpers"
+    )]
+    pub output_bpfmap: bool,
 
     /// skbs that can be tracked at the same time
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216), help_heading = "Tracking")]
@@ -257,7 +271,9 @@ impl Args {
 
     /// Packets are followed by the stack too.
     pub fn track_stack(&self) -> bool {
-        self.filter_track_skb_by_stackid || !self.filter_non_skb_funcs.is_empty()
+        self.filter_track_skb_by_stackid
+            || !self.filter_non_skb_funcs.is_empty()
+            || self.filter_track_bpf_helpers
     }
 
     /// Bytes of a packet that travel with its event: a multiple of 8 keeps what follows aligned.

@@ -1,13 +1,15 @@
 //! Bytes of an event (src/bpf/skb.h) to an owned value. Pure; short or odd data gives `None`.
 
 use crate::bpf::read;
-use crate::bpf::skb::types::{np_tuple, skb_copy, skb_data, skb_event, skb_meta, skb_owner};
+use crate::bpf::skb::types::{
+    np_tuple, skb_copy, skb_data, skb_event, skb_map, skb_meta, skb_owner,
+};
 use crate::event::head::Head;
 use crate::event::tuple::{Tuple, address};
 
 use super::args::{
-    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_META, SECTION_OWNER, SECTION_PACKET,
-    SECTION_SHINFO, SECTION_SKB, SECTION_STACK, SECTION_TUNNEL, SECTION_TUPLE,
+    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_MAP, SECTION_META, SECTION_OWNER,
+    SECTION_PACKET, SECTION_SHINFO, SECTION_SKB, SECTION_STACK, SECTION_TUNNEL, SECTION_TUPLE,
 };
 
 /// SKB_KIND_DROP
@@ -20,6 +22,9 @@ const KIND_RETURN: u16 = 4;
 const KIND_ENTER: u16 = 6;
 /// SKB_KIND_LEAVE
 const KIND_LEAVE: u16 = 7;
+/// SKB_MAP_KEY, SKB_MAP_VALUE
+const MAP_KEY: u32 = 1;
+const MAP_VALUE: u32 = 2;
 /// SKB_PACKET_CPU_BITS
 const PACKET_CPU_BITS: u32 = 16;
 
@@ -55,8 +60,23 @@ pub struct Event {
     /// the same of the struct skb_shared_info
     pub shared_info: Option<Vec<u8>>,
     pub data: Option<Data>,
+    pub map: Option<MapCall>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
+}
+
+/// What a BPF program does with a map.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MapCall {
+    pub id: u32,
+    /// NUL-padded
+    pub name: [u8; 16],
+    /// the first 256 bytes; `None` where it could not be read
+    pub key: Option<Vec<u8>>,
+    /// the same; `None` also where the call has none
+    pub value: Option<Vec<u8>>,
+    pub key_size: u32,
+    pub value_size: u32,
 }
 
 /// Where in a program's run an event is.
@@ -147,6 +167,7 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
         skb_copy: None,
         shared_info: None,
         data: None,
+        map: None,
         stack: None,
     };
     if e.sections & SECTION_META != 0 {
@@ -222,6 +243,22 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
             ethernet: d.ethernet != 0,
             hatype: d.hatype,
             bytes: bytes.get(..d.captured as usize)?.to_vec(),
+        });
+    }
+    if e.sections & SECTION_MAP != 0 {
+        let (m, r) = read::<skb_map>(rest)?;
+        rest = r;
+        let part = |known: u32, bytes: &[u8], size: u32| {
+            let len = bytes.len().min(size as usize);
+            (m.known & known != 0).then(|| bytes[..len].to_vec())
+        };
+        event.map = Some(MapCall {
+            id: m.id,
+            name: m.name,
+            key: part(MAP_KEY, &m.key, m.key_size),
+            value: part(MAP_VALUE, &m.value, m.value_size),
+            key_size: m.key_size,
+            value_size: m.value_size,
         });
     }
     if e.sections & SECTION_STACK != 0 {

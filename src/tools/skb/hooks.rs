@@ -57,9 +57,10 @@ pub const OWNER: [Hook; 14] = [
 ];
 
 /// --filter-trace-xdp with tracking (src/bpf/skb_xdp.bpf.h)
-pub const XDP: [Hook; 6] = [
+pub const XDP: [Hook; 7] = [
     // A packet in an skb is on its way to XDP: generic, then veth.
     ("xdp_skb_2", "do_xdp_generic"),
+    ("xdp_skb_1", "pskb_expand_head"),
     ("xdp_skb_1", "bpf_prog_run_generic_xdp"),
     ("xdp_skb_2", "veth_xdp_rcv_skb"),
     ("xdp_skb_at_3", "veth_convert_skb_to_xdp_buff"),

@@ -1,6 +1,8 @@
 //! The JSON form of an event: one object a line. Zeros are kept; a field is missing only where its section was not asked for
 //! or does not apply.
 
+use std::fmt;
+
 use serde::Serialize;
 
 use crate::engine::loss::Loss;
@@ -10,7 +12,7 @@ use crate::kernel::ksyms::Symbol;
 use crate::output::escape::escaped;
 use crate::output::format::{Addr, Hex};
 
-use super::decode::{Event, Owner, Packet, Point};
+use super::decode::{Event, MapCall, Owner, Packet, Point};
 use super::extras::cb_words;
 use super::programs::Program;
 
@@ -40,6 +42,8 @@ pub struct Row<'a> {
     pub retval: Option<i32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub program: Option<ProgramRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub map: Option<MapRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subsystem: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -149,6 +153,54 @@ impl ProgramRow {
     }
 }
 
+/// What a BPF program does with a map. `key` and `value` in hexadecimal, 256 bytes of them at most; `value` is null where a look-up finds
+/// nothing, and where a call has none.
+#[derive(Serialize)]
+pub struct MapRow {
+    pub id: u32,
+    pub name: String,
+    pub key: Option<String>,
+    pub key_size: u32,
+    pub value: Option<String>,
+    pub value_size: u32,
+}
+
+impl MapRow {
+    pub fn new(map: &MapCall) -> Self {
+        let hex = |bytes: &Option<Vec<u8>>| {
+            let bytes = bytes.as_ref()?;
+            Some(bytes.iter().map(|b| format!("{b:02x}")).collect())
+        };
+        Self {
+            id: map.id,
+            name: escaped(&map.name),
+            key: hex(&map.key),
+            key_size: map.key_size,
+            value: hex(&map.value),
+            value_size: map.value_size,
+        }
+    }
+}
+
+impl fmt::Display for MapRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |part: &Option<String>, size: u32| match part {
+            // Two digits a byte.
+            Some(hex) if hex.len() < 2 * size as usize => format!("{hex}…"),
+            Some(hex) => hex.clone(),
+            None => "-".to_owned(),
+        };
+        write!(
+            f,
+            "map {} {}: key {} value {}",
+            self.id,
+            self.name,
+            shown(&self.key, self.key_size),
+            shown(&self.value, self.value_size)
+        )
+    }
+}
+
 impl OwnerRow {
     pub fn new(owner: &Owner, process: Option<(u32, String)>) -> Self {
         let (pid, comm) = process.unzip();
@@ -211,6 +263,7 @@ impl<'a> Row<'a> {
             reason: None,
             retval: event.retval,
             program: None,
+            map: event.map.as_ref().map(MapRow::new),
             subsystem: None,
             packet: event.packet.map(packet_name),
             owner: None,

@@ -4,6 +4,7 @@ pub mod args;
 mod capture;
 mod decode;
 mod extras;
+mod helpers;
 mod hooks;
 mod json;
 mod present;
@@ -35,6 +36,7 @@ use crate::tools::fields;
 
 use args::Args;
 use capture::Capture;
+use helpers::Helpers;
 use present::Presenter;
 use probes::{Plan, Wants};
 use programs::{Programs, Storage};
@@ -72,7 +74,8 @@ pub fn run(args: &Args) -> Result<()> {
         Plan::make(&btf, &features, args, pattern.as_ref(), wants)?
     };
     let reasons = DropReasons::load(&btf);
-    drop(btf);
+    // Some 10 MB, which only a few need any longer.
+    let btf = args.filter_track_bpf_helpers.then_some(btf);
 
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
@@ -90,7 +93,11 @@ pub fn run(args: &Args) -> Result<()> {
     eprintln!("netprobe: {}", attached.summary());
     let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
     let watched = (&filters, xdp_members.as_ref());
-    let mut programs = Programs::prepare(args, &features, watched, &skel, &mut kinds)?;
+    let helpers = match btf {
+        Some(btf) => Some(Helpers::new(args, attached.backend(), &btf, &skel)?),
+        None => None,
+    };
+    let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
     let mut presenter = Presenter::new(args, &attached, reasons)?;
     if let Some(programs) = &mut programs {
         presenter.programs(programs.start()?);
@@ -192,6 +199,9 @@ fn load<'a>(
     }
     if args.output_retval {
         size(&mut open.maps.entered, 16_384)?;
+    }
+    if args.output_bpfmap {
+        size(&mut open.maps.map_calls, 4096)?;
     }
     if args.output_owner {
         size(&mut open.maps.owners, args.track_entries)?;

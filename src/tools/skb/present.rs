@@ -22,7 +22,7 @@ use crate::output::format::{self, Hex, push_dec, push_hex};
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Owner};
 use super::extras::{Extras, Shown, cb_words};
-use super::json::{Frame, LossRow, OwnerRow, ProgramRow, Row, packet_name};
+use super::json::{Frame, LossRow, MapRow, OwnerRow, ProgramRow, Row, packet_name};
 use super::probes::Attached;
 use super::programs::Program;
 
@@ -292,6 +292,9 @@ impl Presenter {
         self.place(line, event);
         if late {
             line.extend_from_slice(b" [late]");
+        }
+        if let Some(map) = &event.map {
+            let _ = write!(line, "\n    {}", MapRow::new(map));
         }
         if let Some(cb) = &event.cb {
             let _ = write!(line, "\n    cb: {}", cb_words(cb).join(" "));

@@ -19,6 +19,7 @@ use crate::kernel::features::Features;
 use crate::kernel::functions::{self, ByAddress, TraceableSet};
 
 use super::args::{Args, Backend};
+use super::helpers;
 use super::hooks::{self, Hook};
 
 /// A program of skb.bpf.c, by name.
@@ -76,6 +77,8 @@ pub struct Plan {
     hooks: BTreeMap<Prog, Vec<Target>>,
     /// functions whose return is shown
     returns: BTreeMap<Prog, Vec<Target>>,
+    /// programs that are loaded, and attached by others
+    loaded: Vec<Prog>,
     drops: bool,
     /// functions to a link of kprobe.multi; 0: all
     batch: usize,
@@ -118,6 +121,7 @@ impl Plan {
         }
         let mut plan = Self::empty(backend, wants);
         plan.batch = args.filter_kprobe_batch;
+        plan.loaded = helpers::programs(args);
         let hooks = plan.hooks_wanted(wants);
         let names: HashSet<&str> = functions
             .iter()
@@ -160,6 +164,7 @@ impl Plan {
             targets: BTreeMap::new(),
             hooks: BTreeMap::new(),
             returns: BTreeMap::new(),
+            loaded: Vec::new(),
             drops: wants.drops,
             batch: 0,
             count: 0,
@@ -253,6 +258,7 @@ impl Plan {
             let used = self.targets.contains_key(name.as_str())
                 || self.hooks.contains_key(name.as_str())
                 || self.returns.contains_key(name.as_str())
+                || self.loaded.contains(&name.as_str())
                 || self.drops && name == DROPS;
             p.set_autoload(used);
             if self.backend == Backend::KprobeMulti && name != DROPS {
@@ -361,7 +367,7 @@ fn choose(features: &Features, backend: Option<Backend>) -> Result<Backend> {
 }
 
 /// A loaded program by its name.
-fn program<'a>(skel: &'a SkbSkel<'_>, name: &str) -> Result<ProgramMut<'a>> {
+pub fn program<'a>(skel: &'a SkbSkel<'_>, name: &str) -> Result<ProgramMut<'a>> {
     skel.object()
         .progs_mut()
         .find(|p| p.name() == name)
@@ -510,6 +516,11 @@ impl Attached {
             n => format!(" ({n} more cannot be probed)"),
         };
         format!("tracing {} functions by {how}{refused}", self.functions)
+    }
+
+    /// How functions are attached to.
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// Names by address.

@@ -1,5 +1,5 @@
 //! `--filter-trace-tc` and `--filter-trace-xdp`: every loaded tc and XDP program, watched by fentry and fexit; programs that are loaded
-//! later too. A program that cannot be watched is told once and left out.
+//! later too; and the kernel functions that they call. A program that cannot be watched is told once and left out.
 
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
@@ -22,6 +22,7 @@ use crate::kernel::{attach, xdp};
 use crate::output::escape::escaped;
 
 use super::args::{Args, SECTION_CALLER};
+use super::helpers::Helpers;
 
 /// SKB_PROGRAM_ID of src/bpf/skb_prog.bpf.c
 const PROGRAM_ID: i32 = 0x4e50_b1d0;
@@ -105,6 +106,7 @@ pub struct Programs<'a> {
     last: u32,
     /// watched programs by kind: tc, XDP
     counts: [usize; 2],
+    helpers: Option<Helpers<'a>>,
     started: bool,
 }
 
@@ -116,6 +118,7 @@ impl<'a> Programs<'a> {
         features: &Features,
         filters: (&Filters, Option<&Condition>),
         main: &SkbSkel<'_>,
+        helpers: Option<Helpers<'a>>,
         storage: &'a mut Storage,
     ) -> Result<Option<Self>> {
         let [tc, xdp] = storage;
@@ -140,11 +143,12 @@ impl<'a> Programs<'a> {
                 xdp,
             )?);
         }
-        Ok((!watchers.is_empty()).then(|| Self {
+        Ok((!watchers.is_empty() || helpers.is_some()).then(|| Self {
             watchers,
             watches: Vec::new(),
             last: 0,
             counts: [0; 2],
+            helpers,
             started: false,
         }))
     }
@@ -157,7 +161,8 @@ impl<'a> Programs<'a> {
             1 => format!("1 {} program", kind.name()),
             n => format!("{n} {} programs", kind.name()),
         };
-        let counts: Vec<String> = self.watchers.iter().map(|w| count(w.kind)).collect();
+        let mut counts: Vec<String> = self.watchers.iter().map(|w| count(w.kind)).collect();
+        counts.extend(self.helpers.as_ref().map(Helpers::summary));
         eprintln!(
             "netprobe: tracing {}, and those that are loaded later",
             counts.join(", ")
@@ -181,6 +186,9 @@ impl<'a> Programs<'a> {
         };
         let of_type = kind_of_type(loaded.info.kind);
         let extension = loaded.info.kind == sys::BPF_PROG_TYPE_EXT;
+        if let (Some(helpers), true) = (&mut self.helpers, extension || of_type.is_some()) {
+            helpers.add(loaded.fd.as_fd())?;
+        }
         if !extension && !self.watchers.iter().any(|w| Some(w.kind) == of_type) {
             return Ok(None);
         }
@@ -317,6 +325,7 @@ fn share(open: &mut OpenSkbProgSkel<'_>, main: &SkbSkel<'_>) -> Result<()> {
     same(&mut maps.contexts, &of.contexts)?;
     same(&mut maps.packets, &of.packets)?;
     same(&mut maps.owners, &of.owners)?;
+    same(&mut maps.watching, &of.watching)?;
     same(&mut maps.xdp_links, &of.xdp_links)
 }
 
