@@ -83,6 +83,10 @@ unsafe impl Plain for skb::types::skb_data {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_map {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::skb_nft {}
+// SAFETY: see above.
+unsafe impl Plain for skb::types::np_members {}
+// SAFETY: see above.
 unsafe impl Plain for skb::types::skb_track {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_tuple {}

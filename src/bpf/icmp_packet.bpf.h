@@ -126,7 +126,7 @@ static __always_inline int read_received(struct sk_buff *skb,
 	}
 	echo = read_echo(l3, proto, key);
 	if (echo)
-		key->netns = np_read_netns(skb);
+		key->netns = np_read_netns(skb, NULL);
 	return echo;
 }
 
@@ -142,7 +142,7 @@ static __always_inline int read_sent(struct sk_buff *skb, struct icmp_key *key)
 	l3 = NP_READ(skb, head) + NP_READ(skb, network_header);
 	echo = read_echo(l3, proto, key);
 	if (echo)
-		key->netns = np_read_netns(skb);
+		key->netns = np_read_netns(skb, NULL);
 	return echo;
 }
 
@@ -156,7 +156,7 @@ static __always_inline bool read_handled(struct sk_buff *skb, __u8 version,
 	if (!read_icmp(head + NP_READ(skb, transport_header), key, type))
 		return false;
 	key->version = version;
-	key->netns = np_read_netns(skb);
+	key->netns = np_read_netns(skb, NULL);
 	if (version == 4) {
 		struct iphdr ip;
 

@@ -166,24 +166,46 @@ static __always_inline void np_read_tuple(struct sk_buff *skb,
 	np_read_l3(np_l3(skb), t);
 }
 
-/* Inode of the network namespace: of the device, else of the socket. */
-static __always_inline __u32 np_read_netns(struct sk_buff *skb)
+/*
+ * The network namespace: of the socket that the function has beside the skb
+ * (`sk`, may be NULL), else of the device, else of the skb's own socket, else
+ * of the device of its route (TCP takes skb->dev away on reception).
+ */
+static __always_inline struct net *np_read_net(struct sk_buff *skb,
+					       struct sock *sk)
 {
 	struct net_device *dev = NP_READ(skb, dev);
 	struct net *net = NULL;
-	struct sock *sk;
+	struct dst_entry *dst;
+	unsigned long ref;
 
+	if (sk)
+		return NP_READ(sk, __sk_common.skc_net.net);
 	/*
 	 * skb->dev shares its place with dev_scratch (UDP): not a pointer then, and a
 	 * load through it would fault, which costs as much as fifty loads.
 	 */
 	if (np_is_pointer(dev))
 		net = NP_READ(dev, nd_net.net);
-	if (!net) {
-		sk = NP_READ(skb, sk);
-		if (sk)
-			net = NP_READ(sk, __sk_common.skc_net.net);
-	}
+	if (net)
+		return net;
+	sk = NP_READ(skb, sk);
+	if (sk)
+		return NP_READ(sk, __sk_common.skc_net.net);
+	/* Bit 0 of the pointer: no reference was taken (SKB_DST_NOREF). */
+	ref = NP_READ(skb, _skb_refdst) & ~1UL;
+	if (!np_is_pointer((void *)ref))
+		return NULL;
+	dst = NP_CAST(struct dst_entry, ref);
+	dev = NP_READ(dst, dev);
+	return np_is_pointer(dev) ? NP_READ(dev, nd_net.net) : NULL;
+}
+
+/* Its inode; 0 where it is not known. */
+static __always_inline __u32 np_read_netns(struct sk_buff *skb, struct sock *sk)
+{
+	struct net *net = np_read_net(skb, sk);
+
 	return net ? NP_READ(net, ns.inum) : 0;
 }
 

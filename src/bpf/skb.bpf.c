@@ -19,12 +19,14 @@
 #include "config.bpf.h"
 #include "event.bpf.h"
 #include "filter.bpf.h"
+#include "members.bpf.h"
 #include "packet.bpf.h"
 #include "skb_owner.bpf.h"
 #include "skb_sections.bpf.h"
 #include "skb_track.bpf.h"
 #include "skb_return.bpf.h"
 #include "skb_xdp.bpf.h"
+#include "skb_nft.bpf.h"
 
 /* SKB_SECTION_* to write. */
 const volatile __u32 sections = 0;
@@ -39,7 +41,9 @@ struct skb_scratch {
 		   sizeof(struct np_tuple) + sizeof(struct skb_owner) +
 		   sizeof(struct np_tuple) + SKB_CB_LEN +
 		   2 * sizeof(struct skb_copy) + sizeof(struct skb_data) +
-		   SKB_SNAP_MAX + (2 + SKB_STACK_DEPTH) * sizeof(__u64)];
+		   SKB_SNAP_MAX + sizeof(struct np_members) +
+		   sizeof(struct skb_nft) +
+		   (2 + SKB_STACK_DEPTH) * sizeof(__u64)];
 };
 
 struct {
@@ -82,8 +86,25 @@ static __always_inline bool match_tuple(const struct np_config *cfg,
 	return true;
 }
 
+/*
+ * The skb's device; to be asked for by np_is_pointer. With a socket (`sk`)
+ * beside it the skb may be in one of TCP's trees, whose links share the place
+ * of skb->dev: only a device in the socket's namespace is one.
+ */
+static __always_inline struct net_device *read_dev(struct sk_buff *skb,
+						   struct sock *sk)
+{
+	struct net_device *dev = NP_READ(skb, dev);
+
+	if (sk && np_is_pointer(dev) &&
+	    NP_READ(dev, nd_net.net) != NP_READ(sk, __sk_common.skc_net.net))
+		return NULL;
+	return dev;
+}
+
+/* `sk`: the socket that the function has beside the skb, or NULL */
 static __always_inline bool match_skb(const struct np_config *cfg,
-				      struct sk_buff *skb)
+				      struct sk_buff *skb, struct sock *sk)
 {
 	__u32 f = cfg->fields;
 
@@ -91,22 +112,23 @@ static __always_inline bool match_skb(const struct np_config *cfg,
 	    (NP_READ(skb, mark) & cfg->mark_mask) != cfg->mark)
 		return false;
 	if (f & NP_FIELD_IFINDEX) {
-		struct net_device *dev = NP_READ(skb, dev);
+		struct net_device *dev = read_dev(skb, sk);
 
 		if (!np_is_pointer(dev) ||
 		    NP_READ(dev, ifindex) != cfg->ifindex)
 			return false;
 	}
-	if ((f & NP_FIELD_NETNS) && np_read_netns(skb) != cfg->netns)
+	if ((f & NP_FIELD_NETNS) && np_read_netns(skb, sk) != cfg->netns)
 		return false;
 	return true;
 }
 
-static __always_inline void read_meta(struct sk_buff *skb, struct skb_meta *m)
+static __always_inline void read_meta(struct sk_buff *skb, struct sock *sk,
+				      struct skb_meta *m)
 {
-	struct net_device *dev = NP_READ(skb, dev);
+	struct net_device *dev = read_dev(skb, sk);
 
-	m->netns = np_read_netns(skb);
+	m->netns = np_read_netns(skb, sk);
 	m->mark = NP_READ(skb, mark);
 	m->len = NP_READ(skb, len);
 	m->protocol = bpf_ntohs(NP_READ(skb, protocol));
@@ -157,6 +179,7 @@ struct hit {
 	__u64 func;
 	__u64 caller;
 	__u64 packet; /* identity, where tracking is on */
+	struct sock *sk; /* the function's own, or NULL */
 	__u32 reason;
 	__u16 kind;
 };
@@ -183,7 +206,7 @@ static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 	event->reason = hit->reason;
 	/* `sections` is known to the verifier, so each offset is a constant. */
 	if (sections & SKB_SECTION_META) {
-		read_meta(skb, (struct skb_meta *)&buf->bytes[len]);
+		read_meta(skb, hit->sk, (struct skb_meta *)&buf->bytes[len]);
 		len += sizeof(struct skb_meta);
 	}
 	if (sections & SKB_SECTION_TUPLE) {
@@ -225,6 +248,15 @@ static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 		read_data(skb, (struct skb_data *)&buf->bytes[len]);
 		len += sizeof(struct skb_data) + snap_len;
 	}
+	if (sections & SKB_SECTION_MEMBERS) {
+		np_read_members(skb, (struct np_members *)&buf->bytes[len]);
+		len += sizeof(struct np_members);
+	}
+	if (sections & SKB_SECTION_NFT) {
+		nft_read((__u64)skb, hit->kind, hit->reason,
+			 (struct skb_nft *)&buf->bytes[len]);
+		len += sizeof(struct skb_nft);
+	}
 	if (sections & SKB_SECTION_STACK) {
 		stack = bpf_get_stack(ctx, &buf->bytes[len],
 				      SKB_STACK_DEPTH * sizeof(__u64), 0);
@@ -245,14 +277,15 @@ static __always_inline bool wants_tuple(const struct np_config *cfg)
 
 /*
  * Is the skb one of ours? Reads the tuple where it is needed, and the packet's
- * identity. `sp`: the stack pointer, where tracking is on. With `begin` false
+ * identity. `sk`: a socket beside the skb, or NULL; `sp`: the stack pointer, where tracking is on. With `begin` false
  * it is one of ours only where it is tracked already.
  */
 static __always_inline bool is_ours(const struct np_config *cfg, __u64 sp,
-				    struct sk_buff *skb, struct np_tuple *tuple,
-				    __u64 *packet, bool begin)
+				    struct sk_buff *skb, struct sock *sk,
+				    struct np_tuple *tuple, __u64 *packet,
+				    bool begin)
 {
-	bool matched = match_skb(cfg, skb) && np_filter_skb(skb);
+	bool matched = match_skb(cfg, skb, sk) && np_filter_skb(skb);
 
 	if (track)
 		*packet = track_find(skb);
@@ -271,16 +304,18 @@ static __always_inline bool is_ours(const struct np_config *cfg, __u64 sp,
 
 /* One hit. Gives true where the skb is one of ours. */
 static __always_inline bool handle(struct pt_regs *ctx, void *skb_ptr,
-				   __u16 kind, __u32 reason, bool begin)
+				   void *sk_ptr, __u16 kind, __u32 reason,
+				   bool begin)
 {
 	struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct np_tuple tuple = {};
-	struct hit hit = {.kind = kind, .reason = reason};
+	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+	struct hit hit = {.kind = kind, .reason = reason, .sk = sk};
 
 	if (!cfg || !skb_ptr || (cfg->fields & NP_PAUSED))
 		return false;
-	if (!is_ours(cfg, PT_REGS_SP(ctx), skb, &tuple, &hit.packet, begin))
+	if (!is_ours(cfg, PT_REGS_SP(ctx), skb, sk, &tuple, &hit.packet, begin))
 		return false;
 	hit.func = func_addr(ctx);
 	if (returns_on)
@@ -291,13 +326,13 @@ static __always_inline bool handle(struct pt_regs *ctx, void *skb_ptr,
 	return true;
 }
 
-#define SKB_PROBE(n)                                                       \
-	SEC("kprobe/skb_" #n)                                              \
-	int skb_##n(struct pt_regs *ctx)                                   \
-	{                                                                  \
-		handle(ctx, (void *)PT_REGS_PARM##n(ctx), SKB_KIND_HIT, 0, \
-		       true);                                              \
-		return 0;                                                  \
+#define SKB_PROBE(n)                                                          \
+	SEC("kprobe/skb_" #n)                                                 \
+	int skb_##n(struct pt_regs *ctx)                                      \
+	{                                                                     \
+		handle(ctx, (void *)PT_REGS_PARM##n(ctx), NULL, SKB_KIND_HIT, \
+		       0, true);                                              \
+		return 0;                                                     \
 	}
 
 SKB_PROBE(1)
@@ -306,11 +341,20 @@ SKB_PROBE(3)
 SKB_PROBE(4)
 SKB_PROBE(5)
 
+/* f(sk, skb) */
+SEC("kprobe/skb_sk_2")
+int skb_sk_2(struct pt_regs *ctx)
+{
+	handle(ctx, (void *)PT_REGS_PARM2(ctx), (void *)PT_REGS_PARM1(ctx),
+	       SKB_KIND_HIT, 0, true);
+	return 0;
+}
+
 /* kfree_skb_reason(skb, reason) and its like (from 5.17). */
 SEC("kprobe/skb_drop_1")
 int skb_drop_1(struct pt_regs *ctx)
 {
-	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), SKB_KIND_DROP,
+	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), NULL, SKB_KIND_DROP,
 		   (__u32)PT_REGS_PARM2(ctx), true) &&
 	    track)
 		track_dying(TRACK_SKB(1));
@@ -321,8 +365,8 @@ int skb_drop_1(struct pt_regs *ctx)
 SEC("kprobe/skb_drop_2")
 int skb_drop_2(struct pt_regs *ctx)
 {
-	if (handle(ctx, (void *)PT_REGS_PARM2(ctx), SKB_KIND_DROP,
-		   (__u32)PT_REGS_PARM3(ctx), true) &&
+	if (handle(ctx, (void *)PT_REGS_PARM2(ctx), (void *)PT_REGS_PARM1(ctx),
+		   SKB_KIND_DROP, (__u32)PT_REGS_PARM3(ctx), true) &&
 	    track)
 		track_dying(TRACK_SKB(2));
 	return 0;
@@ -332,7 +376,8 @@ int skb_drop_2(struct pt_regs *ctx)
 SEC("kprobe/skb_free_1")
 int skb_free_1(struct pt_regs *ctx)
 {
-	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), SKB_KIND_HIT, 0, true))
+	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), NULL, SKB_KIND_HIT, 0,
+		   true))
 		track_dying(TRACK_SKB(1));
 	return 0;
 }
@@ -343,7 +388,7 @@ int skb_gone_1(struct pt_regs *ctx)
 {
 	__u64 key = PT_REGS_PARM1(ctx);
 
-	if (handle(ctx, (void *)key, SKB_KIND_HIT, 0, false))
+	if (handle(ctx, (void *)key, NULL, SKB_KIND_HIT, 0, false))
 		bpf_map_delete_elem(&tracked, &key);
 	return 0;
 }
@@ -377,7 +422,7 @@ int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
 	struct hit hit = {.kind = SKB_KIND_DROPPED};
 	struct np_tuple tuple = {};
 
-	if (!cfg || (cfg->fields & NP_PAUSED) || !match_skb(cfg, skb) ||
+	if (!cfg || (cfg->fields & NP_PAUSED) || !match_skb(cfg, skb, NULL) ||
 	    !np_filter_skb(skb))
 		return 0;
 	if (wants_tuple(cfg))

@@ -73,7 +73,7 @@ static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 
 	if (!cfg || (cfg->fields & NP_PAUSED))
 		return;
-	if (!is_ours(cfg, track ? stack_address(ctx) : 0, skb, &tuple,
+	if (!is_ours(cfg, track ? stack_address(ctx) : 0, skb, NULL, &tuple,
 		     &hit.packet, true))
 		return;
 	running_begin((__u64)ptr, hit.func, hit.packet);

@@ -75,6 +75,23 @@ impl Condition {
     }
 }
 
+/// Where the number at a path is: `root` as in [`Condition::parse`].
+pub fn path(text: &str, root: (&str, &str), btf: &Btf) -> Result<Access> {
+    let tokens = tokens(text)?;
+    let mut parser = Parser {
+        tokens: &tokens,
+        at: 0,
+        depth: 0,
+        root,
+        btf,
+    };
+    let access = parser.path()?;
+    match parser.peek() {
+        None => Ok(access),
+        Some(token) => bail!("{token} was not expected"),
+    }
+}
+
 /// The address of the struct.
 const ROOT: Reg = Reg::R6;
 /// Where values are read to.

@@ -45,6 +45,8 @@ pub struct Function {
     pub reason_arg: Option<u8>,
     /// gives back an integer, a bool or an enum
     pub returns_number: bool,
+    /// the first argument is a `struct sock *`
+    pub sock_first: bool,
 }
 
 /// BTF of vmlinux, or of a module on top of it.
@@ -136,6 +138,7 @@ impl Btf {
                     arg,
                     reason_arg,
                     returns_number: self.returns_number(func.size_or_type),
+                    sock_first: arg == 2 && self.sock_first(func.size_or_type),
                 });
             }
         }
@@ -323,6 +326,18 @@ impl Btf {
         let proto = self.get(proto).filter(|t| t.kind() == KIND_FUNC_PROTO);
         let value = proto.and_then(|p| self.get(self.skip_modifiers(p.size_or_type)));
         value.is_some_and(|t| matches!(t.kind(), KIND_INT | KIND_ENUM))
+    }
+
+    fn sock_first(&self, proto: u32) -> bool {
+        let first = || {
+            let proto = self
+                .get(proto)
+                .filter(|t| t.kind() == KIND_FUNC_PROTO && t.vlen() > 0)?;
+            let pointer = self.get(self.skip_modifiers(proto.word(1)))?;
+            (pointer.kind() == KIND_PTR).then_some(())?;
+            self.get(self.skip_modifiers(pointer.size_or_type))
+        };
+        first().is_some_and(|t| self.str(t.name_off) == c"sock")
     }
 
     fn skip_modifiers(&self, mut id: u32) -> u32 {

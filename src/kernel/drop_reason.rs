@@ -42,6 +42,13 @@ impl DropReasons {
         !self.names.is_empty()
     }
 
+    /// The number of one of the core's reasons, by its name without what all have in common.
+    pub fn number(&self, short: &str) -> Option<u32> {
+        let mut all = self.names.iter();
+        all.find(|(_, name)| name.strip_prefix(CORE) == Some(short))
+            .map(|(number, _)| *number)
+    }
+
     /// The name of `reason`, in full. A reason of a module that was loaded meanwhile is looked up.
     pub fn name(&mut self, reason: u32) -> String {
         if !self.names.contains_key(&reason) && reason >> 16 != 0 && self.new_module() {

@@ -41,6 +41,17 @@ impl Scalar {
     pub fn width(&self) -> u32 {
         self.bits.map_or(8 * self.size, |(_, bits)| bits)
     }
+
+    /// The number in `raw`: its bytes as in memory, from the lowest on (little endian, as all kernels that we run on).
+    pub fn value(&self, raw: u64) -> i128 {
+        let (below, own) = self.bits.unwrap_or((0, 8 * self.size));
+        // Its own bits to the top, and down again.
+        let top = raw << (64 - below - own).min(63);
+        match self.signed {
+            true => i128::from(top as i64 >> (64 - own)),
+            false => i128::from(top >> (64 - own)),
+        }
+    }
 }
 
 /// A member of a struct as BTF has it.

@@ -15,6 +15,7 @@ mod skb_ends;
 mod skb_more;
 mod skb_output;
 mod skb_programs;
+mod skb_track;
 mod tcpconnect;
 mod tcpconnect_more;
 mod tcpconnect_outcome;
@@ -33,6 +34,7 @@ fn main() {
     cases.extend(skb_output::cases());
     cases.extend(xdpdump_trace::cases());
     cases.extend(skb_programs::cases());
+    cases.extend(skb_track::cases());
     cases.extend(xdpdump::cases());
     cases.extend(xdpchain::cases());
     cases.extend(skb::cases());

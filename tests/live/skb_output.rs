@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 
-use crate::common::{Case, Netprobe, Pair, case, wait_for};
+use crate::common::{Case, Netprobe, Pair, case, deadline, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -27,6 +27,16 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .kernel_before(5, 15),
         case("skb_output_non_skb_funcs", non_skb_funcs).trace(),
+        case("skb_output_columns", columns).trace(),
+        case("skb_output_metadata", metadata).trace(),
+        case("skb_output_nft", nft_rules)
+            .trace()
+            .program("nft")
+            .kernel(5, 17),
+        case("skb_output_nft_refused", nft_refused)
+            .trace()
+            .kernel_before(5, 11),
+        case("skb_output_netns_without_device", netns_without_device).trace(),
     ]
 }
 
@@ -135,10 +145,18 @@ fn rotates() -> Result<()> {
     net.fix_neighbours()?;
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("trace.log");
+    let old = dir.path().join("trace-2020-01-01T00-00-00.000.log");
+    fs::File::create(&old)?.set_modified(std::time::UNIX_EPOCH)?;
     let probe = Netprobe::new("skb")
         .arg("--output-file")
         .arg(&file)
         .args(["--output-file-max-size", "1", "--output-file-compress"])
+        .args([
+            "--output-file-max-age",
+            "1",
+            "--output-file-max-backups",
+            "5",
+        ])
         .args([
             "--filter-proto",
             "udp",
@@ -158,6 +176,7 @@ fn rotates() -> Result<()> {
         Ok(aside.then_some(()))
     })?;
     probe.stop()?.expect_success()?;
+    ensure!(!old.exists(), "older than a day and still there");
     let last = fs::read_to_string(&file)?;
     ensure!(
         last.len() <= 1_000_000 && last.ends_with('\n'),
@@ -361,4 +380,221 @@ fn non_skb_funcs() -> Result<()> {
         .run()?;
     done.expect_code(2)?;
     done.expect_stderr("no_such_function")
+}
+
+/// Columns that were not asked for are not there, and time in its forms.
+fn columns() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let line = |args: &[&str], port: u16| -> Result<String> {
+        let run = Netprobe::new("skb")
+            .args([
+                "--filter-func",
+                "ip_rcv",
+                "--filter-dst-port",
+                &port.to_string(),
+            ])
+            .args(args)
+            .start()?;
+        net.client.udp_send(net.server.v4(port), b"x")?;
+        let line = run.wait_line(" ip_rcv")?;
+        run.stop()?.expect_success()?;
+        Ok(line)
+    };
+    let netns = format!(" {} ", net.server.inode()?);
+    let shape = |line: &str| -> String {
+        let digit = |c: char| if c.is_ascii_digit() { '0' } else { c };
+        line.chars().map(digit).collect()
+    };
+    let absolute = line(&["--output-meta=false", "--timestamp", "absolute"], 9)?;
+    ensure!(
+        !absolute.contains(&netns) && !absolute.contains("veth0"),
+        "{absolute}"
+    );
+    ensure!(absolute.contains(":9(udp)"), "{absolute}");
+    ensure!(shape(&absolute).contains(" 00:00:00.000000 "), "{absolute}");
+    let current = line(&["--output-tuple=false", "--timestamp", "current"], 10)?;
+    ensure!(
+        current.contains(&netns) && !current.contains("(udp)"),
+        "{current}"
+    );
+    ensure!(shape(&current).contains(".000000000 "), "{current}");
+    Ok(())
+}
+
+/// Members of the sk_buff, a bit field and one behind a pointer that may be NULL included.
+fn metadata() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let paths = "skb->mark,skb->dev->ifindex,skb->pkt_type";
+    let probe = |port: &str| {
+        Netprobe::new("skb")
+            .args(["--output-skb-metadata", paths])
+            .args(["--filter-func", "ip_output|dev_hard_start_xmit|ip_rcv"])
+            .args(["--filter-dst-port", port])
+    };
+    let send = |port: u16| -> Result<()> {
+        let socket = net.client.udp_bind("0.0.0.0:0".parse()?)?;
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Mark, &18)?;
+        socket.send_to(b"hello", net.server.v4(port))?;
+        Ok(())
+    };
+    let run = probe("9").start()?;
+    send(9)?;
+    let line = run.wait_line("dev_hard_start_xmit")?;
+    let index = net.client.ifindex(Pair::IFACE)?;
+    let shown = format!(" skb->mark=18 skb->dev->ifindex={index} skb->pkt_type=");
+    ensure!(line.contains(&shown), "{line}");
+    run.stop()?.expect_success()?;
+
+    let run = probe("10").arg("--output-json").start()?;
+    send(10)?;
+    run.wait_line("\"ip_rcv\"")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    let of = |func: &str| {
+        rows.iter()
+            .find(|r| r["func"] == func)
+            .map(|r| &r["skb_metadata"])
+    };
+    // The device is set within ip_output.
+    ensure!(
+        of("ip_output").is_some_and(|m| m["skb->dev->ifindex"].is_null() && m["skb->mark"] == 18),
+        "{done}"
+    );
+    let index = net.server.ifindex(Pair::IFACE)?;
+    // PACKET_HOST; veth takes the mark away on the way to another namespace.
+    ensure!(
+        of("ip_rcv").is_some_and(|m| m["skb->dev->ifindex"] == index && m["skb->pkt_type"] == 0),
+        "{done}"
+    );
+    for (wrong, says) in [
+        ("skb->marks", "skb->mark"),
+        ("mark", "begins with skb"),
+        ("skb->cb", "array"),
+        ("skb->len,skb->len,skb->len,skb->len,skb->len", "4 members"),
+    ] {
+        let done = Netprobe::new("skb")
+            .args(["--output-skb-metadata", wrong])
+            .run()?;
+        done.expect_code(2)?;
+        done.expect_stderr("--output-skb-metadata")?;
+        done.expect_stderr(says.trim_start_matches("skb->"))?;
+    }
+    Ok(())
+}
+
+/// The handle of the one rule in `chain` that has `with` in it.
+fn handle(net: &Pair, chain: &str, with: &str) -> Result<u64> {
+    let mut command = std::process::Command::new("nft");
+    let list = net
+        .client
+        .output(command.args(["-a", "list", "chain"]).args(chain.split(' ')))?;
+    let line = list.lines().find(|l| l.contains(with));
+    line.and_then(|l| l.rsplit(' ').next()?.parse().ok())
+        .ok_or_else(|| anyhow::anyhow!("no rule with {with}:\n{list}"))
+}
+
+/// The rule that dropped: in a base chain, in one jumped to, one that rejects; and a policy, which is no rule.
+fn nft_rules() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    net.client.nft(
+        "table inet t { chain before { udp dport 99 drop; }; \
+         chain sub { udp dport 99 drop; udp dport 9 counter drop; }; \
+         chain out { type filter hook output priority 0; jump before; udp dport 9 jump sub; udp dport 10 drop; udp dport 11 reject; }; }; \
+         table ip p { chain o { type filter hook output priority 1; policy drop; udp dport != 12 accept; }; }",
+    )?;
+    let expected = [
+        (
+            9,
+            "inet",
+            "t",
+            "sub",
+            Some(handle(&net, "inet t sub", "dport 9 ")?),
+        ),
+        (
+            10,
+            "inet",
+            "t",
+            "out",
+            Some(handle(&net, "inet t out", "dport 10 ")?),
+        ),
+        (
+            11,
+            "inet",
+            "t",
+            "out",
+            Some(handle(&net, "inet t out", "reject")?),
+        ),
+        (12, "ip", "p", "o", None),
+    ];
+    let run = Netprobe::new("skb")
+        .args(["--drops", "--output-nft", "--output-json"])
+        .args(["--filter-proto", "udp", "--filter-netns", net.client.name()])
+        .start()?;
+    for (port, ..) in expected {
+        net.client.udp_send(net.server.v4(port), b"x")?;
+    }
+    run.wait_line("\"dport\":12,")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    for (port, family, table, chain, handle) in expected {
+        let row = rows.iter().find(|r| r["tuple"]["dport"] == port);
+        let said = row.map(|r| &r["nft"]);
+        let right = serde_json::json!({ "family": family, "table": table, "chain": chain, "handle": handle });
+        ensure!(said == Some(&right), "port {port}: {right}\n{done}");
+    }
+    // By functions, in text; a packet that nft let pass has no rule.
+    let run = Netprobe::new("skb")
+        .args(["--output-nft", "--filter-func"])
+        .arg("kfree_skb|kfree_skb_reason|sk_skb_reason_drop|nf_hook_slow")
+        .args(["--filter-proto", "udp", "--filter-netns", net.client.name()])
+        .start()?;
+    net.client
+        .udp_send("127.0.0.1:13".parse()?, b"nobody listens")?;
+    net.client.udp_send(net.server.v4(10), b"x")?;
+    let rule = expected[1].4.unwrap_or_default();
+    let line = run.wait_line("[nft ")?;
+    ensure!(
+        line.contains("NETFILTER_DROP")
+            && line.ends_with(&format!(" [nft inet t out handle {rule}]")),
+        "{line}"
+    );
+    let done = run.stop()?;
+    ensure!(done.lines_with("[nft ").len() == 1, "{done}");
+    done.expect_success()
+}
+
+fn nft_refused() -> Result<()> {
+    let done = Netprobe::new("skb").arg("--output-nft").run()?;
+    done.expect_code(1)?;
+    done.expect_stderr("5.11")
+}
+
+/// Where TCP has taken the device away, or has used its place for a tree, the namespace is the socket's (the filter finds the packet by
+/// it), and no device is made up.
+fn netns_without_device() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let server = net.server.tcp_listen(net.server.v4(0))?;
+    let run = Netprobe::new("skb")
+        .args(["--output-json", "--filter-netns", net.client.name()])
+        .args(["--filter-func", "tcp_rcv_established|tcp_rcv_state_process|tcp_data_queue|__tcp_transmit_skb|__ip_queue_xmit"])
+        .start()?;
+    let mut stream = net.client.tcp_connect(server.address(), deadline())??;
+    std::io::Write::write_all(&mut stream, b"hello")?;
+    std::io::Read::read_exact(&mut stream, &mut [0; 5])?;
+    run.wait_line("\"tcp_rcv_established\"")?;
+    run.wait_line("\"__ip_queue_xmit\"")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    for row in done.json()?.iter().filter(|r| r["type"] == "event") {
+        ensure!(row["netns"].as_u64() == net.client.inode().ok(), "{row}");
+        let iface = row["iface"].as_str().unwrap_or_default();
+        ensure!(matches!(iface, "" | "veth0"), "iface: {row}");
+    }
+    Ok(())
 }

@@ -25,6 +25,8 @@ pub const SECTION_CB: u32 = 1 << 6;
 pub const SECTION_SKB: u32 = 1 << 7;
 pub const SECTION_SHINFO: u32 = 1 << 8;
 pub const SECTION_DATA: u32 = 1 << 9;
+pub const SECTION_MEMBERS: u32 = 1 << 10;
+pub const SECTION_NFT: u32 = 1 << 11;
 pub const SECTION_MAP: u32 = 1 << 12;
 pub const SECTION_STACK: u32 = 1 << 15;
 
@@ -188,6 +190,19 @@ pub struct Args {
     #[arg(long, help_heading = "Output")]
     pub output_skb_shared_info: bool,
 
+    /// Show members of the sk_buff, and of what it points to: 'skb->mark,skb->dev->ifindex' (4 at most)
+    #[arg(
+        long,
+        value_name = "PATH,..",
+        value_delimiter = ',',
+        help_heading = "Output"
+    )]
+    pub output_skb_metadata: Vec<String>,
+
+    /// Show which nft table, chain and rule (its handle) dropped a packet (kernels with BTF of modules, from 5.11; the rule from 5.17)
+    #[arg(long, help_heading = "Output")]
+    pub output_nft: bool,
+
     /// Show the names of network namespaces (under /run/netns) in place of their inodes
     #[arg(long, help_heading = "Output")]
     pub output_netns_names: bool,
@@ -244,6 +259,8 @@ impl Args {
             (self.output_skb, SECTION_SKB),
             (self.output_skb_shared_info, SECTION_SHINFO),
             (self.write.is_some(), SECTION_DATA),
+            (!self.output_skb_metadata.is_empty(), SECTION_MEMBERS),
+            (self.output_nft, SECTION_NFT),
             (self.output_stack, SECTION_STACK),
         ] {
             if wanted {

@@ -2,14 +2,15 @@
 
 use crate::bpf::read;
 use crate::bpf::skb::types::{
-    np_tuple, skb_copy, skb_data, skb_event, skb_map, skb_meta, skb_owner,
+    np_members, np_tuple, skb_copy, skb_data, skb_event, skb_map, skb_meta, skb_nft, skb_owner,
 };
 use crate::event::head::Head;
 use crate::event::tuple::{Tuple, address};
 
 use super::args::{
-    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_MAP, SECTION_META, SECTION_OWNER,
-    SECTION_PACKET, SECTION_SHINFO, SECTION_SKB, SECTION_STACK, SECTION_TUNNEL, SECTION_TUPLE,
+    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_MAP, SECTION_MEMBERS, SECTION_META,
+    SECTION_NFT, SECTION_OWNER, SECTION_PACKET, SECTION_SHINFO, SECTION_SKB, SECTION_STACK,
+    SECTION_TUNNEL, SECTION_TUPLE,
 };
 
 /// SKB_KIND_DROP
@@ -60,6 +61,10 @@ pub struct Event {
     /// the same of the struct skb_shared_info
     pub shared_info: Option<Vec<u8>>,
     pub data: Option<Data>,
+    /// bytes as they were read, `None` where they could not be: `members` knows what they are
+    pub members: Option<[Option<u64>; 4]>,
+    /// the rule that dropped the packet
+    pub nft: Option<Nft>,
     pub map: Option<MapCall>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
@@ -97,6 +102,34 @@ pub struct Data {
     /// ARPHRD_* of the device; 0 where it has none
     pub hatype: u16,
     pub bytes: Vec<u8>,
+}
+
+/// `struct skb_nft`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nft {
+    /// NFPROTO_*
+    pub family: u8,
+    /// NUL-padded
+    pub table: [u8; 64],
+    /// NUL-padded; of the rule, else the base chain
+    pub chain: [u8; 64],
+    /// of the rule, where one is known
+    pub handle: Option<u64>,
+}
+
+impl Nft {
+    /// The family as nft(8) calls it; enum in include/uapi/linux/netfilter.h.
+    pub fn family(&self) -> &'static str {
+        match self.family {
+            1 => "inet",
+            2 => "ip",
+            3 => "arp",
+            5 => "netdev",
+            7 => "bridge",
+            10 => "ip6",
+            _ => "?",
+        }
+    }
 }
 
 /// A packet's identity: the number that the CPU which saw it first gave it.
@@ -167,6 +200,8 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
         skb_copy: None,
         shared_info: None,
         data: None,
+        members: None,
+        nft: None,
         map: None,
         stack: None,
     };
@@ -243,6 +278,22 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
             ethernet: d.ethernet != 0,
             hatype: d.hatype,
             bytes: bytes.get(..d.captured as usize)?.to_vec(),
+        });
+    }
+    if e.sections & SECTION_MEMBERS != 0 {
+        let (m, r) = read::<np_members>(rest)?;
+        rest = r;
+        let known = |i: usize| m.known & (1 << i) != 0;
+        event.members = Some(std::array::from_fn(|i| known(i).then(|| m.values[i])));
+    }
+    if e.sections & SECTION_NFT != 0 {
+        let (n, r) = read::<skb_nft>(rest)?;
+        rest = r;
+        event.nft = (n.known != 0).then_some(Nft {
+            family: n.family,
+            table: n.table,
+            chain: n.chain,
+            handle: (n.handle != 0).then_some(n.handle),
         });
     }
     if e.sections & SECTION_MAP != 0 {

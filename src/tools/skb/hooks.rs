@@ -69,6 +69,17 @@ pub const XDP: [Hook; 7] = [
     ("xdp_passed_1", "eth_type_trans"),
 ];
 
+/// --output-nft (src/bpf/skb_nft.bpf.h)
+pub const NFT: [Hook; 7] = [
+    ("nft_chain", "nft_do_chain"),
+    ("nft_immediate", "nft_immediate_eval"),
+    ("nft_rejects", "nft_reject_ipv4_eval"),
+    ("nft_rejects", "nft_reject_ipv6_eval"),
+    ("nft_rejects", "nft_reject_inet_eval"),
+    ("nft_forget", "ipt_do_table"),
+    ("nft_forget", "ip6t_do_table"),
+];
+
 /// The program that shows a hit and does what `hook`'s own program does, where tracking needs both in one.
 pub fn shown(hook: &str) -> Option<&'static str> {
     match hook {
@@ -85,7 +96,7 @@ mod tests {
 
     #[test]
     fn each_function_once() {
-        for table in [&TRACK[..], &OWNER[..], &XDP[..]] {
+        for table in [&TRACK[..], &OWNER[..], &XDP[..], &NFT[..]] {
             let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
             assert_eq!(names.len(), table.len());
         }

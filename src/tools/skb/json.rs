@@ -1,6 +1,7 @@
 //! The JSON form of an event: one object a line. Zeros are kept; a field is missing only where its section was not asked for
 //! or does not apply.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
@@ -12,7 +13,7 @@ use crate::kernel::ksyms::Symbol;
 use crate::output::escape::escaped;
 use crate::output::format::{Addr, Hex};
 
-use super::decode::{Event, MapCall, Owner, Packet, Point};
+use super::decode::{Event, MapCall, Nft, Owner, Packet, Point};
 use super::extras::cb_words;
 use super::programs::Program;
 
@@ -72,6 +73,11 @@ pub struct Row<'a> {
     pub tunnel: Option<TupleRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cb: Option<Vec<String>>,
+    /// null where there was a NULL pointer on the way
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skb_metadata: Option<BTreeMap<&'a str, Option<i128>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nft: Option<NftRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sk_buff: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -120,6 +126,26 @@ pub struct OwnerRow {
     pub sock: Hex,
     pub cookie: u64,
     pub inode: u64,
+}
+
+/// The nft rule that dropped a packet; `handle` is null where it is not known.
+#[derive(Serialize)]
+pub struct NftRow {
+    pub family: &'static str,
+    pub table: String,
+    pub chain: String,
+    pub handle: Option<u64>,
+}
+
+impl NftRow {
+    pub fn new(nft: &Nft) -> Self {
+        Self {
+            family: nft.family(),
+            table: escaped(&nft.table),
+            chain: escaped(&nft.chain),
+            handle: nft.handle,
+        }
+    }
 }
 
 /// A tc or XDP program; its name is the event's `func`.
@@ -278,6 +304,8 @@ impl<'a> Row<'a> {
             tuple: event.tuple.flatten().as_ref().map(TupleRow::new),
             tunnel: event.tunnel.flatten().as_ref().map(TupleRow::new),
             cb: event.cb.as_ref().map(cb_words),
+            skb_metadata: None,
+            nft: event.nft.as_ref().map(NftRow::new),
             sk_buff: None,
             shared_info: None,
             caller: None,

@@ -7,6 +7,7 @@ mod extras;
 mod helpers;
 mod hooks;
 mod json;
+mod members;
 mod present;
 mod probes;
 mod programs;
@@ -25,7 +26,7 @@ use crate::engine::loss::Loss;
 use crate::engine::merge::Record;
 use crate::engine::pins::Pins;
 use crate::engine::session::{self, Consumer, Flow};
-use crate::engine::{log, signals};
+use crate::engine::{log, signals, usage};
 use crate::filter::Filters;
 use crate::kernel::btf::Btf;
 use crate::kernel::drop_reason::DropReasons;
@@ -37,6 +38,7 @@ use crate::tools::fields;
 use args::Args;
 use capture::Capture;
 use helpers::Helpers;
+use members::Members;
 use present::Presenter;
 use probes::{Plan, Wants};
 use programs::{Programs, Storage};
@@ -61,18 +63,24 @@ pub fn run(args: &Args) -> Result<()> {
         drops: args.drops,
         returns: args.output_retval,
         xdp: args.filter_trace_xdp,
+        nft: args.output_nft,
     };
-    if args.drops && !wants.owner {
+    if args.drops && !wants.owner && !wants.nft {
         features.require_drops("skb --drops")?;
     } else {
         features.require_tracing("skb")?;
     }
     let btf = btf?;
+    if wants.nft {
+        probes::require_nft(&btf)?;
+    }
     let plan = if args.drops {
         Plan::drops(&features, args.backend, wants)?
     } else {
         Plan::make(&btf, &features, args, pattern.as_ref(), wants)?
     };
+    let members = Members::parse(&args.output_skb_metadata, ("skb", "sk_buff"), &btf)
+        .map_err(|e| usage(format!("--output-skb-metadata: {e:#}")))?;
     let reasons = DropReasons::load(&btf);
     // Some 10 MB, which only a few need any longer.
     let btf = args.filter_track_bpf_helpers.then_some(btf);
@@ -80,7 +88,12 @@ pub fn run(args: &Args) -> Result<()> {
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
-    let mut skel = load(args, &features, &plan, &filters, &mut storage)?;
+    let mut skel = load(
+        args,
+        &features,
+        (&plan, &filters, &members, &reasons),
+        &mut storage,
+    )?;
     let pins = Pins::create("skb");
     if let Some(pins) = &pins {
         pins.pin(&mut skel.maps.cfg_map, "config")?;
@@ -98,7 +111,7 @@ pub fn run(args: &Args) -> Result<()> {
         None => None,
     };
     let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
-    let mut presenter = Presenter::new(args, &attached, reasons)?;
+    let mut presenter = Presenter::new(args, &attached, reasons, members)?;
     if let Some(programs) = &mut programs {
         presenter.programs(programs.start()?);
     }
@@ -156,8 +169,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn load<'a>(
     args: &Args,
     features: &Features,
-    plan: &Plan,
-    filters: &Filters,
+    (plan, filters, members, reasons): (&Plan, &Filters, &Members, &DropReasons),
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<SkbSkel<'a>> {
     let mut builder = SkbSkelBuilder::default();
@@ -186,6 +198,11 @@ fn load<'a>(
         rodata.np_filter_vmemmap_base = pages.vmemmap_base;
         rodata.np_filter_page_offset_base = pages.page_offset_base;
     }
+    rodata.np_path_count = members.paths().len() as u32;
+    for (to, from) in rodata.np_paths.iter_mut().zip(members.paths()) {
+        *to = from;
+    }
+    rodata.nft_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
     rodata.track = u8::from(args.track());
     rodata.track_stack = u8::from(args.track_stack());
     rodata.returns_on = u8::from(args.output_retval);
@@ -205,6 +222,9 @@ fn load<'a>(
     }
     if args.output_owner {
         size(&mut open.maps.owners, args.track_entries)?;
+    }
+    if args.output_nft {
+        size(&mut open.maps.nft_ways, 4096)?;
     }
     plan.prepare(&mut open);
     filters.inject(open.open_object_mut())?;

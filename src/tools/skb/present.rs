@@ -22,7 +22,8 @@ use crate::output::format::{self, Hex, push_dec, push_hex};
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Owner};
 use super::extras::{Extras, Shown, cb_words};
-use super::json::{Frame, LossRow, MapRow, OwnerRow, ProgramRow, Row, packet_name};
+use super::json::{Frame, LossRow, MapRow, NftRow, OwnerRow, ProgramRow, Row, packet_name};
+use super::members::Members;
 use super::probes::Attached;
 use super::programs::Program;
 
@@ -45,6 +46,7 @@ pub struct Presenter {
     caller: bool,
     tunnel: bool,
     extras: Extras,
+    members: Members,
     holders: Option<SocketHolders>,
     symbols: KernelSymbols,
     last_seen: HashMap<u64, u64>,
@@ -65,7 +67,12 @@ struct Widths {
 }
 
 impl Presenter {
-    pub fn new(args: &Args, attached: &Attached, reasons: DropReasons) -> Result<Self> {
+    pub fn new(
+        args: &Args,
+        attached: &Attached,
+        reasons: DropReasons,
+        members: Members,
+    ) -> Result<Self> {
         Ok(Self {
             meta: args.output_meta,
             tuple: args.output_tuple,
@@ -79,6 +86,7 @@ impl Presenter {
             tcp_flags: args.output_tcp_flags,
             caller: args.output_caller,
             extras: Extras::new(args)?,
+            members,
             tunnel: args.output_tunnel,
             holders: args.output_owner.then(SocketHolders::look),
             symbols: KernelSymbols::default(),
@@ -290,6 +298,7 @@ impl Presenter {
             pad(line, start, &mut self.widths.tunnel);
         }
         self.place(line, event);
+        self.push_members(line, event);
         if late {
             line.extend_from_slice(b" [late]");
         }
@@ -306,6 +315,15 @@ impl Presenter {
         for &addr in event.stack.iter().flatten() {
             line.extend_from_slice(b"\n    ");
             self.push_address(line, addr);
+        }
+    }
+
+    fn push_members(&self, line: &mut Vec<u8>, event: &Event) {
+        for (path, value) in event.members.iter().flat_map(|m| self.members.values(*m)) {
+            let _ = match value {
+                Some(number) => write!(line, " {path}={number}"),
+                None => write!(line, " {path}=-"),
+            };
         }
     }
 
@@ -346,8 +364,19 @@ impl Presenter {
         self.names.get(&func).map_or("?", String::as_str)
     }
 
-    /// The function with its drop reason and its caller, or the reason and the place of a drop.
+    /// The function with its drop reason and its caller, or the reason and the place of a drop; the rule that dropped it.
     fn place(&mut self, line: &mut Vec<u8>, event: &Event) {
+        self.function(line, event);
+        if let Some(nft) = event.nft.as_ref().map(NftRow::new) {
+            let _ = write!(line, " [nft {} {} {}", nft.family, nft.table, nft.chain);
+            if let Some(handle) = nft.handle {
+                let _ = write!(line, " handle {handle}");
+            }
+            line.push(b']');
+        }
+    }
+
+    fn function(&mut self, line: &mut Vec<u8>, event: &Event) {
         let reason = event.reason.filter(|_| self.reasons.any());
         if event.dropped {
             if let Some(reason) = reason {
@@ -447,6 +476,7 @@ impl Presenter {
             subsystem: reason.and_then(|r| self.reasons.subsystem(r)),
             owner,
             program: self.program(event),
+            skb_metadata: None,
             ..Row::new(event)
         };
         if event.dropped {
@@ -454,6 +484,7 @@ impl Presenter {
         } else {
             row.func = Some(self.name(event.func));
         }
+        row.skb_metadata = event.members.map(|m| self.members.values(m).collect());
         row.caller = event.caller.map(|addr| self.frame(addr));
         let stack = event.stack.as_ref();
         row.stack = stack.map(|s| s.iter().map(|&addr| self.frame(addr)).collect());

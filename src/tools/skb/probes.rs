@@ -40,6 +40,7 @@ fn program_of(f: &Function) -> Prog {
         (1, Some(2)) if drops => "skb_drop_1",
         (2, Some(3)) if drops => "skb_drop_2",
         (1, _) => "skb_1",
+        (2, _) if f.sock_first => "skb_sk_2",
         (2, _) => "skb_2",
         (3, _) => "skb_3",
         (4, _) => "skb_4",
@@ -58,6 +59,8 @@ pub struct Wants {
     pub returns: bool,
     /// XDP programs
     pub xdp: bool,
+    /// the nft rules that drop
+    pub nft: bool,
 }
 
 /// A function to attach to.
@@ -176,7 +179,8 @@ impl Plan {
         let track = wants.track.then_some(&hooks::TRACK[..]);
         let owner = wants.owner.then_some(&hooks::OWNER[..]);
         let xdp = (wants.xdp && wants.track).then_some(&hooks::XDP[..]);
-        let tables = [track, owner, xdp].into_iter().flatten();
+        let nft = wants.nft.then_some(&hooks::NFT[..]);
+        let tables = [track, owner, xdp, nft].into_iter().flatten();
         tables.flatten().copied().collect()
     }
 
@@ -351,6 +355,23 @@ fn modules(args: &Args) -> Result<Vec<String>> {
         )),
         None => Ok(loaded),
     }
+}
+
+/// What --output-nft needs.
+pub fn require_nft(btf: &Btf) -> Result<()> {
+    if btf.struct_named("nft_chain").is_some() {
+        return Ok(()); // built in
+    }
+    let modules = btf::modules();
+    if modules.is_empty() {
+        bail!(
+            "--output-nft: this kernel has no BTF of modules (it needs 5.11), which says what nf_tables' structs are; without the flag a drop's place still shows"
+        );
+    }
+    if !modules.iter().any(|m| m == "nf_tables") {
+        bail!("--output-nft: the module nf_tables is not loaded: nft has no rules here");
+    }
+    Ok(())
 }
 
 /// The backend asked for, or the better one that the kernel has.

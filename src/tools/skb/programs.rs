@@ -21,7 +21,7 @@ use crate::kernel::trampoline::{self, Patch, Point, Target, Watch};
 use crate::kernel::{attach, xdp};
 use crate::output::escape::escaped;
 
-use super::args::{Args, SECTION_CALLER};
+use super::args::{Args, SECTION_CALLER, SECTION_MEMBERS, SECTION_NFT};
 use super::helpers::Helpers;
 
 /// SKB_PROGRAM_ID of src/bpf/skb_prog.bpf.c
@@ -265,8 +265,8 @@ impl<'a> Watcher<'a> {
             .context("the BPF object has no .rodata")?;
         rodata.use_cast = u8::from(features.rdonly_cast);
         rodata.has_buff_len = u8::from(kind == Kind::Xdp && xdp::has_frags());
-        // A program's caller is its hook in the kernel: the same for all.
-        rodata.sections = args.sections() & !SECTION_CALLER;
+        // A program's caller is its hook in the kernel, the same for all; members and nft's rules are shown with functions.
+        rodata.sections = args.sections() & !(SECTION_CALLER | SECTION_MEMBERS | SECTION_NFT);
         rodata.snap_len = args.snap_len();
         rodata.track = u8::from(args.track());
         rodata.track_stack = u8::from(args.track_stack());
