@@ -6,7 +6,9 @@
  *
  * fexit programs on udp_recvmsg, udpv6_recvmsg and tcp_recvmsg: they see arguments and result
  * without a map, and threads that block in a receive use up nothing (a
- * kretprobe has some ten places for all that are inside at once).
+ * kretprobe has some ten places for all that are inside at once). Where
+ * kprobe.multi keeps its returns by task (6.14), entry and return in their
+ * place: a kernel that preempts passes over runs of an fexit program.
  */
 #ifndef NETPROBE_DNS_BPF_H
 #define NETPROBE_DNS_BPF_H
@@ -162,24 +164,14 @@ static __always_inline bool dns_from_server(struct sock *sk, struct msghdr *msg)
 		np_arg;                                             \
 	})
 
-static __always_inline int dns_received(__u64 *ctx, __u32 room)
+/* A call that gave `got` bytes. */
+static __always_inline int dns_received(void *ctx, struct sock *sk,
+					struct msghdr *msg, int flags, int got,
+					__u32 room)
 {
-	struct sock *sk = (void *)ctx[0];
-	struct msghdr *msg = (void *)ctx[1];
-	int flags, got;
 	struct dns_scratch *to;
 	__u64 size;
 
-	if (recv_args == 6) {
-		flags = DNS_ARG(ctx, 4);
-		got = DNS_ARG(ctx, 6);
-	} else if (recv_args == 5) {
-		flags = DNS_ARG(ctx, 3);
-		got = DNS_ARG(ctx, 5);
-	} else {
-		flags = DNS_ARG(ctx, 3);
-		got = DNS_ARG(ctx, 4);
-	}
 	if (got <= 0 || (flags & (DNS_MSG_PEEK | DNS_MSG_TRUNC)) ||
 	    !dns_from_server(sk, msg))
 		return 0;
@@ -202,22 +194,124 @@ static __always_inline int dns_received(__u64 *ctx, __u32 room)
 	return 0;
 }
 
+static __always_inline int dns_fexit(__u64 *ctx, __u32 room)
+{
+	int flags, got;
+
+	if (recv_args == 6) {
+		flags = DNS_ARG(ctx, 4);
+		got = DNS_ARG(ctx, 6);
+	} else if (recv_args == 5) {
+		flags = DNS_ARG(ctx, 3);
+		got = DNS_ARG(ctx, 5);
+	} else {
+		flags = DNS_ARG(ctx, 3);
+		got = DNS_ARG(ctx, 4);
+	}
+	return dns_received(ctx, (void *)ctx[0], (void *)ctx[1], flags, got,
+			    room);
+}
+
 SEC("fexit/udp_recvmsg")
 int dns_udp4(__u64 *ctx)
 {
-	return dns_received(ctx, DNS_UDP4);
+	return dns_fexit(ctx, DNS_UDP4);
 }
 
 SEC("fexit/udpv6_recvmsg")
 int dns_udp6(__u64 *ctx)
 {
-	return dns_received(ctx, DNS_UDP6);
+	return dns_fexit(ctx, DNS_UDP6);
 }
 
 SEC("fexit/tcp_recvmsg")
 int dns_tcp(__u64 *ctx)
 {
-	return dns_received(ctx, DNS_TCP);
+	return dns_fexit(ctx, DNS_TCP);
+}
+
+/* A thread that receives what may be an answer. */
+struct dns_call {
+	__u64 sock;
+	__u64 msg;
+	__u64 flags;
+};
+
+/* One more call than this is not seen, and counted. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1); /* set before loading where it is used */
+	__type(key, __u64); /* pid_tgid */
+	__type(value, struct dns_call);
+} dns_calls SEC(".maps");
+
+static __always_inline int dns_enter(struct sock *sk, struct msghdr *msg,
+				     __u64 flags, bool stream)
+{
+	__u64 id = bpf_get_current_pid_tgid();
+	__u16 port = BPF_CORE_READ(sk, __sk_common.skc_dport);
+	struct dns_call call = {
+		.sock = (__u64)sk, .msg = (__u64)msg, .flags = flags};
+
+	/* Of an unconnected socket the answer tells who sent it. */
+	if (port != bpf_htons(DNS_PORT) && (port || stream))
+		return 0;
+	if (bpf_map_update_elem(&dns_calls, &id, &call, BPF_ANY))
+		np_count_map_full();
+	return 0;
+}
+
+static __always_inline int dns_leave(void *ctx, int got, __u32 room)
+{
+	__u64 id = bpf_get_current_pid_tgid();
+	struct dns_call *found = bpf_map_lookup_elem(&dns_calls, &id), call;
+
+	if (!found)
+		return 0;
+	call = *found;
+	bpf_map_delete_elem(&dns_calls, &id);
+	return dns_received(ctx, (void *)call.sock, (void *)call.msg,
+			    call.flags, got, room);
+}
+
+/* These kernels have no `noblock` before the flags. */
+SEC("kprobe.multi")
+int BPF_KPROBE(dns_udp4_entry, struct sock *sk, struct msghdr *msg, __u64 len,
+	       __u64 flags)
+{
+	return dns_enter(sk, msg, flags, false);
+}
+
+SEC("kprobe.multi")
+int BPF_KPROBE(dns_udp6_entry, struct sock *sk, struct msghdr *msg, __u64 len,
+	       __u64 flags)
+{
+	return dns_enter(sk, msg, flags, false);
+}
+
+SEC("kprobe.multi")
+int BPF_KPROBE(dns_tcp_entry, struct sock *sk, struct msghdr *msg, __u64 len,
+	       __u64 flags)
+{
+	return dns_enter(sk, msg, flags, true);
+}
+
+SEC("kretprobe.multi")
+int BPF_KRETPROBE(dns_udp4_return, int got)
+{
+	return dns_leave(ctx, got, DNS_UDP4);
+}
+
+SEC("kretprobe.multi")
+int BPF_KRETPROBE(dns_udp6_return, int got)
+{
+	return dns_leave(ctx, got, DNS_UDP6);
+}
+
+SEC("kretprobe.multi")
+int BPF_KRETPROBE(dns_tcp_return, int got)
+{
+	return dns_leave(ctx, got, DNS_TCP);
 }
 
 #endif

@@ -30,6 +30,15 @@ static __always_inline struct np_stats *np_stats_get(void)
 	return bpf_map_lookup_elem(&stats, &zero);
 }
 
+/* A full map refused an insertion. */
+static __always_inline void np_count_map_full(void)
+{
+	struct np_stats *count = np_stats_get();
+
+	if (count)
+		count->map_full++;
+}
+
 /* Fills the head but for `len`, which np_output() sets. */
 static __always_inline void np_head_fill(struct np_head *head, __u16 kind)
 {

@@ -55,14 +55,6 @@ struct tcp_exe tcp_exe_type;
 struct tcp_flow tcp_flow_type;
 struct tcp_prefix tcp_prefix_type;
 
-static __always_inline void count_map_full(void)
-{
-	struct np_stats *count = np_stats_get();
-
-	if (count)
-		count->map_full++;
-}
-
 static __always_inline bool is_nonblocking(struct sock *sk, bool mptcp)
 {
 	struct inet_connection_sock *icsk = (void *)sk;
@@ -170,7 +162,7 @@ static __always_inline int enter(struct sock *sk, const void *uaddr,
 		in.dport = bpf_ntohs(sin6.sin6_port);
 	}
 	if (bpf_map_update_elem(&inside, &id, &in, BPF_ANY))
-		count_map_full();
+		np_count_map_full();
 	return 0;
 }
 
@@ -195,7 +187,7 @@ static __always_inline void count(const struct tcp_event *e)
 	if (value)
 		__sync_fetch_and_add(value, 1);
 	else
-		count_map_full();
+		np_count_map_full();
 }
 
 #include "tcpconnect_outcome.bpf.h"

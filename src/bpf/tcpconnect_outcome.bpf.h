@@ -67,7 +67,7 @@ static __always_inline void remember_addr(const struct tcp_event *e)
 	};
 
 	if (bpf_map_update_elem(&pending_by_addr, &key, &sock, BPF_ANY))
-		count_map_full();
+		np_count_map_full();
 }
 
 /* A connect is decided: sends it, and forgets it. */
@@ -116,7 +116,7 @@ static __always_inline void leave_outcome(void *ctx, struct tcp_scratch *buf,
 		if (!match_socket(&buf->event))
 			return;
 		if (bpf_map_update_elem(&pending, &sock, &buf->event, BPF_ANY))
-			count_map_full();
+			np_count_map_full();
 		else if (mode & TCP_MODE_STACKS)
 			send_connect(ctx, buf);
 		return;
@@ -161,7 +161,7 @@ int BPF_KPROBE(syn, struct sock *sk)
 	e->syn = e->head.ts;
 	e->flags |= TCP_FLAG_IN_CALL;
 	if (bpf_map_update_elem(&pending, &sock, e, BPF_ANY)) {
-		count_map_full();
+		np_count_map_full();
 		in->refused = 1;
 		return 0;
 	}

@@ -333,6 +333,72 @@ mod tests {
         }
     }
 
+    /// An address in the middle of the function that this becomes a part of.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn inlined_here() -> u64 {
+        let behind: u64;
+        // SAFETY: reads the instruction pointer and touches nothing else.
+        unsafe {
+            std::arch::asm!("lea {}, [rip]", out(reg) behind, options(nomem, nostack, preserves_flags))
+        };
+        behind - 1
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(never)]
+    fn outer() -> u64 {
+        std::hint::black_box(inlined_here())
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn names_are_demangled_and_inlined_functions_told() {
+        let (path, start_code, end_code) = own_program();
+        let program = Program {
+            path: &path,
+            start_code,
+            end_code,
+        };
+        let symbols = UserSymbols::default();
+        for pid in [std::process::id(), u32::MAX >> 1] {
+            let frames = symbols.frames(pid, &[outer()], &[], program);
+            let f = &frames[0];
+            // DWARF names it without its path.
+            assert_eq!(f.name.as_deref(), Some("outer"), "{pid}: {f:?}");
+            let inlined = f.inlined.first().unwrap();
+            assert_eq!(inlined.name, "inlined_here", "{pid}: {f:?}");
+            assert!(
+                inlined
+                    .file
+                    .as_ref()
+                    .is_some_and(|n| n.ends_with("usyms.rs")),
+                "{pid}: {f:?}"
+            );
+            assert!(inlined.line.is_some(), "{pid}: {f:?}");
+        }
+        // Without DWARF there is the mangled symbol.
+        let dir = tempfile::tempdir().unwrap();
+        let stripped = dir.path().join("stripped");
+        let status = std::process::Command::new("objcopy")
+            .arg("--strip-debug")
+            .args([&path, &stripped])
+            .status()
+            .unwrap();
+        assert!(status.success());
+        let program = Program {
+            path: &stripped,
+            ..program
+        };
+        let f = &symbols.frames(u32::MAX >> 1, &[outer()], &[], program)[0];
+        assert_eq!(
+            f.name.as_deref(),
+            Some("netprobe::kernel::usyms::tests::outer"),
+            "{f:?}"
+        );
+        assert!(f.line.is_none(), "{f:?}");
+    }
+
     #[test]
     fn maps() {
         let text = "\

@@ -18,6 +18,9 @@ use super::args::{Args, Filter, FilterArgs};
 /// Connects that can be undecided at one time; one more is counted as refused by a full map.
 const PENDING: u32 = 65_536;
 
+/// Threads that wait for a DNS answer at one time; one more is counted as refused by a full map.
+const DNS_CALLS: u32 = 16_384;
+
 /// How the entry and the return of connect are seen; src/bpf/tcpconnect.bpf.c says what each is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pair {
@@ -79,7 +82,7 @@ pub fn load<'a>(
     }
     set_programs(args, pair, &mut open);
     let theirs = Theirs::open(&args.filter)?;
-    set_maps(args, filter, &theirs, &mut open)?;
+    set_maps(args, pair, filter, &theirs, &mut open)?;
     let skel = open.load().map_err(|e| {
         let log = log::take();
         anyhow!("failed to load the BPF programs: {e:?}\n{log}")
@@ -125,12 +128,23 @@ fn set_programs(args: &Args, pair: Pair, open: &mut OpenTcpconnectSkel<'_>) {
         &mut open.progs.dns_udp6,
         &mut open.progs.dns_tcp,
     ] {
-        program.set_autoload(args.dns);
+        program.set_autoload(args.dns && pair != Pair::Multi);
+    }
+    for program in [
+        &mut open.progs.dns_udp4_entry,
+        &mut open.progs.dns_udp6_entry,
+        &mut open.progs.dns_tcp_entry,
+        &mut open.progs.dns_udp4_return,
+        &mut open.progs.dns_udp6_return,
+        &mut open.progs.dns_tcp_return,
+    ] {
+        program.set_autoload(args.dns && pair == Pair::Multi);
     }
 }
 
 fn set_maps(
     args: &Args,
+    pair: Pair,
     filter: &Filter,
     theirs: &Theirs,
     open: &mut OpenTcpconnectSkel<'_>,
@@ -142,6 +156,9 @@ fn set_maps(
     if args.outcome {
         maps.pending.set_max_entries(PENDING)?;
         maps.pending_by_addr.set_max_entries(PENDING)?;
+    }
+    if args.dns && pair == Pair::Multi {
+        maps.dns_calls.set_max_entries(DNS_CALLS)?;
     }
     maps.ports.set_max_entries(room(filter.ports.len()))?;
     maps.daddrs.set_max_entries(room(filter.daddrs.len()))?;
@@ -251,13 +268,7 @@ pub fn attach(args: &Args, pair: Pair, skel: &TcpconnectSkel<'_>) -> Result<Atta
         missed: 0,
     };
     if args.dns {
-        for (program, function) in [
-            (&p.dns_udp4, "udp_recvmsg"),
-            (&p.dns_udp6, "udpv6_recvmsg"),
-            (&p.dns_tcp, "tcp_recvmsg"),
-        ] {
-            attached.counted(program, program.attach(), function)?;
-        }
+        attach_dns(pair, skel, &mut attached)?;
     }
     if args.outcome {
         attached.counted(&p.drop, p.drop.attach(), "the tracepoint kfree_skb")?;
@@ -290,6 +301,41 @@ pub fn attach(args: &Args, pair: Pair, skel: &TcpconnectSkel<'_>) -> Result<Atta
         attached.counted(program, start(program, function, false), function)?;
     }
     Ok(attached)
+}
+
+/// What processes receive: by entry and return, or by the return alone.
+fn attach_dns(pair: Pair, skel: &TcpconnectSkel<'_>, attached: &mut Attached) -> Result<()> {
+    let p = &skel.progs;
+    for (fexit, entry, returns, function) in [
+        (
+            &p.dns_udp4,
+            &p.dns_udp4_entry,
+            &p.dns_udp4_return,
+            "udp_recvmsg",
+        ),
+        (
+            &p.dns_udp6,
+            &p.dns_udp6_entry,
+            &p.dns_udp6_return,
+            "udpv6_recvmsg",
+        ),
+        (
+            &p.dns_tcp,
+            &p.dns_tcp_entry,
+            &p.dns_tcp_return,
+            "tcp_recvmsg",
+        ),
+    ] {
+        if pair == Pair::Multi {
+            let returns_at = returns.attach_kprobe_multi(true, vec![function]);
+            attached.counted(returns, returns_at, function)?;
+            let enters_at = entry.attach_kprobe_multi(false, vec![function]);
+            attached.counted(entry, enters_at, function)?;
+        } else {
+            attached.counted(fexit, fexit.attach(), function)?;
+        }
+    }
+    Ok(())
 }
 
 impl Attached {
