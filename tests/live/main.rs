@@ -7,6 +7,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod filter;
+mod filter_scenarios;
 mod harness;
 mod icmp;
 mod icmp_more;
@@ -35,6 +36,7 @@ fn main() {
     cases.extend(xdpdump_trace::cases());
     cases.extend(skb_programs::cases());
     cases.extend(skb_track::cases());
+    cases.extend(filter_scenarios::cases());
     cases.extend(xdpdump::cases());
     cases.extend(xdpchain::cases());
     cases.extend(skb::cases());
