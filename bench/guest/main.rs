@@ -4,6 +4,7 @@
 //! Prints `= NAME VALUE` lines for bench/run, and `! SCENARIO: WHY` for what could not be measured.
 
 mod child;
+mod filter;
 mod hooks;
 mod net;
 
@@ -52,6 +53,7 @@ fn run(scenarios: &[String]) -> Result<()> {
     for scenario in scenarios {
         let result = match scenario.as_str() {
             "base" => bench.base(),
+            "filter" => filter_cost(),
             "skb" => bench.skb(),
             "match" => bench.matching("perf", ""),
             "user" => bench.user(),
@@ -390,6 +392,14 @@ impl Bench {
         tool.stop()?;
         Ok(())
     }
+}
+
+/// The expression alone, in each way, beside the kernel's own JIT.
+fn filter_cost() -> Result<()> {
+    for (name, value) in filter::measure()? {
+        say(&format!("filter.{name}"), format!("{value:.0}"));
+    }
+    Ok(())
 }
 
 /// Time of one of `count` calls, ns, after a few that warm up.
