@@ -1,7 +1,7 @@
 //! What an expression costs on each packet: translated in each way, beside the kernel's own JIT of the same cBPF (a socket filter).
 //! A cost is the difference to a filter that only returns 0, run in the same way.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 
 use anyhow::{Result, ensure};
@@ -10,7 +10,7 @@ use netprobe::filter::BLOCK;
 use netprobe::filter::cbpf::Program;
 use netprobe::filter::expr::{self, SNAPLEN};
 use netprobe::filter::pcap::Linktype;
-use netprobe::filter::run::Runner;
+use netprobe::filter::run::{Runner, socket_filter};
 
 const EXPRESSION: &str = "tcp port 80 or icmp";
 const PACKETS: u32 = 5_000;
@@ -73,26 +73,7 @@ fn one_by_one(runner: &mut Runner, packet: &[u8]) -> Result<f64> {
 fn socket(program: &Program, packet: &[u8]) -> Result<f64> {
     let (from, to) = UnixDatagram::pair()?;
     to.set_nonblocking(true)?;
-    let insns = program.insns();
-    let filter = libc::sock_fprog {
-        len: insns.len() as u16,
-        filter: insns.as_ptr().cast_mut().cast(),
-    };
-    // SAFETY: `filter` points to as many instructions as it says, laid out as `sock_filter`, for the call's time.
-    let status = unsafe {
-        libc::setsockopt(
-            to.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const filter).cast(),
-            size_of::<libc::sock_fprog>() as u32,
-        )
-    };
-    ensure!(
-        status == 0,
-        "SO_ATTACH_FILTER: {}",
-        std::io::Error::last_os_error()
-    );
+    socket_filter(to.as_fd(), program)?;
     average(|| Ok(from.send(packet).map(drop)?))
 }
 

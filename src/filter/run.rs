@@ -2,7 +2,7 @@
 //! -r`, the tests and the benchmark. Touches libbpf.
 
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
 use anyhow::{Context, Result, bail};
@@ -107,6 +107,31 @@ fn owned(fd: i32) -> std::io::Result<OwnedFd> {
     }
     // SAFETY: a descriptor that was just made, and nobody else has.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Gives the socket a filter that the kernel itself compiles (SO_ATTACH_FILTER): what a translation is compared with. The
+/// kernel's EINVAL for a program that it does not take.
+pub fn socket_filter(socket: BorrowedFd<'_>, program: &Program) -> std::io::Result<()> {
+    let insns = program.insns();
+    let filter = libc::sock_fprog {
+        len: insns.len() as u16,
+        filter: insns.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: `filter` points to as many instructions as it says, laid out as `sock_filter`, for the call's time.
+    let status = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size_of::<libc::sock_fprog>() as u32,
+        )
+    };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 impl Runner {

@@ -152,8 +152,8 @@ fn with_fields() -> Result<()> {
 fn many_hosts() -> Result<()> {
     let net = pair()?;
     let server = net.server.tcp_listen(net.server.v4(8080))?;
-    let mut hosts: Vec<String> = (0..80)
-        .map(|i| format!("host 10.{}.{}.9", 100 + i % 7, i % 251))
+    let mut hosts: Vec<String> = (0..300)
+        .map(|i| format!("host 10.{}.{}.9", 100 + i / 200, i % 200))
         .collect();
     hosts.push(format!("host {}", net.client.v4(0).ip()));
     let probe = skb(RECEIVED, &net.server, &[&hosts.join(" or ")])?;

@@ -1,7 +1,7 @@
 //! Random valid programs and random expressions over real and changed packets: translation against interpreters.
 //! A fixed part with a fixed seed by default; `make fuzz-filter` goes on (FUZZ_FILTER_PAIRS, FUZZ_FILTER_SEED).
 
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 
 use super::cases::EXPRESSIONS;
@@ -11,6 +11,7 @@ use crate::filter::cbpf::*;
 use crate::filter::ebpf::{Beyond, LoadMode, translate};
 use crate::filter::expr;
 use crate::filter::pcap::Linktype;
+use crate::filter::run::socket_filter;
 
 /// Pairs of program and packet (in each load mode) that `cargo test` compares.
 const PAIRS: u64 = 60_000;
@@ -233,24 +234,7 @@ impl SocketFilter {
     fn new(program: &Program) -> std::io::Result<Self> {
         let (from, to) = UnixDatagram::pair()?;
         to.set_nonblocking(true)?;
-        let insns = program.insns();
-        let filter = libc::sock_fprog {
-            len: insns.len() as u16,
-            filter: insns.as_ptr().cast_mut().cast(),
-        };
-        // SAFETY: `filter` points to as many instructions as it says, laid out as `sock_filter`, for the call's time.
-        let status = unsafe {
-            libc::setsockopt(
-                to.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ATTACH_FILTER,
-                (&raw const filter).cast(),
-                size_of::<libc::sock_fprog>() as u32,
-            )
-        };
-        if status != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        socket_filter(to.as_fd(), program)?;
         Ok(SocketFilter { from, to })
     }
 
