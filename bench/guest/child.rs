@@ -12,9 +12,13 @@ use netprobe::engine::drain::monotonic_ns;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-pub const READY: &str = "/tmp/ready";
-pub const OUT: &str = "/tmp/out";
-pub const ERR: &str = "/tmp/err";
+/// Files in the working directory.
+pub const READY: &str = "ready";
+pub const OUT: &str = "out";
+pub const ERR: &str = "err";
+
+/// So many times 300 ms at most until a tool counts as settled.
+const SETTLE: u32 = 20;
 
 /// A running tool.
 pub struct Tool {
@@ -109,18 +113,19 @@ impl Tool {
         stat.rsplit_once(") ")?.1.chars().next()
     }
 
-    /// Waits until it has used no CPU for half a second (of the guest).
+    /// Waits until it has used no CPU for a while (of the guest); not for ever: a tool may spin while it has nothing to do.
     pub fn settle(&self) -> Result<()> {
         let mut before = self.cpu_ns()?;
-        loop {
+        for _ in 0..SETTLE {
             std::thread::sleep(Duration::from_millis(300));
             let now = self.cpu_ns()?;
             // An idle tool still wakes up now and then.
             if now - before < 3_000_000 {
-                return Ok(());
+                break;
             }
             before = now;
         }
+        Ok(())
     }
 
     /// Peak of its resident memory, and how much of what is resident now are perf buffers, KiB.

@@ -7,6 +7,7 @@ mod child;
 mod filter;
 mod hooks;
 mod net;
+mod rate;
 
 use std::fs;
 use std::time::Duration;
@@ -22,8 +23,11 @@ use net::Net;
 const PACKETS: u64 = 500;
 const WARM_UP: u64 = 50;
 const LIMIT: Duration = Duration::from_secs(300);
-const NETPROBE: &str = "/usr/local/bin/netprobe";
-const PWRU: &str = "/usr/local/bin/pwru";
+/// Programs are found by PATH; files are made in the working directory.
+const NETPROBE: &str = "netprobe";
+const PWRU: &str = "pwru";
+/// Where every tool writes what it captures.
+const CAPTURE: &str = "captured";
 /// Perf buffers that hold a whole burst while the tool is held.
 const LARGE: &str = "--buffer-pages 4096";
 
@@ -63,6 +67,9 @@ fn run(scenarios: &[String]) -> Result<()> {
             "icmp" => bench.icmp(),
             "capture" => bench.capture(),
             "peer-capture" => bench.peer_capture(),
+            "rate" => bench.rate("netprobe", netprobe_capture),
+            "rate-tcpdump" => bench.rate("tcpdump", || tcpdump("udp")),
+            "rate-xdp-tools" => bench.rate("xdp-tools", xdp_tools),
             "quiet" => bench.quiet(),
             "profile" => bench.profile(),
             other => bail!("unknown scenario {other}"),
@@ -288,7 +295,7 @@ impl Bench {
 
     /// The same of libbpf-tools' tcpconnect: ready when its four kprobes are there.
     fn peer_tcpconnect(&mut self) -> Result<()> {
-        let tool = Tool::start("/usr/local/bin/peer-tcpconnect", LIMIT, || {
+        let tool = Tool::start("peer-tcpconnect", LIMIT, || {
             fs::read_to_string("/sys/kernel/debug/kprobes/list")
                 .is_ok_and(|l| l.matches("tcp_v").count() >= 4)
         })?;
@@ -314,8 +321,7 @@ impl Bench {
     /// What a tool that captures on the receiver's side adds to a packet of each size, writer included.
     fn captured(&mut self, name: &str, tool: Tool) -> Result<()> {
         for size in [64, 512, 1500] {
-            // 28: headers of IPv4 and UDP
-            self.net.payload(size - 28);
+            self.net.payload(size - net::HEADERS);
             let packet = self.packet()?;
             tool.settle()?;
             say(&format!("capture.{name}.{size}"), packet);
@@ -327,44 +333,34 @@ impl Bench {
 
     fn capture(&mut self) -> Result<()> {
         for size in [64, 512, 1500] {
-            self.net.payload(size - 28);
+            self.net.payload(size - net::HEADERS);
             say(&format!("capture.none.{size}"), self.packet()?);
         }
         self.net.payload(64);
-        let xdpdump = format!("{NETPROBE} xdpdump --netns {} -i vb", net::B);
-        let tool = Tool::with_ready_file(&format!("{xdpdump} -w /tmp/netprobe.pcapng"), LIMIT)?;
+        let tool = netprobe_capture()?;
         say("start.xdpdump", tool.ready_ns);
         self.captured("netprobe", tool)?;
-        let tool = Tool::with_ready_file(
-            &format!("{xdpdump} -w /tmp/netprobe.pcapng tcp port 80 or icmp"),
-            LIMIT,
-        )?;
-        self.captured("netprobe-rejects", tool)
+        self.captured(
+            "netprobe-rejects",
+            Tool::with_ready_file(&format!("{} tcp port 80 or icmp", capture_command()), LIMIT)?,
+        )
     }
 
     /// tcpdump: captures, and rejects in the kernel's socket filter. xdp-tools' xdpdump with a program of its own.
     fn peer_capture(&mut self) -> Result<()> {
-        let inside = format!("/usr/local/bin/nsenter --net=/run/netns/{}", net::B);
-        let listening = || fs::read_to_string(child::ERR).is_ok_and(|t| t.contains("listening on"));
-        for (name, filter) in [
-            ("tcpdump", "udp"),
-            ("tcpdump-rejects", "tcp port 80 or icmp"),
-        ] {
-            let tool = Tool::start(
-                &format!("{inside} tcpdump -Z root -i vb -w /tmp/tcpdump.pcap {filter}"),
-                LIMIT,
-                listening,
-            )?;
-            self.captured(name, tool)?;
+        self.captured("tcpdump", tcpdump("udp")?)?;
+        self.captured("tcpdump-rejects", tcpdump("tcp port 80 or icmp")?)?;
+        self.captured("xdp-tools", xdp_tools()?)
+    }
+
+    /// The highest rate of packets that a tool writes to a file without loss.
+    fn rate(&mut self, name: &str, start: fn() -> Result<Tool>) -> Result<()> {
+        for size in [64, 1500] {
+            let (rate, sender) = rate::highest(&self.net, size, CAPTURE, &start)?;
+            let why = if sender { " sender" } else { "" };
+            say(&format!("rate.{name}.{size}"), format!("{rate:.0}{why}"));
         }
-        let tool = Tool::start(
-            &format!(
-                "{inside} /usr/local/bin/peer-xdpdump -i vb --load-xdp-program --load-xdp-mode skb -w /tmp/xdpdump.pcapng"
-            ),
-            LIMIT,
-            listening,
-        )?;
-        self.captured("xdp-tools", tool)
+        Ok(())
     }
 
     /// For work on one thing: what the programs of a matching run cost by the kernel's own statistics.
@@ -392,6 +388,33 @@ impl Bench {
         tool.stop()?;
         Ok(())
     }
+}
+
+fn capture_command() -> String {
+    format!("{NETPROBE} xdpdump --netns {} -i vb -w {CAPTURE}", net::B)
+}
+
+fn netprobe_capture() -> Result<Tool> {
+    Tool::with_ready_file(&capture_command(), LIMIT)
+}
+
+/// A peer that says when it listens.
+fn listening(command: &str) -> Result<Tool> {
+    Tool::start(
+        &format!("nsenter --net=/run/netns/{} {command}", net::B),
+        LIMIT,
+        || fs::read_to_string(child::ERR).is_ok_and(|t| t.contains("listening on")),
+    )
+}
+
+fn tcpdump(filter: &str) -> Result<Tool> {
+    listening(&format!("tcpdump -Z root -i vb -w {CAPTURE} {filter}"))
+}
+
+fn xdp_tools() -> Result<Tool> {
+    listening(&format!(
+        "peer-xdpdump -i vb --load-xdp-program --load-xdp-mode skb -w {CAPTURE}"
+    ))
 }
 
 /// The expression alone, in each way, beside the kernel's own JIT.

@@ -17,6 +17,9 @@ const ADDR_B: &str = "10.9.0.2";
 /// The port that the filters which match ask for.
 pub const PORT: u16 = 9000;
 
+/// Bytes of the headers of IPv4 and UDP.
+pub const HEADERS: usize = 28;
+
 /// Sockets on both sides.
 pub struct Net {
     sender: UdpSocket,
@@ -26,7 +29,7 @@ pub struct Net {
 }
 
 fn ip(args: &str) -> Result<()> {
-    let status = Command::new("/usr/local/bin/ip")
+    let status = Command::new("ip")
         .args(args.split_whitespace())
         .status()
         .context("failed to run ip")?;
@@ -92,6 +95,26 @@ impl Net {
     /// Sets the length of the UDP packets' payload.
     pub fn payload(&mut self, len: usize) {
         self.payload = vec![0x55; len];
+    }
+
+    /// A UDP socket in A and one in B that nothing else uses.
+    pub fn sockets(&self) -> Result<(UdpSocket, UdpSocket)> {
+        let bound = |ns, addr| inside(ns, || Ok(UdpSocket::bind((addr, 0))?));
+        Ok((bound(A, ADDR_A)?, bound(B, ADDR_B)?))
+    }
+
+    /// Packets that A's interface has handed over to B's so far.
+    pub fn forwarded(&self) -> Result<u64> {
+        // `  va: ` and eight numbers of receiving; bytes, packets and six more of sending
+        inside(A, || {
+            let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+            text.lines()
+                .find_map(|l| l.trim_start().strip_prefix("va:"))
+                .and_then(|l| l.split_ascii_whitespace().nth(9))
+                .context("va is not in /proc/net/dev")?
+                .parse()
+                .context("no number of packets in /proc/net/dev")
+        })
     }
 
     /// One UDP packet from A to B, received.
