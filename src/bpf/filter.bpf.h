@@ -10,9 +10,7 @@
  *	#include "compat.bpf.h"
  *	#include "filter.bpf.h"
  *
- *	struct sk_buff *skb = NP_CAST(struct sk_buff, pointer);
- *
- *	if (!np_filter_skb(skb))		reads the fields it needs
+ *	if (!np_filter_skb(pointer))		reads the fields it needs
  *		return 0;
  * or, where these fields were read already:
  *	struct np_filter_fields f = { .skb = ..., .head = ..., ... };
@@ -29,10 +27,10 @@
  * In Rust:
  *
  *	let filters = Filters { expression: Some(Compiled::new(text)?), ..Default::default() };
- *	rodata.np_filter_on = filters.on();
+ *	rodata.np_filter_on = filters.on(fields);
  *	(and the addresses of kernel::pages::PageVariables, where on() is not 0)
  *	... everything else that is to be configured ...
- *	filters.inject(open.open_object_mut())?;
+ *	filters.inject(open.open_object_mut(), fields)?;
  *	let skel = open.load()?;
  *
  * and for XDP `filter::inject_xdp(open.open_object_mut(), &program, frags)`.
@@ -45,6 +43,10 @@
 #define NP_FILTER_TUNNEL_L2 (1U << 1)
 #define NP_FILTER_TUNNEL_L3 (1U << 2)
 #define NP_FILTER_MEMBERS (1U << 3)
+/* The expression reads the packet by typed loads (use_cast), and the sk_buff is laid out for it. */
+#define NP_FILTER_TYPED (1U << 4)
+#define NP_FILTER_READS \
+	(NP_FILTER_EXPRESSION | NP_FILTER_TUNNEL_L2 | NP_FILTER_TUNNEL_L3)
 
 #ifdef NP_FILTER_XDP
 
@@ -97,6 +99,8 @@ const volatile __u64 np_filter_page_offset_base = 0;
 
 /* Bytes of header that are copied once, for all loads: src/filter/mod.rs has the same number. */
 #define NP_FILTER_BLOCK 96
+/* Bytes of the sk_buff that are copied at once, from data_len on; its head is among them. */
+#define NP_FILTER_FIELDS 104
 /* CONFIG_MAX_SKB_FRAGS is 17, and may be raised to 45. */
 #define NP_FILTER_FRAGS 45
 #define NP_FILTER_NONE 0xffffffffU
@@ -123,6 +127,7 @@ struct np_filter_packet {
 	__u32 inner_l2; /* offsets of a tunnelled packet, or NP_FILTER_NONE */
 	__u32 inner_l3;
 	__u8 block[NP_FILTER_BLOCK];
+	__u8 fields[NP_FILTER_FIELDS];
 };
 
 struct {
@@ -213,11 +218,56 @@ __noinline __s64 np_filter_load_byte(__u64 at)
 	return -1;
 }
 
+/* A field's place in the copy of the sk_buff's fields. */
+#define NP_FILTER_AT(field)                             \
+	(bpf_core_field_offset(struct sk_buff, field) - \
+	 bpf_core_field_offset(struct sk_buff, data_len))
+
+/* Finds the packet's first byte; true where that is a link header. */
+static __always_inline bool np_filter_locate(struct np_filter_packet *packet,
+					     const void *address)
+{
+	const struct sk_buff *skb = address;
+	__u64 start, tail, head, data_len;
+	bool l2;
+
+	packet->skb = (__u64)address;
+	packet->base = 0;
+	/* One copy of all fields, where they lie together as they always did. */
+	if (NP_FILTER_AT(head) + sizeof(head) <= NP_FILTER_FIELDS) {
+		const __u8 *fields = packet->fields;
+
+		if (bpf_probe_read_kernel(packet->fields,
+					  sizeof(packet->fields),
+					  &skb->data_len))
+			__builtin_memset(packet->fields, 0,
+					 sizeof(packet->fields));
+		l2 = *(__u16 *)(fields + NP_FILTER_AT(mac_len)) != 0;
+		start = l2 ? *(__u16 *)(fields + NP_FILTER_AT(mac_header))
+			   : *(__u16 *)(fields + NP_FILTER_AT(network_header));
+		tail = *(__u32 *)(fields + NP_FILTER_AT(tail));
+		head = *(__u64 *)(fields + NP_FILTER_AT(head));
+		data_len = *(__u32 *)fields;
+	} else {
+		l2 = BPF_CORE_READ(skb, mac_len) != 0;
+		start = l2 ? BPF_CORE_READ(skb, mac_header)
+			   : BPF_CORE_READ(skb, network_header);
+		tail = BPF_CORE_READ(skb, tail);
+		head = (__u64)BPF_CORE_READ(skb, head);
+		data_len = BPF_CORE_READ(skb, data_len);
+	}
+	packet->data = head + start;
+	packet->linear = tail > start ? tail - start : 0;
+	packet->len = packet->linear + data_len;
+	return l2;
+}
+
 /*
  * 1, 2 or 4 bytes of this CPU's packet wherever they are: their value in host
- * order, or less than 0. Called by the filter where the block does not reach.
+ * order, or less than 0. Called by the filter where its own loads do not reach.
+ * `skb`: the packet is this one's; 0: it is known.
  */
-__noinline __s64 np_filter_load(__u64 off, __u64 size)
+__noinline __s64 np_filter_load(__u64 off, __u64 size, __u64 skb)
 {
 	struct np_filter_packet *packet = np_filter_packet_get();
 	__s64 value = 0, byte;
@@ -226,6 +276,8 @@ __noinline __s64 np_filter_load(__u64 off, __u64 size)
 
 	if (!packet || off > 0xffffffff)
 		return -1;
+	if (skb)
+		np_filter_locate(packet, (const void *)skb);
 	at = packet->base + off;
 	if (at + 4 <= packet->linear) {
 		if (bpf_probe_read_kernel(bytes, sizeof(bytes),
@@ -254,48 +306,42 @@ __noinline __s64 np_filter_load(__u64 off, __u64 size)
  * np_filter_load() to the program. "Hidden" makes a function static to the
  * verifier, so that the block's pointer may be passed.
  */
-__hidden __noinline __u64 np_filter_l2(const __u8 *block, __u64 linear,
-				       __u64 source, __u64 len)
+#define NP_FILTER_STUB(name, n)                                         \
+	__hidden __noinline __u64 name(const __u8 *block, __u64 linear, \
+				       __u64 source, __u64 len)         \
+	{                                                               \
+		__u64 matches;                                          \
+                                                                        \
+		asm volatile("%0 = " #n                                 \
+			     : "=r"(matches)                            \
+			     : "r"(block), "r"(linear), "r"(source),    \
+			       "r"(len));                               \
+		return matches | np_filter_load(0, 1, 0);               \
+	}
+
+NP_FILTER_STUB(np_filter_l2, 1)
+NP_FILTER_STUB(np_filter_l3, 2)
+NP_FILTER_STUB(np_filter_tunnel_l2, 3)
+NP_FILTER_STUB(np_filter_tunnel_l3, 4)
+
+/*
+ * The expression for the sk_buff at this address by typed loads, with its own
+ * loads of the sk_buff's fields (src/filter/ebpf/typed.rs): this is what a
+ * packet that does not match costs. Headers are read through a struct that
+ * every kernel has and that is an array of bytes from its third byte on, so that
+ * a load of any width goes anywhere in it. The cast shows the filter how one is
+ * called.
+ */
+__hidden __noinline __u64 np_filter_fast(const void *address)
 {
 	__u64 matches;
+	void *typed;
 
-	asm volatile("%0 = 1"
-		     : "=r"(matches)
-		     : "r"(block), "r"(linear), "r"(source), "r"(len));
-	return matches | np_filter_load(0, 1);
-}
-
-__hidden __noinline __u64 np_filter_l3(const __u8 *block, __u64 linear,
-				       __u64 source, __u64 len)
-{
-	__u64 matches;
-
-	asm volatile("%0 = 2"
-		     : "=r"(matches)
-		     : "r"(block), "r"(linear), "r"(source), "r"(len));
-	return matches | np_filter_load(0, 1);
-}
-
-__hidden __noinline __u64 np_filter_tunnel_l2(const __u8 *block, __u64 linear,
-					      __u64 source, __u64 len)
-{
-	__u64 matches;
-
-	asm volatile("%0 = 3"
-		     : "=r"(matches)
-		     : "r"(block), "r"(linear), "r"(source), "r"(len));
-	return matches | np_filter_load(0, 1);
-}
-
-__hidden __noinline __u64 np_filter_tunnel_l3(const __u8 *block, __u64 linear,
-					      __u64 source, __u64 len)
-{
-	__u64 matches;
-
-	asm volatile("%0 = 4"
-		     : "=r"(matches)
-		     : "r"(block), "r"(linear), "r"(source), "r"(len));
-	return matches | np_filter_load(0, 1);
+	asm volatile("%0 = 6" : "=r"(matches) : "r"(address));
+	typed = bpf_rdonly_cast(
+		address,
+		bpf_core_type_id_kernel(struct __kernel_sockaddr_storage));
+	return matches | (typed != NULL) | np_filter_load(0, 1, 0);
 }
 
 /* Comparisons of the sk_buff's members (--filter-skb-expr). */
@@ -329,7 +375,7 @@ static __always_inline __u32 np_filter_skip_ethernet(__u32 at)
 
 	at += 12;
 	for (tags = 0; tags < 3; tags++) {
-		ethertype = np_filter_load(at, 2);
+		ethertype = np_filter_load(at, 2, 0);
 		if (!np_filter_is_vlan(ethertype))
 			break;
 		at += 4;
@@ -341,29 +387,29 @@ static __always_inline __u32 np_filter_skip_ethernet(__u32 at)
 /* Behind the IP header at `at`: the protocol, `at` moved on; less than 0 where there is none to read. */
 static __always_inline __s64 np_filter_skip_ip(__u32 *at)
 {
-	__s64 first = np_filter_load(*at, 1), protocol, length;
+	__s64 first = np_filter_load(*at, 1, 0), protocol, length;
 	int headers;
 
 	if (first < 0)
 		return -1;
 	if (first >> 4 == 4) {
 		/* Only the first fragment has what follows. */
-		if (np_filter_load(*at + 6, 2) & 0x1fff)
+		if (np_filter_load(*at + 6, 2, 0) & 0x1fff)
 			return -1;
-		protocol = np_filter_load(*at + 9, 1);
+		protocol = np_filter_load(*at + 9, 1, 0);
 		*at += (first & 0xf) * 4;
 		return protocol;
 	}
 	if (first >> 4 != 6)
 		return -1;
-	protocol = np_filter_load(*at + 6, 1);
+	protocol = np_filter_load(*at + 6, 1, 0);
 	*at += 40;
 	for (headers = 0; headers < 4; headers++) {
 		/* Hop-by-hop, routing, destination options. */
 		if (protocol != 0 && protocol != 43 && protocol != 60)
 			break;
-		protocol = np_filter_load(*at, 1);
-		length = np_filter_load(*at + 1, 1);
+		protocol = np_filter_load(*at, 1, 0);
+		length = np_filter_load(*at + 1, 1, 0);
 		if (length < 0)
 			return -1;
 		*at += (length + 1) * 8;
@@ -387,9 +433,9 @@ __noinline int np_filter_find_inner(__u32 l3)
 	packet->inner_l3 = NP_FILTER_NONE;
 	protocol = np_filter_skip_ip(&at);
 	if (protocol == NP_FILTER_UDP) {
-		port = np_filter_load(at + 2, 2);
+		port = np_filter_load(at + 2, 2, 0);
 		at += 8;
-		flags = np_filter_load(at, 1);
+		flags = np_filter_load(at, 1, 0);
 		if (flags < 0)
 			return 0;
 		if (port == NP_FILTER_PORT_VXLAN ||
@@ -400,14 +446,14 @@ __noinline int np_filter_find_inner(__u32 l3)
 			type = NP_FILTER_ETHERNET_BRIDGED;
 			at += 8;
 		} else if (port == NP_FILTER_PORT_GENEVE) {
-			type = np_filter_load(at + 2, 2);
+			type = np_filter_load(at + 2, 2, 0);
 			at += 8 + (flags & 0x3f) * 4;
 		} else {
 			return 0;
 		}
 	} else if (protocol == NP_FILTER_GRE) {
-		flags = np_filter_load(at, 2);
-		type = np_filter_load(at + 2, 2);
+		flags = np_filter_load(at, 2, 0);
+		type = np_filter_load(at + 2, 2, 0);
 		/* Version 0 only; checksum, key and sequence number. */
 		if (flags < 0 || (flags & 7))
 			return 0;
@@ -443,38 +489,20 @@ static __always_inline __u64 np_filter_begin(struct np_filter_packet *packet,
 	return packet->linear - base;
 }
 
-/* Does the packet pass every filter that is set? */
-static __always_inline bool
-np_filter_fields(const struct np_filter_fields *fields)
+/* The filters that read the packet, but `skip`. `l2`: it begins with a link header. */
+static __always_inline bool np_filter_packet(struct np_filter_packet *packet,
+					     bool l2, __u32 skip)
 {
-	struct np_filter_packet *packet;
-	bool l2 = fields->mac_len != 0;
-	__u64 linear, start;
-	__u32 inner;
+	__u32 on = np_filter_on & ~skip, inner;
+	__u64 linear;
 
-	if (!np_filter_on)
-		return true;
-	if ((np_filter_on & NP_FILTER_MEMBERS) &&
-	    !np_filter_members(fields->skb))
-		return false;
-	if (!(np_filter_on & ~NP_FILTER_MEMBERS))
-		return true;
-	packet = np_filter_packet_get();
-	if (!packet)
-		return false;
-	start = l2 ? fields->mac_header : fields->network_header;
-	packet->skb = fields->skb;
-	packet->data = fields->head + start;
-	packet->linear = fields->tail > start ? fields->tail - start : 0;
-	packet->len = packet->linear + fields->data_len;
-
-	linear = np_filter_begin(packet, 0);
-	if (np_filter_on & NP_FILTER_EXPRESSION) {
+	if (on & NP_FILTER_EXPRESSION) {
+		linear = np_filter_begin(packet, 0);
 		if (l2 ? !np_filter_l2(packet->block, linear, 0, packet->len)
 		       : !np_filter_l3(packet->block, linear, 0, packet->len))
 			return false;
 	}
-	if (!(np_filter_on & (NP_FILTER_TUNNEL_L2 | NP_FILTER_TUNNEL_L3)))
+	if (!(on & (NP_FILTER_TUNNEL_L2 | NP_FILTER_TUNNEL_L3)))
 		return true;
 
 	/* What is not tunnelled passes. */
@@ -483,7 +511,7 @@ np_filter_fields(const struct np_filter_fields *fields)
 		return true;
 	np_filter_find_inner(inner);
 	inner = packet->inner_l2;
-	if ((np_filter_on & NP_FILTER_TUNNEL_L2) && inner != NP_FILTER_NONE &&
+	if ((on & NP_FILTER_TUNNEL_L2) && inner != NP_FILTER_NONE &&
 	    inner < packet->len) {
 		linear = np_filter_begin(packet, inner);
 		if (!np_filter_tunnel_l2(packet->block, linear, 0,
@@ -491,7 +519,7 @@ np_filter_fields(const struct np_filter_fields *fields)
 			return false;
 	}
 	inner = packet->inner_l3;
-	if ((np_filter_on & NP_FILTER_TUNNEL_L3) && inner != NP_FILTER_NONE &&
+	if ((on & NP_FILTER_TUNNEL_L3) && inner != NP_FILTER_NONE &&
 	    inner < packet->len) {
 		linear = np_filter_begin(packet, inner);
 		if (!np_filter_tunnel_l3(packet->block, linear, 0,
@@ -501,25 +529,60 @@ np_filter_fields(const struct np_filter_fields *fields)
 	return true;
 }
 
-/*
- * The same, with the fields read here. `skb` is a pointer made by
- * NP_CAST(struct sk_buff, ...).
- */
-static __always_inline bool np_filter_skb(struct sk_buff *skb)
+/* For a program that knows the fields already: block loads only. */
+static __always_inline bool
+np_filter_fields(const struct np_filter_fields *fields)
 {
-	struct np_filter_fields fields = {.skb = (__u64)skb};
+	struct np_filter_packet *packet;
+	bool l2 = fields->mac_len != 0;
+	__u64 start;
 
 	if (!np_filter_on)
 		return true;
-	if (np_filter_on & ~NP_FILTER_MEMBERS) {
-		fields.head = (__u64)NP_READ(skb, head);
-		fields.tail = NP_READ(skb, tail);
-		fields.data_len = NP_READ(skb, data_len);
-		fields.mac_header = NP_READ(skb, mac_header);
-		fields.network_header = NP_READ(skb, network_header);
-		fields.mac_len = NP_READ(skb, mac_len);
-	}
-	return np_filter_fields(&fields);
+	if ((np_filter_on & NP_FILTER_MEMBERS) &&
+	    !np_filter_members(fields->skb))
+		return false;
+	if (!(np_filter_on & NP_FILTER_READS))
+		return true;
+	packet = np_filter_packet_get();
+	if (!packet)
+		return false;
+	start = l2 ? fields->mac_header : fields->network_header;
+	packet->skb = fields->skb;
+	packet->data = fields->head + start;
+	packet->linear = fields->tail > start ? fields->tail - start : 0;
+	packet->len = packet->linear + fields->data_len;
+	return np_filter_packet(packet, l2, 0);
+}
+
+/* Every filter that is set, in any case. */
+static __noinline __u64 np_filter_any(const void *address)
+{
+	struct np_filter_packet *packet;
+	bool l2, typed = np_filter_on & NP_FILTER_TYPED;
+
+	if ((np_filter_on & NP_FILTER_MEMBERS) &&
+	    !np_filter_members((__u64)address))
+		return 0;
+	if (!(np_filter_on & NP_FILTER_READS))
+		return 1;
+	packet = np_filter_packet_get();
+	if (!packet)
+		return 0;
+	l2 = np_filter_locate(packet, address);
+	if (typed && !np_filter_fast(address))
+		return 0;
+	return np_filter_packet(packet, l2, typed ? NP_FILTER_EXPRESSION : 0);
+}
+
+/* Does the sk_buff at this address (a plain one, not made by NP_CAST) pass every filter that is set? */
+static __always_inline bool np_filter_skb(const void *address)
+{
+	if (np_filter_on == (NP_FILTER_EXPRESSION | NP_FILTER_TYPED))
+		return np_filter_fast(address);
+	if (!np_filter_on)
+		return true;
+	return np_filter_any(address);
 }
 
 #endif

@@ -17,5 +17,5 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 SEC("kprobe")
 int np_filter_probe(struct pt_regs *ctx)
 {
-	return np_filter_skb(NP_CAST(struct sk_buff, PT_REGS_PARM1(ctx)));
+	return np_filter_skb((void *)PT_REGS_PARM1(ctx));
 }

@@ -115,7 +115,7 @@ static __always_inline __u8 current_context(const struct np_head *head)
 /* A request is handled now: skb's transport header is the ICMP header. */
 static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 {
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct net_device *dev = NP_READ(skb, dev);
 	struct icmp_event e = {};
@@ -123,11 +123,11 @@ static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 	struct np_stats *count;
 	__u8 one = 1;
 
-	if (!cfg || !read_handled(skb, version, &e.key, &e.icmp_type))
+	if (!read_handled(skb, version, &e.key, &e.icmp_type))
 		return 0;
 	if (want_cpu >= 0 && bpf_get_smp_processor_id() != want_cpu)
 		return 0;
-	if (!match(cfg, skb, &e.key, dev) || !np_filter_skb(skb))
+	if (!match(cfg, skb, &e.key, dev) || !np_filter_skb(skb_ptr))
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_ECHO);
 	e.context = current_context(&e.head);

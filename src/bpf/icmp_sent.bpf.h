@@ -113,7 +113,7 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct net *net = NP_CAST(struct net, net_ptr);
 	const void *l3 = NP_READ(skb, head) + NP_READ(skb, network_header);
-	struct np_config *cfg;
+	const struct np_config *cfg;
 	struct dst_entry *dst;
 	struct net_device *dev;
 	struct icmp_event e = {};
@@ -122,7 +122,7 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 		return 0;
 	e.start = sender_take();
 	cfg = np_config_get();
-	if (!e.start || !cfg)
+	if (!e.start)
 		return 0;
 	e.key.netns = NP_READ(net, ns.inum);
 	/* Bit 0 of the address says that no reference is held. */
@@ -130,7 +130,7 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 	dev = NP_READ(dst, dev);
 	if (want_cpu >= 0 && bpf_get_smp_processor_id() != want_cpu)
 		return 0;
-	if (!match(cfg, skb, &e.key, dev) || !np_filter_skb(skb))
+	if (!match(cfg, skb, &e.key, dev) || !np_filter_skb(skb_ptr))
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_SEND);
 	read_dev(&e, dev);
@@ -159,7 +159,7 @@ static __always_inline void sent_xmit(void *ctx, struct icmp_event *e,
 {
 	__u32 netns = e->key.netns;
 	struct asked *asked = asked_find(&e->key);
-	struct np_config *cfg;
+	const struct np_config *cfg;
 
 	e->key.netns = netns;
 	np_head_fill(&e->head, ICMP_KIND_XMIT);
@@ -174,7 +174,7 @@ static __always_inline void sent_xmit(void *ctx, struct icmp_event *e,
 		/* Its sender made the IP header too (IP_HDRINCL). */
 		e->start = sender_take();
 		cfg = np_config_get();
-		if (!e->start || !cfg || !match(cfg, skb, &e->key, dev))
+		if (!e->start || !match(cfg, skb, &e->key, dev))
 			return;
 		ask(e, 1);
 	}

@@ -170,9 +170,11 @@ static __always_inline void np_read_tuple(struct sk_buff *skb,
  * The network namespace: of the socket that the function has beside the skb
  * (`sk`, may be NULL), else of the device, else of the skb's own socket, else
  * of the device of its route (TCP takes skb->dev away on reception).
+ * `use_cast` hides the variable of this name: a constant here, so that no
+ * instruction asks for it.
  */
-static __always_inline struct net *np_read_net(struct sk_buff *skb,
-					       struct sock *sk)
+static __always_inline struct net *
+np_read_net(struct sk_buff *skb, struct sock *sk, const bool use_cast)
 {
 	struct net_device *dev = NP_READ(skb, dev);
 	struct net *net = NULL;
@@ -202,11 +204,19 @@ static __always_inline struct net *np_read_net(struct sk_buff *skb,
 }
 
 /* Its inode; 0 where it is not known. */
-static __always_inline __u32 np_read_netns(struct sk_buff *skb, struct sock *sk)
+static __always_inline __u32 np_read_netns_by(struct sk_buff *skb,
+					      struct sock *sk,
+					      const bool use_cast)
 {
-	struct net *net = np_read_net(skb, sk);
+	struct net *net = np_read_net(skb, sk, use_cast);
 
 	return net ? NP_READ(net, ns.inum) : 0;
+}
+
+static __always_inline __u32 np_read_netns(struct sk_buff *skb, struct sock *sk)
+{
+	return use_cast ? np_read_netns_by(skb, sk, true)
+			: np_read_netns_by(skb, sk, false);
 }
 
 #endif

@@ -91,8 +91,8 @@ static __always_inline bool match_tuple(const struct np_config *cfg,
  * beside it the skb may be in one of TCP's trees, whose links share the place
  * of skb->dev: only a device in the socket's namespace is one.
  */
-static __always_inline struct net_device *read_dev(struct sk_buff *skb,
-						   struct sock *sk)
+static __always_inline struct net_device *
+read_dev(struct sk_buff *skb, struct sock *sk, const bool use_cast)
 {
 	struct net_device *dev = NP_READ(skb, dev);
 
@@ -102,31 +102,46 @@ static __always_inline struct net_device *read_dev(struct sk_buff *skb,
 	return dev;
 }
 
-/* `sk`: the socket that the function has beside the skb, or NULL */
-static __always_inline bool match_skb(const struct np_config *cfg,
-				      struct sk_buff *skb, struct sock *sk)
+/*
+ * `sk_ptr`: the socket that the function has beside the skb, or NULL.
+ * `use_cast` hides the variable of this name: a constant here, so that no
+ * instruction asks for it.
+ */
+static __always_inline bool match_skb_by(const struct np_config *cfg, __u32 f,
+					 const void *skb_ptr,
+					 const void *sk_ptr,
+					 const bool use_cast)
 {
-	__u32 f = cfg->fields;
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
 
 	if ((f & NP_FIELD_MARK) &&
 	    (NP_READ(skb, mark) & cfg->mark_mask) != cfg->mark)
 		return false;
 	if (f & NP_FIELD_IFINDEX) {
-		struct net_device *dev = read_dev(skb, sk);
+		struct net_device *dev = read_dev(skb, sk, use_cast);
 
 		if (!np_is_pointer(dev) ||
 		    NP_READ(dev, ifindex) != cfg->ifindex)
 			return false;
 	}
-	if ((f & NP_FIELD_NETNS) && np_read_netns(skb, sk) != cfg->netns)
+	if ((f & NP_FIELD_NETNS) &&
+	    np_read_netns_by(skb, sk, use_cast) != cfg->netns)
 		return false;
 	return true;
+}
+
+static __always_inline bool match_skb(const struct np_config *cfg, __u32 f,
+				      const void *skb_ptr, const void *sk_ptr)
+{
+	return use_cast ? match_skb_by(cfg, f, skb_ptr, sk_ptr, true)
+			: match_skb_by(cfg, f, skb_ptr, sk_ptr, false);
 }
 
 static __always_inline void read_meta(struct sk_buff *skb, struct sock *sk,
 				      struct skb_meta *m)
 {
-	struct net_device *dev = read_dev(skb, sk);
+	struct net_device *dev = read_dev(skb, sk, use_cast);
 
 	m->netns = np_read_netns(skb, sk);
 	m->mark = NP_READ(skb, mark);
@@ -276,17 +291,32 @@ static __always_inline bool wants_tuple(const struct np_config *cfg)
 }
 
 /*
- * Is the skb one of ours? Reads the tuple where it is needed, and the packet's
- * identity. `sk`: a socket beside the skb, or NULL; `sp`: the stack pointer, where tracking is on. With `begin` false
- * it is one of ours only where it is tracked already.
+ * The gates that cost little: the fields of the sk_buff, then the expression.
+ * This is what a packet that does not match costs.
+ */
+static __always_inline bool passes_gates(const struct np_config *cfg,
+					 const void *skb_ptr,
+					 const void *sk_ptr)
+{
+	__u32 fields = cfg->fields;
+
+	if (fields) {
+		barrier_var(fields);
+		if (!match_skb(cfg, fields, skb_ptr, sk_ptr))
+			return false;
+	}
+	return np_filter_skb(skb_ptr);
+}
+
+/*
+ * Is an skb one of ours that has passed the gates (`matched`) or may be tracked? Reads the tuple where it is needed, and the
+ * packet's identity. `sp`: the stack pointer, where tracking is on. With `begin` false it is one of ours only where it is
+ * tracked already.
  */
 static __always_inline bool is_ours(const struct np_config *cfg, __u64 sp,
-				    struct sk_buff *skb, struct sock *sk,
-				    struct np_tuple *tuple, __u64 *packet,
-				    bool begin)
+				    struct sk_buff *skb, struct np_tuple *tuple,
+				    __u64 *packet, bool matched, bool begin)
 {
-	bool matched = match_skb(cfg, skb, sk) && np_filter_skb(skb);
-
 	if (track)
 		*packet = track_find(skb);
 	if (!matched && !*packet && !track_stack)
@@ -302,37 +332,67 @@ static __always_inline bool is_ours(const struct np_config *cfg, __u64 sp,
 	return matched;
 }
 
-/* One hit. Gives true where the skb is one of ours. */
-static __always_inline bool handle(struct pt_regs *ctx, void *skb_ptr,
-				   void *sk_ptr, __u16 kind, __u32 reason,
-				   bool begin)
-{
-	struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
-	struct np_tuple tuple = {};
-	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
-	struct hit hit = {.kind = kind, .reason = reason, .sk = sk};
+/* How a function was hit, for passed(): its kind and these. */
+#define HOW_BEGIN (1U << 16) /* without: ours only where it is tracked */
+#define HOW_MATCHED (1U << 17) /* so far */
 
-	if (!cfg || !skb_ptr || (cfg->fields & NP_PAUSED))
-		return false;
-	if (!is_ours(cfg, PT_REGS_SP(ctx), skb, sk, &tuple, &hit.packet, begin))
-		return false;
+/*
+ * The second half of a hit, for the few that got so far. A function of its own,
+ * so that those that did not need neither its stack nor its registers.
+ */
+static __noinline __u64 passed(struct pt_regs *ctx, __u64 skb_ptr, __u64 sk_ptr,
+			       __u32 reason, __u32 how)
+{
+	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+	struct hit hit = {.kind = (__u16)how, .reason = reason, .sk = sk};
+	struct np_tuple tuple = {};
+
+	if (!skb_ptr)
+		return 0;
+	if (!is_ours(cfg, PT_REGS_SP(ctx), skb, &tuple, &hit.packet,
+		     how & HOW_MATCHED, how & HOW_BEGIN))
+		return 0;
 	hit.func = func_addr(ctx);
 	if (returns_on)
-		return_expect(ctx, hit.func, (__u64)skb_ptr, hit.packet);
+		return_expect(ctx, hit.func, skb_ptr, hit.packet);
 	if (sections & SKB_SECTION_CALLER)
 		hit.caller = caller_addr(ctx);
 	write_event(ctx, skb, &tuple, &hit);
-	return true;
+	return 1;
 }
 
-#define SKB_PROBE(n)                                                          \
-	SEC("kprobe/skb_" #n)                                                 \
-	int skb_##n(struct pt_regs *ctx)                                      \
-	{                                                                     \
-		handle(ctx, (void *)PT_REGS_PARM##n(ctx), NULL, SKB_KIND_HIT, \
-		       0, true);                                              \
-		return 0;                                                     \
+/* One hit. Gives true where the skb is one of ours. */
+static __always_inline bool handle(struct pt_regs *ctx, __u64 skb_ptr,
+				   __u64 sk_ptr, __u16 kind, __u32 reason,
+				   bool begin)
+{
+	const struct np_config *cfg = np_config_get();
+	__u32 fields = cfg->fields;
+	__u32 how = kind | (begin ? HOW_BEGIN : 0) | HOW_MATCHED;
+
+	if (fields) {
+		barrier_var(fields);
+		if (fields & NP_PAUSED)
+			return false;
+		if (!match_skb(cfg, fields, (void *)skb_ptr, (void *)sk_ptr))
+			goto unmatched;
+	}
+	if (np_filter_skb((void *)skb_ptr))
+		return passed(ctx, skb_ptr, sk_ptr, reason, how);
+unmatched:
+	if (!track)
+		return false;
+	return passed(ctx, skb_ptr, sk_ptr, reason, how & ~HOW_MATCHED);
+}
+
+#define SKB_PROBE(n)                                                         \
+	SEC("kprobe/skb_" #n)                                                \
+	int skb_##n(struct pt_regs *ctx)                                     \
+	{                                                                    \
+		handle(ctx, PT_REGS_PARM##n(ctx), 0, SKB_KIND_HIT, 0, true); \
+		return 0;                                                    \
 	}
 
 SKB_PROBE(1)
@@ -345,8 +405,8 @@ SKB_PROBE(5)
 SEC("kprobe/skb_sk_2")
 int skb_sk_2(struct pt_regs *ctx)
 {
-	handle(ctx, (void *)PT_REGS_PARM2(ctx), (void *)PT_REGS_PARM1(ctx),
-	       SKB_KIND_HIT, 0, true);
+	handle(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx), SKB_KIND_HIT, 0,
+	       true);
 	return 0;
 }
 
@@ -354,7 +414,7 @@ int skb_sk_2(struct pt_regs *ctx)
 SEC("kprobe/skb_drop_1")
 int skb_drop_1(struct pt_regs *ctx)
 {
-	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), NULL, SKB_KIND_DROP,
+	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_DROP,
 		   (__u32)PT_REGS_PARM2(ctx), true) &&
 	    track)
 		track_dying(TRACK_SKB(1));
@@ -365,8 +425,8 @@ int skb_drop_1(struct pt_regs *ctx)
 SEC("kprobe/skb_drop_2")
 int skb_drop_2(struct pt_regs *ctx)
 {
-	if (handle(ctx, (void *)PT_REGS_PARM2(ctx), (void *)PT_REGS_PARM1(ctx),
-		   SKB_KIND_DROP, (__u32)PT_REGS_PARM3(ctx), true) &&
+	if (handle(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx), SKB_KIND_DROP,
+		   (__u32)PT_REGS_PARM3(ctx), true) &&
 	    track)
 		track_dying(TRACK_SKB(2));
 	return 0;
@@ -376,8 +436,7 @@ int skb_drop_2(struct pt_regs *ctx)
 SEC("kprobe/skb_free_1")
 int skb_free_1(struct pt_regs *ctx)
 {
-	if (handle(ctx, (void *)PT_REGS_PARM1(ctx), NULL, SKB_KIND_HIT, 0,
-		   true))
+	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_HIT, 0, true))
 		track_dying(TRACK_SKB(1));
 	return 0;
 }
@@ -388,7 +447,7 @@ int skb_gone_1(struct pt_regs *ctx)
 {
 	__u64 key = PT_REGS_PARM1(ctx);
 
-	if (handle(ctx, (void *)key, NULL, SKB_KIND_HIT, 0, false))
+	if (handle(ctx, key, 0, SKB_KIND_HIT, 0, false))
 		bpf_map_delete_elem(&tracked, &key);
 	return 0;
 }
@@ -397,11 +456,11 @@ int skb_gone_1(struct pt_regs *ctx)
 SEC("kprobe/skb_near")
 int skb_near(struct pt_regs *ctx)
 {
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 	struct skb_context *c;
 	__u64 sp = PT_REGS_SP(ctx), key = track_context(sp);
 
-	if (!cfg || (cfg->fields & NP_PAUSED))
+	if (cfg->fields & NP_PAUSED)
 		return 0;
 	c = bpf_map_lookup_elem(&contexts, &key);
 	if (c && sp < c->sp)
@@ -417,13 +476,13 @@ int skb_near(struct pt_regs *ctx)
 SEC("raw_tp/kfree_skb")
 int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
 	struct hit hit = {.kind = SKB_KIND_DROPPED};
 	struct np_tuple tuple = {};
 
-	if (!cfg || (cfg->fields & NP_PAUSED) || !match_skb(cfg, skb, NULL) ||
-	    !np_filter_skb(skb))
+	if ((cfg->fields & NP_PAUSED) ||
+	    !passes_gates(cfg, (void *)ctx->args[0], NULL))
 		return 0;
 	if (wants_tuple(cfg))
 		np_read_tuple(skb, &tuple);

@@ -66,15 +66,15 @@ static __always_inline bool running_end(__u64 packet, __u32 program,
 
 static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 {
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
 	struct hit hit = {.kind = SKB_KIND_ENTER, .func = program_id()};
 	struct np_tuple tuple = {};
 
-	if (!cfg || (cfg->fields & NP_PAUSED))
+	if (cfg->fields & NP_PAUSED)
 		return;
-	if (!is_ours(cfg, track ? stack_address(ctx) : 0, skb, NULL, &tuple,
-		     &hit.packet, true))
+	if (!is_ours(cfg, track ? stack_address(ctx) : 0, skb, &tuple,
+		     &hit.packet, passes_gates(cfg, ptr, NULL), true))
 		return;
 	running_begin((__u64)ptr, hit.func, hit.packet);
 	write_event(ctx, skb, &tuple, &hit);
@@ -83,14 +83,14 @@ static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 static __always_inline void leave_tc(void *ctx, struct sk_buff *ptr,
 				     int verdict)
 {
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
 	struct hit hit = {.kind = SKB_KIND_LEAVE,
 			  .func = program_id(),
 			  .reason = verdict};
 	struct np_tuple tuple = {};
 
-	if (!cfg || (cfg->fields & NP_PAUSED) ||
+	if ((cfg->fields & NP_PAUSED) ||
 	    !running_end((__u64)ptr, hit.func, &hit.packet))
 		return;
 	if (wants_tuple(cfg))
@@ -267,13 +267,13 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 
 static __always_inline void enter_xdp(void *ctx, struct xdp_buff *xdp)
 {
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 	struct hit hit = {.kind = SKB_KIND_ENTER, .func = program_id()};
 	struct np_tuple tuple = {};
 	struct xdp_packet p;
 	bool matched;
 
-	if (!cfg || (cfg->fields & NP_PAUSED))
+	if (cfg->fields & NP_PAUSED)
 		return;
 	xdp_read(xdp, &p);
 	matched = match_xdp(cfg, xdp, &p);
@@ -297,7 +297,7 @@ static __always_inline void enter_xdp(void *ctx, struct xdp_buff *xdp)
 static __always_inline void leave_xdp(void *ctx, struct xdp_buff *xdp,
 				      int verdict)
 {
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 	struct xdp_link *link = xdp_link_get();
 	struct hit hit = {.kind = SKB_KIND_LEAVE,
 			  .func = program_id(),
@@ -305,7 +305,7 @@ static __always_inline void leave_xdp(void *ctx, struct xdp_buff *xdp,
 	struct np_tuple tuple = {};
 	struct xdp_packet p;
 
-	if (!cfg || (cfg->fields & NP_PAUSED) ||
+	if ((cfg->fields & NP_PAUSED) ||
 	    !running_end((__u64)xdp, hit.func, &hit.packet))
 		return;
 	xdp_read(xdp, &p);

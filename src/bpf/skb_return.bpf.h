@@ -80,9 +80,9 @@ int skb_return(struct pt_regs *ctx)
 		.func = bpf_get_func_ip(ctx),
 	};
 	struct skb_entered *e = bpf_map_lookup_elem(&entered, &key);
-	struct np_config *cfg = np_config_get();
+	const struct np_config *cfg = np_config_get();
 
-	if (!e || !cfg || (cfg->fields & NP_PAUSED))
+	if (!e || (cfg->fields & NP_PAUSED))
 		return 0;
 	write_short(ctx, SKB_KIND_RETURN, key.func, e->skb, e->packet,
 		    (__u32)PT_REGS_RC(ctx));

@@ -101,6 +101,7 @@ const CALL: u8 = 0x80;
 const EXIT: u8 = 0x90;
 const END: u8 = 0xd0;
 const PSEUDO_CALL: u8 = 1;
+const PSEUDO_KFUNC_CALL: u8 = 2;
 
 /// One instruction, laid out as the kernel's `struct bpf_insn` on a little-endian machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,6 +151,24 @@ impl Insn {
             regs: PSEUDO_CALL << 4,
             ..Insn::call(imm)
         }
+    }
+
+    /// A call of a function of the kernel's own; `imm` is its BTF id.
+    pub fn call_kfunc(imm: i32) -> Self {
+        Insn {
+            regs: PSEUDO_KFUNC_CALL << 4,
+            ..Insn::call(imm)
+        }
+    }
+
+    pub fn is_kfunc_call(self) -> bool {
+        self.code == CLASS_JMP | CALL && self.src() == PSEUDO_KFUNC_CALL
+    }
+
+    /// `dst = imm`, 32 or 64 bits
+    pub fn is_move_imm(self) -> bool {
+        let class = self.code & 0x07;
+        matches!(class, CLASS_ALU | CLASS_ALU64) && self.code & 0xf8 == Alu::Mov as u8
     }
 
     pub fn is_subprogram_call(self) -> bool {

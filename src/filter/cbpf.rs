@@ -117,6 +117,14 @@ pub enum Op {
     Return(Operand2),
 }
 
+impl Op {
+    /// Does it read the packet's length?
+    pub fn asks_length(&self) -> bool {
+        let length = Value::Length;
+        matches!(self, Op::Set { value, .. } if *value == length)
+    }
+}
+
 /// Where a load reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offset {

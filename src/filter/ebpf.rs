@@ -9,9 +9,13 @@
 //!
 //! A program that loads from several constant offsets is written twice: first for packets that reach past all of
 //! them, without any check of bounds, then for shorter ones, where every load has its own check. No guard is ever
-//! shared between instructions in any other way.
+//! shared between instructions in any other way. `typed` has the whole filter of an sk_buff by typed loads.
+
+mod typed;
 
 use anyhow::Result;
+
+pub use typed::translate_typed;
 
 use super::asm::{
     Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, HELPER_SKB_LOAD_BYTES, HELPER_XDP_LOAD_BYTES,
@@ -27,6 +31,8 @@ pub enum LoadMode {
     Block { size: u32, beyond: Beyond },
     /// r1 and r2: start and end of the packet, known as such to the verifier (XDP, tc); r3, r4 as above.
     Packet { beyond: Beyond },
+    /// As `translate_typed` has it; what lies beyond by `Beyond::Subprogram`.
+    Typed,
 }
 
 impl LoadMode {
@@ -49,13 +55,19 @@ pub enum Beyond {
     XdpLoad,
     /// r3: the `__sk_buff`; bpf_skb_load_bytes.
     SkbLoad,
-    /// r3: unused; a subprogram `s64 load(u64 offset, u64 size)`: the value in host order, or less than 0. The call has
-    /// `LOAD_CALL` in its imm, for `inject` to fill in.
+    /// r3: its third argument; a subprogram `s64 load(u64 offset, u64 size, u64 source)`: the value in host order, or less
+    /// than 0. The call has `LOAD_CALL` in its imm, for `inject` to fill in.
     Subprogram,
 }
 
 /// The imm of a call whose distance is not known yet.
 pub const LOAD_CALL: i32 = i32::MIN;
+/// The imm of a call of bpf_rdonly_cast, and of the instruction before it, which sets r2 to the struct's BTF id.
+pub const CAST_CALL: i32 = i32::MIN + 1;
+/// Bytes of the struct that lie before its array of bytes.
+pub const TYPED_LEAD: u32 = 2;
+/// Bytes in that array.
+const TYPED_SIZE: u32 = 126;
 
 const A: Reg = Reg::R0;
 const X: Reg = Reg::R5;
@@ -71,8 +83,9 @@ const SLOT_END: i16 = -32;
 const SLOT_X: i16 = -40;
 const SLOT_A: i16 = -48;
 const SLOT_BYTES: i16 = -56;
+const SLOT_ADDRESS: i16 = -64;
 /// Scratch word 0; the others lie below it.
-const SLOT_WORDS: i16 = -60;
+const SLOT_WORDS: i16 = -68;
 
 /// Programs up to this length keep slow loads out of the way, behind the code, and may be written twice.
 const SHORT: usize = 512;
@@ -84,18 +97,7 @@ const MAX_PACKET_OFFSET: u32 = 0xffff;
 
 /// The body of the subprogram.
 pub fn translate(program: &Program, mode: LoadMode) -> Result<Vec<Insn>> {
-    let ops: Vec<Op> = program.ops().collect();
-    let mut writer = Writer {
-        asm: Assembler::default(),
-        mode,
-        reachable: reachable(&ops),
-        short: ops.len() <= SHORT,
-        ops,
-        labels: Vec::new(),
-        unchecked: 0,
-        zero: None,
-        slow: Vec::new(),
-    };
+    let mut writer = Writer::new(program, mode, Assembler::default());
     writer.program();
     writer.asm.finish()
 }
@@ -130,6 +132,15 @@ struct Load {
     header_length: bool,
 }
 
+/// What a load of so many bytes is called.
+fn width(size: u32) -> Size {
+    match size {
+        1 => Size::B,
+        2 => Size::H,
+        _ => Size::W,
+    }
+}
+
 /// A slow load that is written behind the code.
 struct Slow {
     entry: Label,
@@ -160,9 +171,25 @@ struct Writer {
 }
 
 impl Writer {
+    fn new(program: &Program, mode: LoadMode, asm: Assembler) -> Self {
+        let ops: Vec<Op> = program.ops().collect();
+        Writer {
+            asm,
+            mode,
+            reachable: reachable(&ops),
+            short: ops.len() <= SHORT,
+            ops,
+            labels: Vec::new(),
+            unchecked: 0,
+            zero: None,
+            slow: Vec::new(),
+        }
+    }
+
     fn beyond(&self) -> Beyond {
         match self.mode {
             LoadMode::Block { beyond, .. } | LoadMode::Packet { beyond } => beyond,
+            LoadMode::Typed => Beyond::Subprogram,
         }
     }
 
@@ -189,27 +216,18 @@ impl Writer {
     }
 
     fn program(&mut self) {
-        let source = !matches!(self.beyond(), Beyond::Nothing | Beyond::Subprogram);
-        if source && self.loads().next().is_some() {
+        let reach = self.unchecked_reach();
+        if self.beyond() != Beyond::Nothing && self.loads().next().is_some() {
             self.asm
                 .push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R3));
         }
-        if self.ops.iter().any(|op| {
-            matches!(
-                op,
-                Op::Set {
-                    value: Value::Length,
-                    ..
-                }
-            )
-        }) {
+        if self.ops.iter().any(Op::asks_length) {
             self.asm
                 .push(Insn::store(Size::Dw, Reg::Fp, SLOT_LENGTH, Reg::R4));
         }
         self.asm.push(Insn::alu32_imm(Alu::Mov, A, 0));
         self.asm.push(Insn::alu32_imm(Alu::Mov, X, 0));
 
-        let reach = self.unchecked_reach();
         if reach > 0 {
             let careful = self.asm.label();
             if let LoadMode::Packet { .. } = self.mode {
@@ -229,7 +247,7 @@ impl Writer {
     fn unchecked_reach(&self) -> u32 {
         let limit = match self.mode {
             LoadMode::Block { size, .. } => size.min(UNCHECKED_REACH),
-            LoadMode::Packet { .. } => UNCHECKED_REACH,
+            LoadMode::Packet { .. } | LoadMode::Typed => UNCHECKED_REACH,
         };
         let ends: Vec<u32> = self
             .loads()
@@ -418,6 +436,11 @@ impl Writer {
     /// Bytes of the packet to A or X, the fast way where it reaches.
     fn load(&mut self, load: Load) {
         let slow = self.asm.label();
+        if let (LoadMode::Typed, Offset::Indexed(k)) = (self.mode, load.offset) {
+            self.typed_load(k, load, slow);
+            self.rejoin(load, slow);
+            return;
+        }
         let Some((base, off)) = self.fast_address(load, slow) else {
             // Out of the fast way's reach for every packet.
             match (self.beyond(), load.offset) {
@@ -427,14 +450,15 @@ impl Writer {
             }
             return;
         };
-        let size = match load.size {
-            1 => Size::B,
-            2 => Size::H,
-            _ => Size::W,
-        };
+        let size = width(load.size);
         let to = if load.header_length { X } else { A };
         self.asm.push(Insn::load(size, to, base, off));
         self.finish_load(load, to, true);
+        self.rejoin(load, slow);
+    }
+
+    /// Behind a load the fast way: the slow one, if anything goes there, and back.
+    fn rejoin(&mut self, load: Load, slow: Label) {
         if !self.asm.is_used(slow) {
             return;
         }
@@ -476,6 +500,15 @@ impl Writer {
                 self.asm.push(Insn::alu64(Alu::Add, T, DATA));
                 Some((T, 0))
             }
+            (LoadMode::Typed, Offset::Absolute(k)) => {
+                let end = k.checked_add(size).filter(|end| *end <= TYPED_SIZE)?;
+                if end > self.unchecked {
+                    self.typed_check(end, slow);
+                }
+                Some((DATA, i16::try_from(k + TYPED_LEAD).ok()?))
+            }
+            // `load` has its own way for it: a cast.
+            (LoadMode::Typed, Offset::Indexed(_)) => None,
             (LoadMode::Packet { .. }, Offset::Absolute(k)) => {
                 let end = k
                     .checked_add(size)
@@ -540,7 +573,10 @@ impl Writer {
     /// A load by a call; what the call destroys is kept on the stack.
     fn slow_load(&mut self, load: Load) {
         let beyond = self.beyond();
-        let mut kept = vec![(X, SLOT_X), (END, SLOT_END)];
+        let mut kept = vec![(X, SLOT_X)];
+        if self.mode != LoadMode::Typed {
+            kept.push((END, SLOT_END));
+        }
         if !matches!(self.mode, LoadMode::Block { size: 0, .. }) {
             kept.push((DATA, SLOT_DATA));
         }
@@ -587,6 +623,7 @@ impl Writer {
             Beyond::Subprogram => {
                 self.asm.push(Insn::alu64(Alu::Mov, Reg::R1, T));
                 self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, load.size));
+                self.asm.push(source(Reg::R3));
                 self.asm.push(Insn::call_subprogram(LOAD_CALL));
             }
         }
@@ -602,11 +639,7 @@ impl Writer {
         if by_value {
             self.asm.push(Insn::alu32(Alu::Mov, to, Reg::R0));
         } else {
-            let size = match load.size {
-                1 => Size::B,
-                2 => Size::H,
-                _ => Size::W,
-            };
+            let size = width(load.size);
             self.asm.push(Insn::load(size, to, Reg::Fp, SLOT_BYTES));
         }
         self.finish_load(load, to, !by_value);

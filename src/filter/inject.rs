@@ -9,7 +9,7 @@ use libbpf_rs::{AsRawLibbpf, OpenObject};
 use libbpf_sys as sys;
 
 use super::asm::Insn;
-use super::ebpf::LOAD_CALL;
+use super::ebpf::{CAST_CALL, LOAD_CALL};
 
 /// The subprogram of `filter.bpf.h` that translated code calls for bytes out of its reach.
 const LOAD_FUNCTION: &str = "np_filter_load";
@@ -102,6 +102,11 @@ impl Code {
         for line in &mut self.lines {
             *line = moved(*line);
         }
+        let cast = self.insns[start..end]
+            .windows(2)
+            .position(|two| two[1].is_kfunc_call())
+            .map(|at| &self.insns[start..end][..at + 2])
+            .and_then(cast);
         let padded = std::iter::repeat_n(Insn::nop(), padding).chain(body.iter().copied());
         self.insns.splice(start..end, padded);
 
@@ -114,9 +119,23 @@ impl Code {
                 let load = load.ok_or_else(|| anyhow!("the program has no {LOAD_FUNCTION}"))?;
                 insn.imm = i32::try_from(load as i64 - at as i64 - 1)?;
             }
+            if insn.is_kfunc_call() && insn.imm == CAST_CALL {
+                let (call, type_id) =
+                    cast.ok_or_else(|| anyhow!("the stub does not show how to cast a pointer"))?;
+                *insn = call;
+                self.insns[at - 1].imm = type_id;
+            }
         }
         Ok(())
     }
+}
+
+/// The call that ends this code, and the constant that it has in r2.
+fn cast(code: &[Insn]) -> Option<(Insn, i32)> {
+    let (call, before) = code.split_last()?;
+    let sets_r2 = |insn: &&Insn| insn.dst() == 2 && (insn.is_load_imm64() || insn.is_move_imm());
+    let type_id = before.iter().rev().find(sets_r2)?.imm;
+    Some((*call, type_id))
 }
 
 /// A slice of `count` things that libbpf has at `first`.

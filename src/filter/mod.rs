@@ -33,6 +33,8 @@ use expr::Compiled;
 use inject::Body;
 use members::Condition;
 
+use crate::kernel::features::SkbFields;
+
 /// Bytes of header that a tracing program copies once, for all loads (NP_FILTER_BLOCK of filter.bpf.h).
 pub const BLOCK: u32 = 96;
 
@@ -41,6 +43,7 @@ const EXPRESSION: u32 = 1 << 0;
 const TUNNEL_L2: u32 = 1 << 1;
 const TUNNEL_L3: u32 = 1 << 2;
 const MEMBERS: u32 = 1 << 3;
+const TYPED: u32 = 1 << 4;
 
 /// The stub of [`Filters::members`].
 const MEMBERS_STUB: &str = "np_filter_members";
@@ -58,30 +61,43 @@ pub struct Filters {
 }
 
 impl Filters {
-    /// The value of `np_filter_on`.
-    pub fn on(&self) -> u32 {
+    /// The value of `np_filter_on`. `fields`: as for `inject`.
+    pub fn on(&self, fields: Option<SkbFields>) -> u32 {
         let bit = |given: bool, bit: u32| if given { bit } else { 0 };
         bit(self.expression.is_some(), EXPRESSION)
             | bit(self.tunnel_l2.is_some(), TUNNEL_L2)
             | bit(self.tunnel_l3.is_some(), TUNNEL_L3)
             | bit(self.members.is_some(), MEMBERS)
+            | bit(self.typed(fields).is_some(), TYPED)
+    }
+
+    /// The expression, where typed loads can decide it: all that do not ask for the packet's length.
+    fn typed(&self, fields: Option<SkbFields>) -> Option<(&Compiled, SkbFields)> {
+        let asks = |program: &Program| program.ops().any(|op| op.asks_length());
+        let expression = self.expression.as_ref()?;
+        let length = asks(&expression.l2) || expression.l3.as_ref().is_ok_and(asks);
+        Some((expression, fields?)).filter(|_| !length)
     }
 
     /// The stubs' new bodies.
-    fn bodies(&self) -> Result<Vec<Body>> {
-        let mode = LoadMode::Block {
+    fn bodies(&self, fields: Option<SkbFields>) -> Result<Vec<Body>> {
+        let block = LoadMode::Block {
             size: BLOCK,
             beyond: Beyond::Subprogram,
         };
-        let mut bodies = Vec::new();
+        let (mut bodies, mut fast) = (Vec::new(), None);
         let mut add = |stub, program: &Program| -> Result<()> {
             bodies.push(Body {
                 stub,
-                insns: ebpf::translate(program, mode)?,
+                insns: ebpf::translate(program, block)?,
             });
             Ok(())
         };
-        if let Some(expression) = &self.expression {
+        if let Some((expression, fields)) = self.typed(fields) {
+            let nothing = Program::nothing();
+            let l3 = expression.l3.as_ref().unwrap_or(&nothing);
+            fast = Some(ebpf::translate_typed(&expression.l2, l3, fields)?);
+        } else if let Some(expression) = &self.expression {
             add("np_filter_l2", &expression.l2)?;
             match &expression.l3 {
                 Ok(l3) => add("np_filter_l3", l3)?,
@@ -94,6 +110,12 @@ impl Filters {
         if let Some(program) = &self.tunnel_l3 {
             add("np_filter_tunnel_l3", program)?;
         }
+        if let Some(insns) = fast {
+            bodies.push(Body {
+                stub: "np_filter_fast",
+                insns,
+            });
+        }
         if let Some(condition) = &self.members {
             bodies.push(Body {
                 stub: MEMBERS_STUB,
@@ -104,29 +126,29 @@ impl Filters {
     }
 
     /// Puts them into an object that is open and configured, and prepares it: the skeleton's `load()` is what may
-    /// follow. Does nothing where there is no filter.
-    pub fn inject(&self, object: &mut OpenObject) -> Result<()> {
-        if self.on() == 0 {
+    /// follow. Does nothing where there is no filter. `fields`: where typed loads are possible (`Features::skb_fields`).
+    pub fn inject(&self, object: &mut OpenObject, fields: Option<SkbFields>) -> Result<()> {
+        if self.on(fields) == 0 {
             return Ok(());
         }
-        self.prepare(object)
+        self.prepare(object, fields)
     }
 
     /// The same, and prepares it also where there is no filter.
-    pub fn prepare(&self, object: &mut OpenObject) -> Result<()> {
-        inject::inject(object, &self.bodies()?)
+    pub fn prepare(&self, object: &mut OpenObject, fields: Option<SkbFields>) -> Result<()> {
+        inject::inject(object, &self.bodies(fields)?)
     }
 
     /// The value of `np_filter_on` in a program that traces XDP programs; `members`: of the xdp_buff.
     pub fn on_xdp(&self, members: Option<&Condition>) -> u32 {
         let members = if members.is_some() { MEMBERS } else { 0 };
-        self.on() & !MEMBERS | members
+        self.on(None) & !MEMBERS | members
     }
 
     /// [`Filters::prepare`] for a program that traces XDP programs: it calls np_filter_fields with a link header always, so that
     /// it has no stub for packets without one; it has an xdp_buff and no sk_buff.
     pub fn prepare_xdp(&self, object: &mut OpenObject, members: Option<&Condition>) -> Result<()> {
-        let mut bodies = self.bodies()?;
+        let mut bodies = self.bodies(None)?;
         bodies.retain(|body| !matches!(body.stub, "np_filter_l3" | MEMBERS_STUB));
         if let Some(condition) = members {
             bodies.push(Body {

@@ -8,9 +8,10 @@ use std::ptr::NonNull;
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 
-use super::asm::{Insn, Reg, Size};
+use super::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Reg, Size};
 use super::cbpf::Program;
-use super::ebpf::{self, Beyond, LoadMode};
+use super::ebpf::{self, Beyond, CAST_CALL, LOAD_CALL, LoadMode};
+use crate::kernel::features::SkbFields;
 
 /// The kind of program that a filter is put into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,12 @@ struct Slot {
     wire_len: u64,
     /// Room for the program to turn a pointer into a number.
     address: u64,
+    /// What `SkbFields` are in an sk_buff.
+    mac_len: u64,
+    network_header: u16,
+    mac_header: u16,
+    tail: u32,
+    head: u64,
     bytes: [u8; MAX_PACKET],
 }
 
@@ -100,6 +107,88 @@ impl Memory {
     }
 }
 
+/// Where the slot is kept in a program, and its fields.
+const SLOT: Reg = Reg::R6;
+const LINEAR: i16 = std::mem::offset_of!(Slot, linear) as i16;
+const WIRE_LEN: i16 = std::mem::offset_of!(Slot, wire_len) as i16;
+const ADDRESS: i16 = std::mem::offset_of!(Slot, address) as i16;
+const HEADROOM: u16 = 5;
+const BYTES: i32 = std::mem::offset_of!(Slot, bytes) as i32;
+
+fn field(to: Reg, at: i16) -> Insn {
+    Insn::load(Size::Dw, to, SLOT, at)
+}
+
+impl Memory {
+    fn slot(&self) -> [Insn; 2] {
+        Insn::load_imm64(SLOT, MAP_VALUE, self.map.as_raw_fd(), 0)
+    }
+
+    /// SLOT is set, r1 points to the packet, and its address is a number in the slot.
+    fn begin(&self) -> Vec<Insn> {
+        let mut main = self.slot().to_vec();
+        main.extend([
+            Insn::alu64(Alu::Mov, Reg::R1, SLOT),
+            Insn::alu64_imm(Alu::Add, Reg::R1, BYTES),
+            // The pointer becomes a number on its way through memory.
+            Insn::store(Size::Dw, SLOT, ADDRESS, Reg::R1),
+        ]);
+        main
+    }
+
+    /// What `Beyond::Subprogram` calls.
+    fn load_function(&self) -> Result<Vec<Insn>> {
+        let mut asm = Assembler::default();
+        let fail = asm.label();
+        let mov = |to, from| Insn::alu64(Alu::Mov, to, from);
+        asm.extend(self.slot());
+        asm.extend([mov(Reg::R7, Reg::R2), mov(Reg::R4, Reg::R1)]);
+        asm.extend([
+            Insn::alu64(Alu::Add, Reg::R4, Reg::R2),
+            field(Reg::R5, LINEAR),
+        ]);
+        asm.jump_if(Reg::R4, Cond::Gt, Reg::R5, fail);
+        asm.extend([
+            field(Reg::R3, ADDRESS),
+            Insn::alu64(Alu::Add, Reg::R3, Reg::R1),
+            mov(Reg::R1, Reg::Fp),
+            Insn::alu64_imm(Alu::Add, Reg::R1, -8),
+            // Four bytes always: behind the packet there is room.
+            Insn::alu32_imm(Alu::Mov, Reg::R2, 4),
+            Insn::call(HELPER_PROBE_READ_KERNEL),
+        ]);
+        asm.jump_if_imm(Reg::R0, Cond::Ne, 0, fail);
+        asm.extend([
+            Insn::load(Size::W, Reg::R0, Reg::Fp, -8),
+            Insn::from_be(Reg::R0, 32),
+            Insn::alu32_imm(Alu::Mov, Reg::R1, 4),
+            Insn::alu64(Alu::Sub, Reg::R1, Reg::R7),
+            Insn::alu64_imm(Alu::Lsh, Reg::R1, 3),
+            Insn::alu64(Alu::Rsh, Reg::R0, Reg::R1),
+            Insn::exit(),
+        ]);
+        asm.place(fail);
+        asm.extend([Insn::alu64_imm(Alu::Mov, Reg::R0, -1), Insn::exit()]);
+        asm.finish()
+    }
+}
+
+/// BTF ids of bpf_rdonly_cast and of the struct through which bytes are read (NP_FILTER_BYTES).
+fn cast_ids() -> Option<(i32, i32)> {
+    // SAFETY: plain calls; the BTF is freed at the end, names end in NUL.
+    unsafe {
+        let btf = sys::btf__load_vmlinux_btf();
+        if btf.is_null() {
+            return None;
+        }
+        let id = |name: &CStr, kind| sys::btf__find_by_name_kind(btf, name.as_ptr(), kind);
+        let cast = id(c"bpf_rdonly_cast", sys::BTF_KIND_FUNC);
+        let bytes = id(c"__kernel_sockaddr_storage", sys::BTF_KIND_STRUCT);
+        sys::btf__free(btf);
+        (cast > 0 && bytes > 0).then_some((cast, bytes))
+    }
+}
+
 /// A descriptor that libbpf returned, or the error that it is.
 fn owned(fd: i32) -> std::io::Result<OwnedFd> {
     if fd < 0 {
@@ -143,41 +232,57 @@ impl Runner {
         };
         let body = ebpf::translate(program, mode)?;
         let memory = Memory::new()?;
-        let offset = |field: usize| field as i16;
-        let slot = Reg::R6;
-        let mut main = Insn::load_imm64(slot, MAP_VALUE, memory.map.as_raw_fd(), 0).to_vec();
+        let mut main = memory.begin();
         main.extend([
-            Insn::alu64(super::asm::Alu::Mov, Reg::R1, slot),
-            Insn::alu64_imm(
-                super::asm::Alu::Add,
-                Reg::R1,
-                std::mem::offset_of!(Slot, bytes) as i32,
-            ),
-            // The pointer becomes a number on its way through memory.
+            field(Reg::R3, ADDRESS),
+            field(Reg::R2, LINEAR),
+            field(Reg::R4, WIRE_LEN),
+        ]);
+        let program = load(Kind::Tracing, 0, &main, &body)?;
+        Ok(Runner {
+            program,
+            kind: Kind::Tracing,
+            memory: Some(memory),
+        })
+    }
+
+    /// As the tracing tools have it where typed loads are possible (kernels from 6.2).
+    pub fn typed(program: &Program) -> Result<Self> {
+        let (cast, bytes) = cast_ids().context("no bpf_rdonly_cast in this kernel")?;
+        let fields = SkbFields {
+            mac_len: std::mem::offset_of!(Slot, mac_len) as u32,
+            network_header: std::mem::offset_of!(Slot, network_header) as u32,
+            head: std::mem::offset_of!(Slot, head) as u32,
+        };
+        let mut body = ebpf::translate_typed(program, program, fields)?;
+        let (end, mut loads) = (body.len(), false);
+        for at in 0..end {
+            if body[at].is_subprogram_call() && body[at].imm == LOAD_CALL {
+                body[at].imm = (end - at - 1) as i32;
+                loads = true;
+            }
+            if body[at].is_kfunc_call() && body[at].imm == CAST_CALL {
+                body[at].imm = cast;
+                body[at - 1].imm = bytes;
+            }
+        }
+        let memory = Memory::new()?;
+        if loads {
+            body.extend(memory.load_function()?);
+        }
+        // The slot is made to look like an sk_buff whose packet begins some bytes behind its head.
+        let mut main = memory.begin();
+        main.extend([
+            field(Reg::R1, ADDRESS),
+            Insn::alu64_imm(Alu::Sub, Reg::R1, HEADROOM.into()),
             Insn::store(
                 Size::Dw,
-                slot,
-                offset(std::mem::offset_of!(Slot, address)),
+                SLOT,
+                std::mem::offset_of!(Slot, head) as i16,
                 Reg::R1,
             ),
-            Insn::load(
-                Size::Dw,
-                Reg::R3,
-                slot,
-                offset(std::mem::offset_of!(Slot, address)),
-            ),
-            Insn::load(
-                Size::Dw,
-                Reg::R2,
-                slot,
-                offset(std::mem::offset_of!(Slot, linear)),
-            ),
-            Insn::load(
-                Size::Dw,
-                Reg::R4,
-                slot,
-                offset(std::mem::offset_of!(Slot, wire_len)),
-            ),
+            field(Reg::R1, ADDRESS),
+            Insn::alu64_imm(Alu::Sub, Reg::R1, BYTES),
         ]);
         let program = load(Kind::Tracing, 0, &main, &body)?;
         Ok(Runner {
@@ -195,7 +300,7 @@ impl Runner {
             Beyond::Nothing
         };
         let body = ebpf::translate(program, LoadMode::Packet { beyond })?;
-        let mov = |to, from| Insn::alu64(super::asm::Alu::Mov, to, from);
+        let mov = |to, from| Insn::alu64(Alu::Mov, to, from);
         let mut main = vec![mov(Reg::R6, Reg::R1)];
         if frags {
             main.push(Insn::call(HELPER_XDP_GET_BUFF_LEN));
@@ -208,7 +313,7 @@ impl Runner {
         ]);
         if !frags {
             main.push(mov(Reg::R4, Reg::R2));
-            main.push(Insn::alu64(super::asm::Alu::Sub, Reg::R4, Reg::R1));
+            main.push(Insn::alu64(Alu::Sub, Reg::R4, Reg::R1));
         }
         let program = load(
             Kind::Xdp,
@@ -232,7 +337,7 @@ impl Runner {
             },
         )?;
         let main = [
-            Insn::alu64(super::asm::Alu::Mov, Reg::R3, Reg::R1),
+            Insn::alu64(Alu::Mov, Reg::R3, Reg::R1),
             Insn::load(Size::W, Reg::R4, Reg::R3, 0),
             Insn::load(Size::W, Reg::R1, Reg::R3, 76),
             Insn::load(Size::W, Reg::R2, Reg::R3, 80),
@@ -262,6 +367,10 @@ impl Runner {
                     let slot = memory.slot.as_ptr();
                     (*slot).linear = packet.len() as u64;
                     (*slot).wire_len = u64::from(wire_len);
+                    (*slot).mac_len = packet.len() as u64 & 1;
+                    (*slot).network_header = HEADROOM;
+                    (*slot).mac_header = HEADROOM;
+                    (*slot).tail = u32::from(HEADROOM) + packet.len() as u32;
                     std::ptr::copy_nonoverlapping(
                         packet.as_ptr(),
                         (&raw mut (*slot).bytes).cast(),

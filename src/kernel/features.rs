@@ -8,6 +8,7 @@ use libbpf_sys as sys;
 use serde::Serialize;
 
 use super::btf::Btf;
+use super::members::{Step, resolve};
 
 const CAP_NET_ADMIN: u32 = 12;
 const CAP_SYS_ADMIN: u32 = 21;
@@ -39,10 +40,49 @@ pub struct Features {
     pub tracefs: bool,
     /// kernel function bpf_rdonly_cast (6.2): typed loads without a helper call
     pub rdonly_cast: bool,
+    /// with it, an sk_buff whose fields lie as src/filter/ebpf/typed.rs reads them: all kernels so far
+    pub typed_filter: bool,
+    /// where they lie then
+    #[serde(skip)]
+    pub skb_fields: Option<SkbFields>,
     /// helper bpf_get_func_ip (5.15)
     pub func_ip: bool,
     /// enum skb_drop_reason (5.17)
     pub drop_reasons: bool,
+}
+
+/// Where an sk_buff has what a filter needs to know, in bytes from its beginning. Behind the network header's offset lie, in 8
+/// bytes with it, that of the link header and the tail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SkbFields {
+    pub mac_len: u32,
+    pub network_header: u32,
+    pub head: u32,
+}
+
+impl SkbFields {
+    /// How far apart they may be: bytes of the struct through which they are read.
+    const REACH: u32 = 126;
+
+    /// None where this kernel has them elsewhere than all have had them.
+    fn find(btf: &Btf) -> Option<Self> {
+        let at = |name: &str| {
+            let path = [Step::Member(name.to_owned())];
+            Some(resolve(btf, "sk_buff", &path).ok()?.offset)
+        };
+        let fields = Self {
+            mac_len: at("mac_len")?,
+            network_header: at("network_header")?,
+            head: at("head")?,
+        };
+        let fits = btf.struct_named("__kernel_sockaddr_storage").is_some()
+            && at("mac_header")? == fields.network_header + 2
+            && at("tail")? == fields.network_header + 4
+            && fields.mac_len <= fields.network_header
+            && fields.network_header < fields.head
+            && fields.head + 8 - fields.mac_len <= Self::REACH;
+        fits.then_some(fields)
+    }
 }
 
 impl Features {
@@ -53,6 +93,9 @@ impl Features {
     /// The same for a caller that has read the kernel's BTF (some 25 ms of CPU) already.
     pub fn with(btf: Option<&Btf>) -> Self {
         let has = |f: &str| btf.is_some_and(|b| b.has_function(f));
+        let skb_fields = btf
+            .filter(|b| b.has_function("bpf_rdonly_cast"))
+            .and_then(SkbFields::find);
         Self {
             release: nix::sys::utsname::uname()
                 .map(|u| u.release().to_string_lossy().into_owned())
@@ -70,6 +113,8 @@ impl Features {
                 .iter()
                 .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
             rdonly_cast: has("bpf_rdonly_cast"),
+            typed_filter: skb_fields.is_some(),
+            skb_fields,
             func_ip: helper(sys::BPF_FUNC_get_func_ip),
             drop_reasons: btf.is_some_and(|b| !b.enum_values("skb_drop_reason").is_empty()),
         }
@@ -258,6 +303,8 @@ mod tests {
             lockdown: Some("none".into()),
             tracefs: true,
             rdonly_cast: true,
+            typed_filter: true,
+            skb_fields: None,
             func_ip: true,
             drop_reasons: true,
         }

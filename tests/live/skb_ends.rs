@@ -262,6 +262,7 @@ fn features() -> Result<()> {
     if env.lacks_tracing().is_none() {
         expect("kprobe", true)?;
         expect("rdonly_cast", env.kernel >= (6, 2))?;
+        expect("typed_filter", env.kernel >= (6, 2))?;
         expect("func_ip", env.kernel >= (5, 15))?;
         expect("drop_reasons", netfilter_reason().is_some())?;
         expect("module_btf", env.kernel >= (5, 11))?;

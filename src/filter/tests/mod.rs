@@ -27,6 +27,13 @@ fn has_frags() -> bool {
     *HAS.get_or_init(|| Runner::xdp(&Program::nothing(), true).is_ok())
 }
 
+/// Has this kernel typed loads (bpf_rdonly_cast, 6.2)?
+fn can_cast() -> bool {
+    use std::sync::OnceLock;
+    static CAN: OnceLock<bool> = OnceLock::new();
+    *CAN.get_or_init(|| Runner::typed(&Program::nothing()).is_ok())
+}
+
 /// The smallest and largest packet that an XDP test run takes in one buffer.
 const XDP_LENGTHS: std::ops::RangeInclusive<usize> = 14..=3000;
 /// The largest in several.
@@ -49,6 +56,10 @@ impl Modes {
             ("XDP", Runner::xdp(program, false)),
             ("tc", Runner::tc(program)),
         ];
+        // Programs that ask for the length are never translated so.
+        if can_cast() && !program.ops().any(|op| op.asks_length()) {
+            runners.push(("typed", Runner::typed(program)));
+        }
         if has_frags() {
             runners.push(("XDP with frags", Runner::xdp(program, true)));
         }

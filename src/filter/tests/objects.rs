@@ -11,19 +11,19 @@ use crate::filter::Filters;
 use crate::filter::expr::Compiled;
 use crate::filter::members::Condition;
 use crate::kernel::btf::Btf;
-use crate::kernel::features::Features;
+use crate::kernel::features::{Features, SkbFields};
 use crate::kernel::pages::PageVariables;
 
-fn load(filters: &Filters, use_cast: bool) -> Result<()> {
+fn load(filters: &Filters, fields: Option<SkbFields>) -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let mut open = FilterProbeSkelBuilder::default().open(&mut storage)?;
     let rodata = open.maps.rodata_data.as_mut().unwrap();
     let pages = PageVariables::find();
-    rodata.use_cast = u8::from(use_cast);
-    rodata.np_filter_on = filters.on();
+    rodata.use_cast = u8::from(fields.is_some());
+    rodata.np_filter_on = filters.on(fields);
     rodata.np_filter_vmemmap_base = pages.vmemmap_base;
     rodata.np_filter_page_offset_base = pages.page_offset_base;
-    filters.inject(open.open_object_mut())?;
+    filters.inject(open.open_object_mut(), fields)?;
     open.load()?;
     Ok(())
 }
@@ -32,9 +32,10 @@ fn loads(filters: &Filters) {
     if !privileged() {
         return;
     }
-    load(filters, false).unwrap();
-    if Features::detect().rdonly_cast {
-        load(filters, true).unwrap();
+    load(filters, None).unwrap();
+    let fields = Features::detect().skb_fields;
+    if fields.is_some() {
+        load(filters, fields).unwrap();
     }
 }
 

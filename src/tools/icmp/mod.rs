@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut skel = load(args, &features, &filters, &mut storage)?;
     let pins = Pins::create("icmp");
     if let Some(pins) = &pins {
-        pins.pin(&mut skel.maps.cfg_map, "config")?;
+        pins.pin(&mut skel.maps.data_config, "config")?;
         pins.pin(&mut skel.maps.stats, "stats")?;
     }
     set_config(&skel, &config)?;
@@ -115,14 +115,15 @@ fn load<'a>(
     rodata.gap_min_ns = args.gap_ns();
     rodata.want_id = args.filter.filter_id.map_or(-1, i32::from);
     rodata.want_cpu = args.filter.filter_cpu.map_or(-1, i32::from);
-    if filters.on() != 0 {
+    let fields = features.skb_fields;
+    if filters.on(fields) != 0 {
         let pages = PageVariables::find();
-        rodata.np_filter_on = filters.on();
+        rodata.np_filter_on = filters.on(fields);
         rodata.np_filter_vmemmap_base = pages.vmemmap_base;
         rodata.np_filter_page_offset_base = pages.page_offset_base;
     }
     probes::prepare(&mut open, args);
-    filters.inject(open.open_object_mut())?;
+    filters.inject(open.open_object_mut(), fields)?;
     open.load().map_err(|e| {
         let log = log::take();
         anyhow!("failed to load the BPF programs: {e:?}\n{log}")
@@ -131,7 +132,7 @@ fn load<'a>(
 
 fn set_config(skel: &IcmpSkel<'_>, config: &np_config) -> Result<()> {
     skel.maps
-        .cfg_map
+        .data_config
         .update(&0u32.to_ne_bytes(), bytes_of(config), MapFlags::ANY)
         .context("failed to set the filter")
 }

@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> Result<()> {
     )?;
     let pins = Pins::create("skb");
     if let Some(pins) = &pins {
-        pins.pin(&mut skel.maps.cfg_map, "config")?;
+        pins.pin(&mut skel.maps.data_config, "config")?;
         pins.pin(&mut skel.maps.stats, "stats")?;
     }
     set_config(&skel, &config)?;
@@ -192,9 +192,10 @@ fn load<'a>(
     rodata.has_reasons = u8::from(features.drop_reasons);
     rodata.sections = args.sections();
     rodata.snap_len = args.snap_len();
-    if filters.on() != 0 {
+    let fields = features.skb_fields;
+    if filters.on(fields) != 0 {
         let pages = PageVariables::find();
-        rodata.np_filter_on = filters.on();
+        rodata.np_filter_on = filters.on(fields);
         rodata.np_filter_vmemmap_base = pages.vmemmap_base;
         rodata.np_filter_page_offset_base = pages.page_offset_base;
     }
@@ -227,7 +228,7 @@ fn load<'a>(
         size(&mut open.maps.nft_ways, 4096)?;
     }
     plan.prepare(&mut open);
-    filters.inject(open.open_object_mut())?;
+    filters.inject(open.open_object_mut(), fields)?;
     open.load().map_err(|e| {
         let log = log::take();
         anyhow!("failed to load the BPF programs: {e:?}\n{log}")
@@ -238,7 +239,7 @@ fn set_config(skel: &SkbSkel<'_>, config: &types::np_config) -> Result<()> {
     // SAFETY: np_config is Plain: its bytes are its value.
     let bytes = unsafe { plain::as_bytes(config) };
     skel.maps
-        .cfg_map
+        .data_config
         .update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY)
         .context("failed to set the filter")
 }

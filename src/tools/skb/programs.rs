@@ -271,7 +271,7 @@ impl<'a> Watcher<'a> {
         rodata.track = u8::from(args.track());
         rodata.track_stack = u8::from(args.track_stack());
         rodata.np_filter_on = match kind {
-            Kind::Tc => filters.on(),
+            Kind::Tc => filters.on(features.skb_fields),
             Kind::Xdp => filters.on_xdp(xdp_members),
         };
         if rodata.np_filter_on != 0 {
@@ -286,7 +286,7 @@ impl<'a> Watcher<'a> {
             p.set_autoload(name == enter || name == leave);
         }
         match kind {
-            Kind::Tc => filters.prepare(open.open_object_mut())?,
+            Kind::Tc => filters.prepare(open.open_object_mut(), features.skb_fields)?,
             Kind::Xdp => filters.prepare_xdp(open.open_object_mut(), xdp_members)?,
         }
         Ok(Self { kind, open })
@@ -320,7 +320,7 @@ fn share(open: &mut OpenSkbProgSkel<'_>, main: &SkbSkel<'_>) -> Result<()> {
     let (maps, of) = (&mut open.maps, &main.maps);
     same(&mut maps.events, &of.events)?;
     same(&mut maps.stats, &of.stats)?;
-    same(&mut maps.cfg_map, &of.cfg_map)?;
+    same(&mut maps.data_config, &of.data_config)?;
     same(&mut maps.tracked, &of.tracked)?;
     same(&mut maps.contexts, &of.contexts)?;
     same(&mut maps.packets, &of.packets)?;

@@ -1,0 +1,203 @@
+//! The whole filter of an sk_buff by typed loads (bpf_rdonly_cast): its fields, then the packet, without a copy and without a call in
+//! the end. A load is 8 machine instructions so. What the kernel's sk_buff looks like, the caller says.
+//!
+//! Registers as in `ebpf`, but for the number of bytes in one piece, which is on the stack: a cast destroys r1 to r5 as the verifier
+//! sees it, so that what lasts is kept there only where it is needed behind one.
+
+use anyhow::Result;
+
+use super::super::asm::{Alu, Assembler, Cond, Insn, Reg, Size};
+use super::super::cbpf::{Acc, Offset, Op, Operand, Operand2, Program};
+use super::{
+    A, CAST_CALL, DATA, Load, LoadMode, SLOT_ADDRESS, SLOT_DATA, SLOT_END, SLOT_SOURCE, SLOT_X, T,
+    T2, TYPED_LEAD, Writer, X, width,
+};
+use crate::kernel::features::SkbFields;
+
+/// The body of a subprogram `u64 stub(struct sk_buff *)` that returns 0 for no match: `l2` for a packet with a link header, `l3` for
+/// one without. Neither may ask for the packet's length.
+pub fn translate_typed(l2: &Program, l3: &Program, fields: SkbFields) -> Result<Vec<Insn>> {
+    let mut asm = Assembler::default();
+    let without_link = asm.label();
+    asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R1));
+    let first = fields.mac_len as i32 - TYPED_LEAD as i32;
+    asm.push(Insn::alu64_imm(Alu::Add, Reg::R1, first));
+    cast(&mut asm);
+    let at = |field: u32| (field as i32 - first) as i16;
+    let mut field = |size, to, field| asm.push(Insn::load(size, to, Reg::R0, at(field)));
+    field(Size::H, Reg::R5, fields.mac_len);
+    field(Size::Dw, Reg::R4, fields.network_header);
+    field(Size::Dw, Reg::R1, fields.head);
+    asm.jump_if_imm(Reg::R5, Cond::Eq, 0, without_link);
+    // network_header, mac_header, tail: 16, 16 and 32 bits
+    asm.push(Insn::alu64_imm(Alu::Rsh, Reg::R4, 16));
+    let mut writer = Writer::new(l2, LoadMode::Typed, asm);
+    writer.packet(16);
+    let mut asm = writer.asm;
+    asm.place(without_link);
+    let mut writer = Writer::new(l3, LoadMode::Typed, asm);
+    writer.packet(32);
+    writer.asm.finish()
+}
+
+/// r0 = r1 as a typed pointer; `inject` fills in what is called.
+fn cast(asm: &mut Assembler) {
+    asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, CAST_CALL as u32));
+    asm.push(Insn::call_kfunc(CAST_CALL));
+}
+
+impl Writer {
+    /// The program, from the head's address in r1 and the fields in r4 on: the lowest 16 bits are where the packet begins, those from
+    /// `tail` on where its linear part ends.
+    fn packet(&mut self, tail: i32) {
+        let reach = self.unchecked_reach();
+        let loads = self.loads().next().is_some();
+        let far = self.loads().any(|load| self.may_be_slow(load, reach));
+        if loads {
+            self.asm.push(Insn::alu64(Alu::Mov, Reg::R2, Reg::R4));
+            self.asm.push(Insn::alu64_imm(Alu::And, Reg::R2, 0xffff));
+            self.asm.push(Insn::alu64_imm(Alu::Rsh, Reg::R4, tail));
+            self.asm.push(Insn::alu64(Alu::Sub, Reg::R4, Reg::R2));
+            self.asm.push(Insn::alu64(Alu::Add, Reg::R1, Reg::R2));
+            let lead = -(TYPED_LEAD as i32);
+            self.asm.push(Insn::alu64_imm(Alu::Add, Reg::R1, lead));
+        }
+        if reach > 0 {
+            let careful = self.asm.label();
+            if far {
+                self.keep_packet();
+            }
+            self.asm
+                .jump_if_imm(Reg::R4, Cond::Slt, reach as i32, careful);
+            self.begin(far, reach);
+            self.version(reach);
+            self.asm.place(careful);
+        }
+        if loads {
+            let some = self.asm.label();
+            self.asm.jump_if_imm(Reg::R4, Cond::Sge, 0, some);
+            self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R4, 0));
+            self.asm.place(some);
+            self.keep_packet();
+        }
+        self.begin(loads, 0);
+        self.version(0);
+    }
+
+    fn keep_packet(&mut self) {
+        for (slot, reg) in [(SLOT_END, Reg::R4), (SLOT_ADDRESS, Reg::R1)] {
+            self.asm.push(Insn::store(Size::Dw, Reg::Fp, slot, reg));
+        }
+    }
+
+    /// The typed pointer, and A and X where they are asked for before they are set.
+    fn begin(&mut self, far: bool, reach: u32) {
+        if self.loads().next().is_some() {
+            cast(&mut self.asm);
+            self.asm.push(Insn::alu64(Alu::Mov, DATA, Reg::R0));
+        }
+        if far {
+            self.asm
+                .push(Insn::store(Size::Dw, Reg::Fp, SLOT_DATA, DATA));
+        }
+        for (reg, asked) in [A, X].into_iter().zip(self.asked_unset(reach)) {
+            if asked {
+                self.asm.push(Insn::alu32_imm(Alu::Mov, reg, 0));
+            }
+        }
+    }
+
+    /// May a load leave the fast way in the version that does not check up to `reach`?
+    fn may_be_slow(&self, load: Load, reach: u32) -> bool {
+        match load.offset {
+            Offset::Absolute(k) => k.checked_add(load.size).is_none_or(|end| end > reach),
+            Offset::Indexed(_) => true,
+        }
+    }
+
+    /// Are A and X read on some way on which nothing set them? A slow load saves both.
+    fn asked_unset(&self, reach: u32) -> [bool; 2] {
+        let mut unset = vec![[false; 2]; self.ops.len() + 1];
+        unset[0] = [true; 2];
+        let mut asked = [false; 2];
+        for (at, op) in self.ops.iter().enumerate() {
+            if !self.reachable[at] {
+                continue;
+            }
+            let load = |load: Load| [self.may_be_slow(load, reach); 2];
+            let with = |a: bool, operand: &Operand| [a, matches!(operand, Operand::X)];
+            let index = |acc: &Acc| usize::from(matches!(acc, Acc::X));
+            let mut read = [false; 2];
+            let mut set = [false; 2];
+            match op {
+                Op::Load { size, offset } => {
+                    read = load(Load {
+                        size: *size,
+                        offset: *offset,
+                        header_length: false,
+                    });
+                    set[0] = true;
+                }
+                Op::HeaderLength { k } => {
+                    read = load(Load {
+                        size: 1,
+                        offset: Offset::Absolute(*k),
+                        header_length: true,
+                    });
+                    set[1] = true;
+                }
+                Op::Set { to, .. } => set[index(to)] = true,
+                Op::Store { from, .. } => read[index(from)] = true,
+                Op::Alu { operand, .. } | Op::Branch { operand, .. } => read = with(true, operand),
+                Op::Neg => read[0] = true,
+                Op::TakeX => (read[1], set[0]) = (true, true),
+                Op::GiveX => (read[0], set[1]) = (true, true),
+                Op::Return(value) => read[0] = matches!(value, Operand2::A),
+                Op::Jump { .. } => {}
+            }
+            let mut behind = unset[at];
+            for i in 0..2 {
+                asked[i] |= read[i] && unset[at][i];
+                behind[i] &= !set[i];
+            }
+            let ways: [Option<usize>; 2] = match *op {
+                Op::Return(_) => [None, None],
+                Op::Jump { k } => [Some(k as usize), None],
+                Op::Branch { jt, jf, .. } => [Some(jt.into()), Some(jf.into())],
+                _ => [Some(0), None],
+            };
+            for way in ways.into_iter().flatten() {
+                for i in 0..2 {
+                    unset[at + 1 + way][i] |= behind[i];
+                }
+            }
+        }
+        asked
+    }
+
+    /// To `slow` where fewer bytes than this lie in one piece.
+    pub(super) fn typed_check(&mut self, end: u32, slow: super::Label) {
+        self.asm.push(Insn::load(Size::Dw, T2, Reg::Fp, SLOT_END));
+        self.asm.jump_if_imm(T2, Cond::Lt, end as i32, slow);
+    }
+
+    /// A load at X + k through a pointer of its own: no variable may be added to a typed one.
+    pub(super) fn typed_load(&mut self, k: u32, load: Load, slow: super::Label) {
+        self.index(k);
+        self.asm.push(Insn::load(Size::Dw, T2, Reg::Fp, SLOT_END));
+        self.asm
+            .push(Insn::alu64_imm(Alu::Sub, T2, load.size as i32));
+        self.asm.jump_if(T, Cond::Sgt, T2, slow);
+        self.asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_X, X));
+        self.asm
+            .push(Insn::load(Size::Dw, Reg::R1, Reg::Fp, SLOT_ADDRESS));
+        self.asm.push(Insn::alu64(Alu::Add, Reg::R1, T));
+        cast(&mut self.asm);
+        self.asm
+            .push(Insn::load(width(load.size), A, Reg::R0, TYPED_LEAD as i16));
+        self.asm.push(Insn::load(Size::Dw, X, Reg::Fp, SLOT_X));
+        self.asm
+            .push(Insn::load(Size::Dw, DATA, Reg::Fp, SLOT_DATA));
+        self.finish_load(load, A, true);
+    }
+}
