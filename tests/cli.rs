@@ -125,6 +125,52 @@ fn the_commands_in_readme_parse() {
     assert!(count >= 10, "only {count} commands found in README.md");
 }
 
+/// Each row of README's table of peers has a row in DEVELOPMENT.md that names live tests, and these exist.
+#[test]
+fn each_row_beside_the_peers_has_its_live_test() {
+    let first_cells = |text: &str| -> Vec<String> {
+        let rows = text.lines().take_while(|l| l.starts_with('|'));
+        rows.skip(2)
+            .filter_map(|l| Some(l.trim_matches('|').split(" | ").next()?.trim().to_owned()))
+            .collect()
+    };
+    let readme = include_str!("../README.md");
+    let (_, table) = readme
+        .split_once("| | netprobe skb | pwru | retis | nettrace |\n")
+        .expect("README's table of peers");
+    let rows = first_cells(&format!("|\n{table}"));
+    assert!(rows.len() >= 15, "{rows:?}");
+    let (_, proofs) = include_str!("../DEVELOPMENT.md")
+        .split_once("| | live tests |\n")
+        .expect("DEVELOPMENT.md's table of live tests");
+    let proofs: Vec<&str> = proofs
+        .lines()
+        .skip(1)
+        .take_while(|l| l.starts_with('|'))
+        .collect();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/live");
+    let mut cases = String::new();
+    for file in std::fs::read_dir(folder).unwrap() {
+        cases += &std::fs::read_to_string(file.unwrap().path()).unwrap();
+    }
+    for row in &rows {
+        let beginning = format!("| {row} | ");
+        assert!(
+            proofs.iter().any(|p| p.starts_with(&beginning)),
+            "DEVELOPMENT.md names no live test for {row:?}"
+        );
+    }
+    for proof in proofs {
+        let named = proof.trim_matches('|').rsplit(" | ").next().unwrap().trim();
+        for name in named.split(", ").filter(|n| *n != "none") {
+            assert!(
+                cases.contains(&format!("\"{name}\"")),
+                "there is no live test {name}: {proof}"
+            );
+        }
+    }
+}
+
 /// Words of a simple shell line: blanks divide, single quotes keep together; a pipe or redirection ends it.
 fn split(line: &str) -> Vec<String> {
     let mut words = vec![String::new()];

@@ -241,7 +241,8 @@ static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 		len += sizeof(__u64);
 	}
 	if (sections & SKB_SECTION_TUNNEL) {
-		read_tunnel(skb, tuple, (struct np_tuple *)&buf->bytes[len]);
+		read_tunnel(np_l3(skb), tuple,
+			    (struct np_tuple *)&buf->bytes[len]);
 		len += sizeof(struct np_tuple);
 	}
 	if (sections & SKB_SECTION_CB) {
@@ -310,12 +311,13 @@ static __always_inline bool passes_gates(const struct np_config *cfg,
 
 /*
  * Is an skb one of ours that has passed the gates (`matched`) or may be tracked? Reads the tuple where it is needed, and the
- * packet's identity. `sp`: the stack pointer, where tracking is on. With `begin` false it is one of ours only where it is
+ * packet's identity. `ctx` and `sp`, the stack pointer: see track_packet. With `begin` false it is one of ours only where it is
  * tracked already.
  */
-static __always_inline bool is_ours(const struct np_config *cfg, __u64 sp,
-				    struct sk_buff *skb, struct np_tuple *tuple,
-				    __u64 *packet, bool matched, bool begin)
+static __always_inline bool is_ours(const struct np_config *cfg, void *ctx,
+				    __u64 sp, struct sk_buff *skb,
+				    struct np_tuple *tuple, __u64 *packet,
+				    bool matched, bool begin)
 {
 	if (track)
 		*packet = track_find(skb);
@@ -326,7 +328,7 @@ static __always_inline bool is_ours(const struct np_config *cfg, __u64 sp,
 	if (matched && (cfg->fields & NP_FIELDS_PACKET))
 		matched = match_tuple(cfg, tuple);
 	if (track) {
-		*packet = track_packet(sp, skb, *packet, matched, begin);
+		*packet = track_packet(ctx, sp, skb, *packet, matched, begin);
 		matched = matched || *packet;
 	}
 	return matched;
@@ -351,7 +353,7 @@ static __noinline __u64 passed(struct pt_regs *ctx, __u64 skb_ptr, __u64 sk_ptr,
 
 	if (!skb_ptr)
 		return 0;
-	if (!is_ours(cfg, PT_REGS_SP(ctx), skb, &tuple, &hit.packet,
+	if (!is_ours(cfg, ctx, PT_REGS_SP(ctx), skb, &tuple, &hit.packet,
 		     how & HOW_MATCHED, how & HOW_BEGIN))
 		return 0;
 	hit.func = func_addr(ctx);
@@ -458,12 +460,11 @@ int skb_near(struct pt_regs *ctx)
 {
 	const struct np_config *cfg = np_config_get();
 	struct skb_context *c;
-	__u64 sp = PT_REGS_SP(ctx), key = track_context(sp);
 
 	if (cfg->fields & NP_PAUSED)
 		return 0;
-	c = bpf_map_lookup_elem(&contexts, &key);
-	if (c && sp < c->sp)
+	c = track_below(ctx, PT_REGS_SP(ctx));
+	if (c)
 		write_short(ctx, SKB_KIND_NEAR, func_addr(ctx), c->skb,
 			    c->packet, 0);
 	return 0;

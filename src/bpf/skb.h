@@ -119,11 +119,13 @@ struct skb_map {
 
 _Static_assert(sizeof(struct skb_map) == 544,
 	       "skb_map is part of the contract");
-/* The nft rule that dropped a packet. */
+/* The nft rule that dropped a packet, or the table of the older iptables. */
+#define SKB_NFT_RULES 1
+#define SKB_NFT_LEGACY 2
 #define SKB_NFT_NAME_LEN 64 /* longer names are cut off */
 struct skb_nft {
 	__u64 handle; /* of the rule; 0: not known */
-	__u8 known; /* else nothing is */
+	__u8 known; /* SKB_NFT_*; 0: nothing is */
 	__u8 family; /* NFPROTO_* */
 	__u8 pad[6];
 	__u8 table[SKB_NFT_NAME_LEN]; /* NUL-padded */

@@ -49,16 +49,12 @@ static __always_inline void watching_set(__u32 value)
 static __always_inline struct skb_context *helper_context(struct pt_regs *ctx)
 {
 	const struct np_config *cfg = np_config_get();
-	__u64 sp = PT_REGS_SP(ctx), key;
-	struct skb_context *c;
 	__u32 zero = 0;
 	__u32 *on = bpf_map_lookup_elem(&watching, &zero);
 
 	if ((cfg->fields & NP_PAUSED) || !on || *on)
 		return NULL;
-	key = track_context(sp);
-	c = bpf_map_lookup_elem(&contexts, &key);
-	return c && sp < c->sp ? c : NULL;
+	return track_below(ctx, PT_REGS_SP(ctx));
 }
 
 SEC("kprobe/skb_helper")

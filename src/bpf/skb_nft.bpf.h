@@ -6,7 +6,7 @@
  * `goto` does so by nft_immediate_eval, whose expression lies within the rule;
  * one that rejects, by nft_reject_*_eval. The rules of a chain lie one behind
  * the other: the walk along them finds the rule's handle. A policy, or a
- * verdict out of a map, has no rule.
+ * verdict out of a map, has no rule; of the older iptables only the table is known.
  *
  * nf_tables is a module, so are its types: BTF of modules is needed (5.11);
  * rules lie so since 5.17.
@@ -65,6 +65,11 @@ struct nft_immediate_expr___np {
 struct nft_expr___np {
 	const void *ops;
 	unsigned char data[];
+} __attribute__((preserve_access_index));
+
+/* Of the older iptables, in the module x_tables. */
+struct xt_table___np {
+	char name[32];
 } __attribute__((preserve_access_index));
 
 /* A packet's way through nft. */
@@ -132,7 +137,7 @@ int nft_chain(struct pt_regs *ctx)
 	way->chains[0] = (__u64)chain;
 	way->count = 1;
 	table = BPF_CORE_READ(chain, table);
-	way->said.known = 1;
+	way->said.known = SKB_NFT_RULES;
 	way->said.family = BPF_CORE_READ_BITFIELD_PROBED(table, family);
 	bpf_probe_read_kernel_str(way->said.table, sizeof(way->said.table),
 				  BPF_CORE_READ(table, name));
@@ -236,17 +241,56 @@ int nft_rejects(struct pt_regs *ctx)
 	return 0;
 }
 
+static __always_inline void nft_name_hook(struct skb_nft *said, __u8 hook)
+{
+	switch (hook) {
+	case NF_INET_PRE_ROUTING:
+		__builtin_memcpy(said->chain, "PREROUTING", 11);
+		break;
+	case NF_INET_LOCAL_IN:
+		__builtin_memcpy(said->chain, "INPUT", 6);
+		break;
+	case NF_INET_FORWARD:
+		__builtin_memcpy(said->chain, "FORWARD", 8);
+		break;
+	case NF_INET_LOCAL_OUT:
+		__builtin_memcpy(said->chain, "OUTPUT", 7);
+		break;
+	case NF_INET_POST_ROUTING:
+		__builtin_memcpy(said->chain, "POSTROUTING", 12);
+		break;
+	}
+}
+
 /*
- * ipt_do_table(priv, skb, state), before 5.16 (skb, state, table): the older
- * iptables has the packet now.
+ * ipt_do_table(table, skb, state), before 5.16 (skb, state, table): the older
+ * iptables has the packet now. Which of its rules drops it nobody says.
  */
-SEC("kprobe/nft_forget")
-int nft_forget(struct pt_regs *ctx)
+SEC("kprobe/nft_legacy")
+int nft_legacy(struct pt_regs *ctx)
 {
 	__u64 first = PT_REGS_PARM1(ctx), second = PT_REGS_PARM2(ctx);
+	struct nf_hook_state *state = (void *)PT_REGS_PARM3(ctx);
+	struct xt_table___np *table = (void *)first;
+	struct nft_way *way;
+	__u32 zero = 0;
 
-	bpf_map_delete_elem(&nft_ways, &first);
-	bpf_map_delete_elem(&nft_ways, &second);
+	way = bpf_map_lookup_elem(&nft_new, &zero);
+	/* Reasons are younger (5.17) than this order of the arguments. */
+	if (!way || !nft_drop_reason ||
+	    !bpf_core_field_exists(struct xt_table___np, name)) {
+		bpf_map_delete_elem(&nft_ways, &first);
+		bpf_map_delete_elem(&nft_ways, &second);
+		return 0;
+	}
+	__builtin_memset(way, 0, sizeof(*way));
+	way->said.known = SKB_NFT_LEGACY;
+	way->said.family = BPF_CORE_READ(state, pf);
+	bpf_probe_read_kernel_str(
+		way->said.table, 32,
+		__builtin_preserve_access_index(&table->name));
+	nft_name_hook(&way->said, BPF_CORE_READ(state, hook));
+	bpf_map_update_elem(&nft_ways, &second, way, BPF_ANY);
 	return 0;
 }
 

@@ -22,6 +22,11 @@ struct running_key {
 	__u32 pad;
 };
 
+struct running {
+	__u64 identity;
+	struct skb_context outer; /* what this stack was busy with before */
+};
+
 /*
  * Packets that a watched program is busy with, and their identity: what comes
  * out of it is shown where what went in was, whatever it has become.
@@ -30,7 +35,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
 	__type(key, struct running_key);
-	__type(value, __u64);
+	__type(value, struct running);
 } running SEC(".maps");
 
 static __always_inline __u32 program_id(void)
@@ -42,24 +47,29 @@ static __always_inline __u32 program_id(void)
 }
 
 /* What went in is remembered, with its identity. */
-static __always_inline void running_begin(__u64 packet, __u32 program,
-					  __u64 identity)
+static __always_inline void running_begin(void *ctx, __u64 packet,
+					  __u32 program, __u64 identity)
 {
 	struct running_key key = {.packet = packet, .program = program};
+	struct running value = {.identity = identity};
 
-	bpf_map_update_elem(&running, &key, &identity, BPF_ANY);
+	if (track_stack)
+		track_hold(stack_address(ctx), packet, identity, &value.outer);
+	bpf_map_update_elem(&running, &key, &value, BPF_ANY);
 }
 
 /* Gives true where this packet was remembered, and forgets it. */
-static __always_inline bool running_end(__u64 packet, __u32 program,
+static __always_inline bool running_end(void *ctx, __u64 packet, __u32 program,
 					__u64 *identity)
 {
 	struct running_key key = {.packet = packet, .program = program};
-	__u64 *found = bpf_map_lookup_elem(&running, &key);
+	struct running *found = bpf_map_lookup_elem(&running, &key);
 
 	if (!found)
 		return false;
-	*identity = *found;
+	*identity = found->identity;
+	if (track_stack)
+		track_release(stack_address(ctx), &found->outer);
 	bpf_map_delete_elem(&running, &key);
 	return true;
 }
@@ -73,10 +83,10 @@ static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 
 	if (cfg->fields & NP_PAUSED)
 		return;
-	if (!is_ours(cfg, track ? stack_address(ctx) : 0, skb, &tuple,
-		     &hit.packet, passes_gates(cfg, ptr, NULL), true))
+	if (!is_ours(cfg, NULL, 0, skb, &tuple, &hit.packet,
+		     passes_gates(cfg, ptr, NULL), true))
 		return;
-	running_begin((__u64)ptr, hit.func, hit.packet);
+	running_begin(ctx, (__u64)ptr, hit.func, hit.packet);
 	write_event(ctx, skb, &tuple, &hit);
 }
 
@@ -91,7 +101,7 @@ static __always_inline void leave_tc(void *ctx, struct sk_buff *ptr,
 	struct np_tuple tuple = {};
 
 	if ((cfg->fields & NP_PAUSED) ||
-	    !running_end((__u64)ptr, hit.func, &hit.packet))
+	    !running_end(ctx, (__u64)ptr, hit.func, &hit.packet))
 		return;
 	if (wants_tuple(cfg))
 		np_read_tuple(skb, &tuple);
@@ -168,8 +178,7 @@ static __always_inline bool match_xdp(const struct np_config *cfg,
 }
 
 /* The identity of an XDP packet, as track_packet() for an sk_buff. */
-static __always_inline __u64 track_xdp(__u64 sp, __u32 program,
-				       struct xdp_buff *xdp,
+static __always_inline __u64 track_xdp(__u32 program, struct xdp_buff *xdp,
 				       const struct xdp_packet *p, bool matched)
 {
 	struct xdp_link *link = xdp_link_get();
@@ -185,16 +194,11 @@ static __always_inline __u64 track_xdp(__u64 sp, __u32 program,
 	skb = NP_CAST(struct sk_buff, addr);
 	if (addr)
 		packet = track_find(skb);
-	if (!packet) {
-		if (track_stack)
-			packet = track_by_stack(sp);
-		if (!packet && matched)
-			packet = track_number();
+	if (!packet && matched) {
+		packet = track_number();
 		if (packet && addr)
 			track_set(skb, packet, false);
 	}
-	if (packet && track_stack)
-		track_remember(sp, (__u64)xdp, packet);
 	if (packet) {
 		link->buff = (__u64)xdp;
 		link->buff_packet = packet;
@@ -244,6 +248,10 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 		*(__u64 *)&buf->bytes[len] = hit->packet;
 		len += sizeof(__u64);
 	}
+	if (sections & SKB_SECTION_TUNNEL) {
+		read_tunnel(p->l3, tuple, (struct np_tuple *)&buf->bytes[len]);
+		len += sizeof(struct np_tuple);
+	}
 	if (sections & SKB_SECTION_DATA) {
 		struct skb_data *d = (struct skb_data *)&buf->bytes[len];
 
@@ -253,6 +261,10 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 		d->pad = 0;
 		read_bytes(d, p->data, p->linear);
 		len += sizeof(*d) + snap_len;
+	}
+	if (sections & SKB_SECTION_MEMBERS) {
+		np_read_members(xdp, (struct np_members *)&buf->bytes[len]);
+		len += sizeof(struct np_members);
 	}
 	if (sections & SKB_SECTION_STACK) {
 		stack = bpf_get_stack(ctx, &buf->bytes[len],
@@ -284,13 +296,12 @@ static __always_inline void enter_xdp(void *ctx, struct xdp_buff *xdp)
 	if (matched && (cfg->fields & NP_FIELDS_PACKET))
 		matched = match_tuple(cfg, &tuple);
 	if (track) {
-		hit.packet = track_xdp(stack_address(ctx), hit.func, xdp, &p,
-				       matched);
+		hit.packet = track_xdp(hit.func, xdp, &p, matched);
 		matched = matched || hit.packet;
 	}
 	if (!matched)
 		return;
-	running_begin((__u64)xdp, hit.func, hit.packet);
+	running_begin(ctx, (__u64)xdp, hit.func, hit.packet);
 	write_xdp(ctx, xdp, &p, &tuple, &hit);
 }
 
@@ -306,7 +317,7 @@ static __always_inline void leave_xdp(void *ctx, struct xdp_buff *xdp,
 	struct xdp_packet p;
 
 	if ((cfg->fields & NP_PAUSED) ||
-	    !running_end((__u64)xdp, hit.func, &hit.packet))
+	    !running_end(ctx, (__u64)xdp, hit.func, &hit.packet))
 		return;
 	xdp_read(xdp, &p);
 	if (wants_tuple(cfg))

@@ -81,11 +81,11 @@ static __always_inline const __u8 *inner_geneve(const __u8 *geneve)
  * The tuple of the packet inside `outer`, in VXLAN, Geneve, GRE, IPIP, SIT.
  * l3_version stays 0 where there is none.
  */
-static __always_inline void read_tunnel(struct sk_buff *skb,
+static __always_inline void read_tunnel(const __u8 *l3,
 					const struct np_tuple *outer,
 					struct np_tuple *inner)
 {
-	const __u8 *l3 = np_l3(skb), *l4, *at = NULL;
+	const __u8 *l4, *at = NULL;
 	__u8 version = 0;
 
 	__builtin_memset(inner, 0, sizeof(*inner));

@@ -31,13 +31,22 @@ struct {
 	__type(value, struct skb_track);
 } tracked SEC(".maps");
 
-/* The packet that a thread, or a CPU's interrupt stack, is busy with. */
+/*
+ * The packet that a thread, or a CPU's interrupt stack, is busy with: what runs
+ * below the outermost function that was seen with it was called for it. That
+ * function's end is not seen, and where the kernel shifts its stack at random
+ * (CONFIG_RANDOMIZE_KSTACK_OFFSET) a later system call may run at lower addresses
+ * from its start. So the stack pointer alone says nothing: the stack's outer part
+ * must be the one that the context was made with, return address by return
+ * address.
+ */
 struct skb_context {
 	__u64 packet;
 	__u64 skb;
-	/* Stack pointer of the outermost function seen: what runs below it
-	 * (at lower addresses) was called for this packet. */
-	__u64 sp;
+	__u64 sp; /* stack pointer at that function's start */
+	__u64 chain; /* of the return addresses from there on outwards */
+	__u32 depth; /* how many these are */
+	__u32 held; /* a watched program: its end is seen */
 };
 
 struct {
@@ -46,6 +55,23 @@ struct {
 	__type(key, __u64);
 	__type(value, struct skb_context);
 } contexts SEC(".maps");
+
+/* A power of two above the kernel's own limit (127, kernel.perf_event_max_stack). */
+#define TRACK_FRAMES 128
+
+/* Where a stack is read to: too much for the BPF stack. */
+struct track_stack {
+	__u64 at[TRACK_FRAMES];
+	__u32 depth; /* return addresses, without the function that was hit */
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct track_stack);
+} track_stacks SEC(".maps");
 
 /* Number of packets that began on this CPU. */
 struct {
@@ -121,53 +147,132 @@ static __always_inline __u64 track_context(__u64 sp)
 	return bpf_get_smp_processor_id();
 }
 
-/* What the stack says about an skb that neither matches nor is tracked. */
-static __always_inline __u64 track_by_stack(__u64 sp)
+static __always_inline struct track_stack *track_stack_get(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&track_stacks, &zero);
+}
+
+/*
+ * A number for the outermost `depth` return addresses of the stack (0: for all of
+ * them); 0 where there are no more than so many, or more than can be seen.
+ * Not for fentry: the unwinder loses its way in a BPF program's trampoline.
+ */
+static __noinline __u64 track_chain(void *ctx, __u32 depth)
+{
+	struct track_stack *s = track_stack_get();
+	__u64 chain = 1;
+	__u32 count;
+	long len;
+
+	if (!s)
+		return 0;
+	len = bpf_get_stack(ctx, s->at, sizeof(s->at), 0);
+	if (len <= 0 || len >= (TRACK_FRAMES - 1) * sizeof(s->at[0]))
+		return 0;
+	count = (__u32)len / sizeof(s->at[0]);
+	s->depth = count - 1;
+	if (!depth)
+		depth = count - 1;
+	else if (count - 1 <= depth)
+		return 0;
+	for (__u32 i = 1; i < TRACK_FRAMES; i++) {
+		if (i > depth)
+			break;
+		chain = (chain ^ s->at[(count - i) & (TRACK_FRAMES - 1)]) *
+			0x9e3779b97f4a7c15;
+	}
+	return chain;
+}
+
+/* The context that this code, entered with this stack pointer, runs in. */
+static __always_inline struct skb_context *track_below(void *ctx, __u64 sp)
 {
 	__u64 key = track_context(sp);
 	struct skb_context *c = bpf_map_lookup_elem(&contexts, &key);
 
 	if (!c)
-		return 0;
-	if (sp < c->sp)
-		return c->packet;
+		return NULL;
+	if (sp < c->sp && (c->held || track_chain(ctx, c->depth) == c->chain))
+		return c;
 	/* The outermost function for that packet has returned. */
 	bpf_map_delete_elem(&contexts, &key);
-	return 0;
+	return NULL;
 }
 
-static __always_inline void track_remember(__u64 sp, __u64 skb, __u64 packet)
+static __always_inline void track_remember(void *ctx, __u64 sp, __u64 skb,
+					   __u64 packet)
 {
 	__u64 key = track_context(sp);
 	struct skb_context *c = bpf_map_lookup_elem(&contexts, &key);
 	struct skb_context new = {.packet = packet, .skb = skb, .sp = sp};
+	struct track_stack *s = track_stack_get();
 
 	if (c && c->packet == packet && sp < c->sp) {
 		c->skb = skb;
 		return;
 	}
+	new.chain = track_chain(ctx, 0);
+	if (s)
+		new.depth = s->depth;
+	if (new.chain)
+		bpf_map_update_elem(&contexts, &key, &new, BPF_ANY);
+}
+
+/* A watched program is entered: its context stands until track_release(). */
+static __always_inline void track_hold(__u64 sp, __u64 skb, __u64 packet,
+				       struct skb_context *outer)
+{
+	__u64 key = track_context(sp);
+	struct skb_context *c = bpf_map_lookup_elem(&contexts, &key);
+	struct skb_context new = {
+		.packet = packet,
+		.skb = skb,
+		.sp = sp,
+		.held = 1,
+	};
+
+	if (c)
+		*outer = *c;
 	bpf_map_update_elem(&contexts, &key, &new, BPF_ANY);
+}
+
+static __always_inline void track_release(__u64 sp,
+					  const struct skb_context *outer)
+{
+	__u64 key = track_context(sp);
+
+	if (outer->packet)
+		bpf_map_update_elem(&contexts, &key, outer, BPF_ANY);
+	else
+		bpf_map_delete_elem(&contexts, &key);
 }
 
 /*
  * The identity of the packet in `skb`: `packet` where it is tracked, else that
  * of the stack's packet, else a new one where a filter has matched. 0: not one
- * of ours. With `begin` false nothing begins.
+ * of ours. With `begin` false nothing begins. `ctx`: that of a kprobe, or NULL,
+ * which leaves the stack aside.
  */
-static __always_inline __u64 track_packet(__u64 sp, struct sk_buff *skb,
-					  __u64 packet, bool matched,
-					  bool begin)
+static __always_inline __u64 track_packet(void *ctx, __u64 sp,
+					  struct sk_buff *skb, __u64 packet,
+					  bool matched, bool begin)
 {
+	struct skb_context *c = NULL;
+
 	if (!packet && begin) {
-		if (track_stack)
-			packet = track_by_stack(sp);
+		if (track_stack && ctx)
+			c = track_below(ctx, sp);
+		if (c)
+			packet = c->packet;
 		if (!packet && matched)
 			packet = track_number();
 		if (packet)
 			track_set(skb, packet, false);
 	}
-	if (packet && track_stack)
-		track_remember(sp, (__u64)skb, packet);
+	if (packet && track_stack && ctx)
+		track_remember(ctx, sp, (__u64)skb, packet);
 	return packet;
 }
 

@@ -13,6 +13,8 @@ use crate::skb::{FUNCS, netfilter_reason, pins_of, skb};
 pub fn cases() -> Vec<Case> {
     vec![
         case("skb_flood_seen_and_lost", flood).trace(),
+        // Kernels count such misses from 6.7 on.
+        case("skb_missed_is_told", missed).trace().kernel(6, 7),
         case("skb_limit_ends_the_run", limit).trace(),
         case("skb_pins_after_each_end", pins_after_each_end).trace(),
         case("skb_stdout_closed", stdout_closed).trace(),
@@ -72,6 +74,35 @@ fn flood() -> Result<()> {
     );
     done.expect_stderr("perf buffers were full")?;
     done.expect_stderr("cpu ")
+}
+
+/// A function that netprobe's own program calls, within its probe: the kernel skips such hits, and that is told.
+fn missed() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    for backend in ["kprobe", "kprobe-multi"] {
+        let run = Netprobe::new("skb")
+            .args(["--filter-func", "ip_rcv", "--filter-dst-port", "9"])
+            .args(["--filter-non-skb-funcs", "bpf_get_current_comm"])
+            .args(["--output-json", "--backend", backend])
+            .start()?;
+        for _ in 0..3 {
+            net.client.udp_send(net.server.v4(9), b"hello")?;
+        }
+        run.wait_lines("three packets", |text| {
+            (text.matches("\"ip_rcv\"").count() >= 3).then_some(())
+        })?;
+        let done = run.stop()?;
+        done.expect_success()?;
+        done.expect_stderr("hits: the kernel skips a probe")?;
+        let rows = done.json()?;
+        let loss = rows.iter().find(|r| r["type"] == "loss");
+        ensure!(
+            loss.is_some_and(|l| l["missed"].as_u64() >= Some(3) && l["lost"] == 0),
+            "{done}"
+        );
+    }
+    Ok(())
 }
 
 fn limit() -> Result<()> {

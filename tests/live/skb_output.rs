@@ -33,6 +33,13 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("nft")
             .kernel(5, 17),
+        case("skb_output_const_parameters", const_parameters).trace(),
+        case("skb_output_kernel_btf", kernel_btf).trace(),
+        case("skb_output_nft_legacy", nft_legacy)
+            .trace()
+            .program("iptables-legacy")
+            .function("ipt_do_table")
+            .kernel(5, 17),
         case("skb_output_nft_refused", nft_refused)
             .trace()
             .kernel_before(5, 11),
@@ -155,7 +162,7 @@ fn rotates() -> Result<()> {
             "--output-file-max-age",
             "1",
             "--output-file-max-backups",
-            "5",
+            "1",
         ])
         .args([
             "--filter-proto",
@@ -165,17 +172,21 @@ fn rotates() -> Result<()> {
         ])
         .args(["--output-skb", "--output-skb-shared-info", "--output-json"])
         .start()?;
-    wait_for("a compressed file", || {
+    // Of three that were put aside the last one stays.
+    let mut seen = std::collections::BTreeSet::new();
+    wait_for("compressed files", || {
         for _ in 0..50 {
             net.client.udp_send(net.server.v4(9), b"x")?;
         }
-        let aside = fs::read_dir(dir.path())?.flatten().any(|e| {
-            let name = e.file_name().to_string_lossy().into_owned();
-            name.starts_with("trace-") && name.ends_with(".log.gz")
-        });
-        Ok(aside.then_some(()))
+        seen.extend(aside(dir.path())?);
+        Ok((seen.len() >= 3).then_some(()))
     })?;
     probe.stop()?.expect_success()?;
+    let left = aside(dir.path())?;
+    ensure!(
+        left.len() == 1 && left.last() >= seen.last(),
+        "{left:?} of {seen:?}"
+    );
     ensure!(!old.exists(), "older than a day and still there");
     let last = fs::read_to_string(&file)?;
     ensure!(
@@ -189,6 +200,17 @@ fn rotates() -> Result<()> {
         "a torn line"
     );
     Ok(())
+}
+
+/// Compressed files that were put aside.
+fn aside(dir: &std::path::Path) -> Result<Vec<String>> {
+    let names = fs::read_dir(dir)?.flatten();
+    let mut names: Vec<String> = names
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with("trace-") && name.ends_with(".log.gz"))
+        .collect();
+    names.sort();
+    Ok(names)
 }
 
 /// Packets with their way through the kernel as comments.
@@ -503,7 +525,7 @@ fn nft_rules() -> Result<()> {
     net.client.nft(
         "table inet t { chain before { udp dport 99 drop; }; \
          chain sub { udp dport 99 drop; udp dport 9 counter drop; }; \
-         chain out { type filter hook output priority 0; jump before; udp dport 9 jump sub; udp dport 10 drop; udp dport 11 reject; }; }; \
+         chain out { type filter hook output priority 0; jump before; udp dport 9 jump sub; udp dport 10 drop; udp dport 11 reject; udp dport vmap { 14 : drop }; }; }; \
          table ip p { chain o { type filter hook output priority 1; policy drop; udp dport != 12 accept; }; }",
     )?;
     let expected = [
@@ -528,6 +550,8 @@ fn nft_rules() -> Result<()> {
             "out",
             Some(handle(&net, "inet t out", "reject")?),
         ),
+        // A verdict out of a map, and a policy: no rule says them.
+        (14, "inet", "t", "out", None),
         (12, "ip", "p", "o", None),
     ];
     let run = Netprobe::new("skb")
@@ -566,6 +590,59 @@ fn nft_rules() -> Result<()> {
     let done = run.stop()?;
     ensure!(done.lines_with("[nft ").len() == 1, "{done}");
     done.expect_success()
+}
+
+/// skb_copy_datagram_iter(const struct sk_buff *, ...)
+fn const_parameters() -> Result<()> {
+    let net = Pair::new()?;
+    let probe = Netprobe::new("skb")
+        .args(["--filter-func", "skb_copy_datagram_iter"])
+        .args(["--filter-proto", "icmp"])
+        .start()?;
+    ensure!(net.client.ping(net.server.v4(0), 1)?);
+    let line = probe.wait_line(" skb_copy_datagram_iter")?;
+    ensure!(line.contains("10.77.0.2->10.77.0.1(icmp)"), "{line}");
+    probe.stop()?.expect_success()
+}
+
+/// Types out of a file in the place of the kernel's own: the whole way, from the functions' arguments to the struct that is shown.
+fn kernel_btf() -> Result<()> {
+    let net = Pair::new()?;
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("types.btf");
+    fs::copy("/sys/kernel/btf/vmlinux", &file)?;
+    let probe = Netprobe::new("skb")
+        .arg("--kernel-btf")
+        .arg(&file)
+        .args(["--filter-func", "ip_rcv", "--filter-dst-port", "9"])
+        .args(["--output-skb-metadata", "skb->len", "--output-skb"])
+        .start()?;
+    net.client.udp_send(net.server.v4(9), b"0123456789")?;
+    let line = probe.wait_line(" ip_rcv")?;
+    ensure!(line.ends_with(" skb->len=38"), "{line}");
+    probe.wait_line(".len = (unsigned int)38")?;
+    probe.stop()?.expect_success()
+}
+
+/// The table and the chain of the older iptables; of its rules nothing is known.
+fn nft_legacy() -> Result<()> {
+    let net = Pair::new()?;
+    net.client
+        .cmd("iptables-legacy -A OUTPUT -p udp --dport 10 -j DROP")?;
+    // nft lets it pass first.
+    net.client
+        .nft("table ip t { chain o { type filter hook output priority -200; }; }")?;
+    let run = Netprobe::new("skb")
+        .args(["--drops", "--output-nft"])
+        .args(["--filter-proto", "udp", "--filter-netns", net.client.name()])
+        .start()?;
+    net.client.udp_send(net.server.v4(10), b"x")?;
+    let line = run.wait_line(":10(udp)")?;
+    ensure!(
+        line.contains("NETFILTER_DROP") && line.ends_with(" [iptables ip filter OUTPUT]"),
+        "{line}"
+    );
+    run.stop()?.expect_success()
 }
 
 fn nft_refused() -> Result<()> {

@@ -315,7 +315,12 @@ fn xdp(mode: XdpFlags) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("xdp.pcapng");
     let expr = format!("xdp->rxq->dev->ifindex == {ifindex}");
+    // What an XDP packet does not have (an owner, skb->cb) is left out; what follows it is read right.
+    let paths = "xdp->rxq->queue_index,xdp->rxq->dev->ifindex";
     let run = skb(&net, &["--filter-trace-xdp", "--filter-dst-port", "9"])
+        .args(["--output-xdp-metadata", paths, "--output-owner"])
+        .args(["--output-skb-cb", "--output-skb-metadata", "skb->len"])
+        .args(["--output-tunnel"])
         .args(["--filter-xdp-expr", &expr, "--output-json", "-w"])
         .arg(&file)
         .args(FEW)
@@ -331,6 +336,13 @@ fn xdp(mode: XdpFlags) -> Result<()> {
     {
         ensure!(row["program"]["kind"] == "xdp" && row["mark"] == 0, "{row}");
         ensure!(row["tuple"]["dport"] == 9 && row["len"] == 14 + 33, "{row}");
+        let members = &row["xdp_metadata"];
+        ensure!(members["xdp->rxq->queue_index"] == 0, "{row}");
+        ensure!(members["xdp->rxq->dev->ifindex"] == ifindex, "{row}");
+        ensure!(
+            row.get("owner").is_none() && row.get("cb").is_none(),
+            "{row}"
+        );
     }
     let bytes = std::fs::read(&file)?;
     for text in [&format!("{name} = XDP_DROP")[..], "hello"] {

@@ -1,4 +1,5 @@
-//! `netprobe skb --filter-track-skb` where one packet becomes several, or several one: segments, GRO, fragments; and through DNAT.
+//! `netprobe skb --filter-track-skb` where one packet becomes several, or several one: segments, GRO, fragments;
+//! through DNAT; and where a packet's stack ends.
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -14,6 +15,10 @@ pub fn cases() -> Vec<Case> {
         case("skb_track_segments", segments).trace(),
         case("skb_track_fragments", fragments).trace(),
         case("skb_track_dnat", dnat).trace().program("nft"),
+        case("skb_track_clones", clones).trace(),
+        case("skb_track_stack_ends", stack_ends)
+            .trace()
+            .program("nft"),
     ]
 }
 
@@ -212,5 +217,97 @@ fn dnat() -> Result<()> {
         ensure!(row["tuple"]["daddr"] == "10.77.0.2", "{row}");
         ensure!(row["netns"].as_u64() == netns.inode().ok(), "{row}");
     }
+    Ok(())
+}
+
+/// The ICMP error that a rejected datagram brings about, below the same system call, is of that packet; the datagrams that the same thread
+/// sends later are not, though the kernel's stack may begin lower with each system call (CONFIG_RANDOMIZE_KSTACK_OFFSET).
+fn stack_ends() -> Result<()> {
+    const TIMES: usize = 40;
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    net.client.nft("add table ip t; add chain ip t out { type filter hook output priority 0; }; add rule ip t out udp dport 4000 reject")?;
+    let probe = Netprobe::new("skb")
+        .args(["--filter-track-skb-by-stackid", "--output-json"])
+        .args(["--filter-proto", "udp", "--filter-dst-port", "4000"])
+        .args(["--filter-func", "__ip_local_out|nf_hook_slow|ip_output"])
+        .start()?;
+    let socket = net.client.udp_bind(net.client.v4(0))?;
+    for _ in 0..TIMES {
+        for port in [4000, 4001, 4002] {
+            // The one to 4000 is refused, and the next one may be told so.
+            while socket.send_to(b"x", net.server.v4(port)).is_err() && port != 4000 {}
+        }
+    }
+    let errors = |text: &str| text.matches("\"proto_name\":\"icmp\"").count();
+    probe.wait_lines("the errors", |text| (errors(text) >= TIMES).then_some(()))?;
+    let done = probe.stop()?;
+    let (rows, packets) = events(&done)?;
+    ensure!(packets.len() == TIMES, "{} packets\n{done}", packets.len());
+    let later = rows.iter().find(|r| {
+        let port = &r["tuple"]["dport"];
+        *port == 4001 || *port == 4002
+    });
+    ensure!(later.is_none(), "taken for another packet: {later:?}");
+    let with_error: HashSet<&str> = rows
+        .iter()
+        .filter(|r| r["tuple"]["proto_name"] == "icmp")
+        .map(|r| text(r, "packet"))
+        .collect();
+    ensure!(with_error.len() == TIMES, "{with_error:?}");
+    Ok(())
+}
+
+/// A datagram to two sockets of a group: the second gets a clone, which is the same packet.
+fn clones() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let group = std::net::Ipv4Addr::new(239, 7, 7, 7);
+    let std::net::IpAddr::V4(interface) = net.server.v4(0).ip() else {
+        anyhow::bail!("not IPv4")
+    };
+    net.client.ip(&format!("route add {group} dev veth0"))?;
+    let join = || -> Result<std::net::UdpSocket> {
+        use nix::sys::socket::{
+            AddressFamily, SockFlag, SockType, SockaddrIn, bind, setsockopt, socket, sockopt,
+        };
+        let fd = net.server.enter(|| {
+            socket(
+                AddressFamily::Inet,
+                SockType::Datagram,
+                SockFlag::empty(),
+                None,
+            )
+        })??;
+        setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+        let any = SockaddrIn::new(0, 0, 0, 0, 4000);
+        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &any)?;
+        let socket = std::net::UdpSocket::from(fd);
+        socket.join_multicast_v4(&group, &interface)?;
+        socket.set_read_timeout(Some(deadline()))?;
+        Ok(socket)
+    };
+    let sockets = [join()?, join()?];
+    let probe = Netprobe::new("skb")
+        .args(["--filter-track-skb", "--output-json"])
+        .args(["--filter-dst-ip", &group.to_string()])
+        .args([
+            "--filter-func",
+            "ip_output|ip_rcv|__skb_free_datagram_locked|skb_consume_udp",
+        ])
+        .start()?;
+    net.client.udp_send((group, 4000).into(), b"hello")?;
+    for socket in &sockets {
+        socket.recv_from(&mut [0; 16])?;
+    }
+    probe.wait_lines("two ends", |text| {
+        (text.matches("\"skb_consume_udp\"").count() >= 2).then_some(())
+    })?;
+    let done = probe.stop()?;
+    let (rows, packets) = events(&done)?;
+    ensure!(packets.len() == 1, "{packets:?}\n{done}");
+    let ends = rows.iter().filter(|r| r["func"] == "skb_consume_udp");
+    let skbs: HashSet<&str> = ends.map(|r| text(r, "skb")).collect();
+    ensure!(skbs.len() == 2, "no clone: {skbs:?}\n{done}");
     Ok(())
 }

@@ -199,7 +199,17 @@ pub struct Args {
     )]
     pub output_skb_metadata: Vec<String>,
 
-    /// Show which nft table, chain and rule (its handle) dropped a packet (kernels with BTF of modules, from 5.11; the rule from 5.17)
+    /// Show members of XDP packets' xdp_buff, and of what it points to: 'xdp->rxq->queue_index' (4 at most)
+    #[arg(
+        long,
+        value_name = "PATH,..",
+        value_delimiter = ',',
+        help_heading = "Output",
+        requires = "filter_trace_xdp"
+    )]
+    pub output_xdp_metadata: Vec<String>,
+
+    /// Show which nft table, chain and rule (its handle) dropped a packet, or which table of the older iptables (kernels with BTF of modules, from 5.11; the rule from 5.17)
     #[arg(long, help_heading = "Output")]
     pub output_nft: bool,
 

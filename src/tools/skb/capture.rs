@@ -186,4 +186,72 @@ mod tests {
         let text = String::from_utf8_lossy(&bytes);
         assert!(text.contains("arp_rcv skb 0x1") && text.contains("netprobe"));
     }
+
+    /// Stock tshark reads interfaces, comments and drop counts, and has nothing to say on stderr.
+    #[test]
+    fn tshark_reads_it_without_a_warning() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut capture = Capture::create(file.path(), 64).unwrap();
+        let ip = [
+            0x45, 0, 0, 28, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2, 0, 9, 0, 9, 0,
+            8, 0, 0,
+        ];
+        let mut frame = vec![2; 12];
+        frame.extend([8, 0]);
+        frame.extend(ip);
+        for (ethernet, bytes, ifindex, comment) in [
+            (false, ip.to_vec(), 0, "ip_output skb 0x1 cpu 0 \u{fe}"),
+            (true, frame.clone(), 3, "dev_hard_start_xmit skb 0x1 cpu 0"),
+            (
+                true,
+                frame,
+                4,
+                "kfree_skb_reason(SKB_DROP_REASON_NO_SOCKET) skb 0x1",
+            ),
+            (true, Vec::new(), 4, "consume_skb skb 0x1"),
+        ] {
+            let event = Event {
+                head: Head::default(),
+                meta: Some(crate::tools::skb::decode::Meta {
+                    netns: 4_026_531_840,
+                    mark: 0,
+                    ifindex,
+                    len: 28,
+                    mtu: 1500,
+                    protocol: 0x0800,
+                    ifname: *b"veth0\0\0\0\0\0\0\0\0\0\0\0",
+                }),
+                data: Some(Data {
+                    len: bytes.len() as u32,
+                    ethernet,
+                    hatype: 1,
+                    bytes,
+                }),
+                ..Event::default()
+            };
+            capture.packet(&event, comment).unwrap();
+        }
+        capture.finish(5).unwrap();
+        let run = |fields: &[&str]| {
+            let mut tshark = std::process::Command::new("tshark");
+            tshark.arg("-r").arg(file.path()).args(["-T", "fields"]);
+            tshark.args(fields.iter().flat_map(|f| ["-e", *f])).output()
+        };
+        let Ok(output) = run(&["frame.interface_id", "udp.dstport", "frame.comment"]) else {
+            println!("skipped: no tshark here");
+            return;
+        };
+        // Root is told off by some versions.
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let said: Vec<&str> = stderr
+            .lines()
+            .filter(|l| !l.is_empty() && !l.contains("Running as user \"root\""))
+            .collect();
+        assert!(output.status.success() && said.is_empty(), "{said:?}");
+        let rows = String::from_utf8_lossy(&output.stdout);
+        let rows: Vec<&str> = rows.lines().collect();
+        assert_eq!(rows.len(), 4, "{rows:?}");
+        assert_eq!(rows[1], "1\t9\tdev_hard_start_xmit skb 0x1 cpu 0");
+        assert!(rows[2].starts_with("2\t9\tkfree_skb_reason(SKB_DROP_REASON_NO_SOCKET)"));
+    }
 }

@@ -26,6 +26,8 @@ const KIND_LEAVE: u16 = 7;
 /// SKB_MAP_KEY, SKB_MAP_VALUE
 const MAP_KEY: u32 = 1;
 const MAP_VALUE: u32 = 2;
+/// SKB_NFT_LEGACY
+const NFT_LEGACY: u8 = 2;
 /// SKB_PACKET_CPU_BITS
 const PACKET_CPU_BITS: u32 = 16;
 
@@ -115,6 +117,8 @@ pub struct Nft {
     pub chain: [u8; 64],
     /// of the rule, where one is known
     pub handle: Option<u64>,
+    /// a table of the older iptables: which rule of it is not known
+    pub legacy: bool,
 }
 
 impl Nft {
@@ -294,6 +298,7 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
             table: n.table,
             chain: n.chain,
             handle: (n.handle != 0).then_some(n.handle),
+            legacy: n.known == NFT_LEGACY,
         });
     }
     if e.sections & SECTION_MAP != 0 {

@@ -76,8 +76,8 @@ pub const NFT: [Hook; 7] = [
     ("nft_rejects", "nft_reject_ipv4_eval"),
     ("nft_rejects", "nft_reject_ipv6_eval"),
     ("nft_rejects", "nft_reject_inet_eval"),
-    ("nft_forget", "ipt_do_table"),
-    ("nft_forget", "ip6t_do_table"),
+    ("nft_legacy", "ipt_do_table"),
+    ("nft_legacy", "ip6t_do_table"),
 ];
 
 /// The program that shows a hit and does what `hook`'s own program does, where tracking needs both in one.

@@ -77,6 +77,8 @@ pub struct Row<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skb_metadata: Option<BTreeMap<&'a str, Option<i128>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub xdp_metadata: Option<BTreeMap<&'a str, Option<i128>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub nft: Option<NftRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sk_buff: Option<String>,
@@ -135,6 +137,9 @@ pub struct NftRow {
     pub table: String,
     pub chain: String,
     pub handle: Option<u64>,
+    /// a table and a built-in chain of the older iptables
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub legacy: bool,
 }
 
 impl NftRow {
@@ -144,6 +149,7 @@ impl NftRow {
             table: escaped(&nft.table),
             chain: escaped(&nft.chain),
             handle: nft.handle,
+            legacy: nft.legacy,
         }
     }
 }
@@ -305,6 +311,7 @@ impl<'a> Row<'a> {
             tunnel: event.tunnel.flatten().as_ref().map(TupleRow::new),
             cb: event.cb.as_ref().map(cb_words),
             skb_metadata: None,
+            xdp_metadata: None,
             nft: event.nft.as_ref().map(NftRow::new),
             sk_buff: None,
             shared_info: None,

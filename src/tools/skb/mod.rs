@@ -41,7 +41,7 @@ use helpers::Helpers;
 use members::Members;
 use present::Presenter;
 use probes::{Plan, Wants};
-use programs::{Programs, Storage};
+use programs::{Programs, Storage, Watched};
 use track::Sweeper;
 
 pub fn run(args: &Args) -> Result<()> {
@@ -81,6 +81,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let members = Members::parse(&args.output_skb_metadata, ("skb", "sk_buff"), &btf)
         .map_err(|e| usage(format!("--output-skb-metadata: {e:#}")))?;
+    let xdp_shown = Members::parse(&args.output_xdp_metadata, ("xdp", "xdp_buff"), &btf)
+        .map_err(|e| usage(format!("--output-xdp-metadata: {e:#}")))?;
     let reasons = DropReasons::load(&btf);
     // Some 10 MB, which only a few need any longer.
     let btf = args.filter_track_bpf_helpers.then_some(btf);
@@ -105,13 +107,18 @@ pub fn run(args: &Args) -> Result<()> {
     let attached = plan.attach(&skel, &stop)?;
     eprintln!("netprobe: {}", attached.summary());
     let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
-    let watched = (&filters, xdp_members.as_ref());
+    let watched = Watched {
+        filters: &filters,
+        xdp_filter: xdp_members.as_ref(),
+        members: &members,
+        xdp_members: &xdp_shown,
+    };
     let helpers = match btf {
         Some(btf) => Some(Helpers::new(args, attached.backend(), &btf, &skel)?),
         None => None,
     };
     let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
-    let mut presenter = Presenter::new(args, &attached, reasons, members)?;
+    let mut presenter = Presenter::new(args, &attached, reasons, [members, xdp_shown])?;
     if let Some(programs) = &mut programs {
         presenter.programs(programs.start()?);
     }

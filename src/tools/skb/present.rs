@@ -25,7 +25,7 @@ use super::extras::{Extras, Shown, cb_words};
 use super::json::{Frame, LossRow, MapRow, NftRow, OwnerRow, ProgramRow, Row, packet_name};
 use super::members::Members;
 use super::probes::Attached;
-use super::programs::Program;
+use super::programs::{Kind, Program};
 
 /// skbs whose last event is remembered for relative time stamps.
 const REMEMBERED: usize = 65_536;
@@ -46,13 +46,17 @@ pub struct Presenter {
     caller: bool,
     tunnel: bool,
     extras: Extras,
-    members: Members,
+    /// of sk_buffs, of XDP packets
+    members: [Members; 2],
     holders: Option<SocketHolders>,
     symbols: KernelSymbols,
     last_seen: HashMap<u64, u64>,
     widths: Widths,
     line: Vec<u8>,
 }
+
+/// Paths, and what was there; `None` behind a NULL pointer.
+type MemberValues<'a> = Vec<(&'a str, Option<i128>)>;
 
 /// Widths of the columns that grow.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +75,7 @@ impl Presenter {
         args: &Args,
         attached: &Attached,
         reasons: DropReasons,
-        members: Members,
+        members: [Members; 2],
     ) -> Result<Self> {
         Ok(Self {
             meta: args.output_meta,
@@ -318,8 +322,16 @@ impl Presenter {
         }
     }
 
+    /// The members that were read, and whether they are of an XDP packet.
+    fn members(&self, event: &Event) -> Option<(MemberValues<'_>, bool)> {
+        let program = self.programs.get(&event.func);
+        let xdp = event.program.is_some() && program.is_some_and(|p| p.kind == Kind::Xdp);
+        let values = self.members[usize::from(xdp)].values(event.members?);
+        Some((values.collect(), xdp))
+    }
+
     fn push_members(&self, line: &mut Vec<u8>, event: &Event) {
-        for (path, value) in event.members.iter().flat_map(|m| self.members.values(*m)) {
+        for (path, value) in self.members(event).iter().flat_map(|(values, _)| values) {
             let _ = match value {
                 Some(number) => write!(line, " {path}={number}"),
                 None => write!(line, " {path}=-"),
@@ -368,7 +380,9 @@ impl Presenter {
     fn place(&mut self, line: &mut Vec<u8>, event: &Event) {
         self.function(line, event);
         if let Some(nft) = event.nft.as_ref().map(NftRow::new) {
-            let _ = write!(line, " [nft {} {} {}", nft.family, nft.table, nft.chain);
+            let what = if nft.legacy { "iptables" } else { "nft" };
+            let (family, table, chain) = (nft.family, nft.table, nft.chain);
+            let _ = write!(line, " [{what} {family} {table} {chain}");
             if let Some(handle) = nft.handle {
                 let _ = write!(line, " handle {handle}");
             }
@@ -477,6 +491,7 @@ impl Presenter {
             owner,
             program: self.program(event),
             skb_metadata: None,
+            xdp_metadata: None,
             ..Row::new(event)
         };
         if event.dropped {
@@ -484,7 +499,11 @@ impl Presenter {
         } else {
             row.func = Some(self.name(event.func));
         }
-        row.skb_metadata = event.members.map(|m| self.members.values(m).collect());
+        match self.members(event) {
+            Some((values, true)) => row.xdp_metadata = Some(values.into_iter().collect()),
+            Some((values, false)) => row.skb_metadata = Some(values.into_iter().collect()),
+            None => {}
+        }
         row.caller = event.caller.map(|addr| self.frame(addr));
         let stack = event.stack.as_ref();
         row.stack = stack.map(|s| s.iter().map(|&addr| self.frame(addr)).collect());

@@ -1,7 +1,7 @@
 //! Which functions `netprobe skb` attaches to, by which program, and how.
 
 use std::collections::{BTreeMap, HashSet};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{Context, Result, anyhow, bail};
 use crossbeam_channel::Receiver;
@@ -549,9 +549,12 @@ impl Attached {
         &self.names
     }
 
-    /// Hits that the kernel skipped.
+    /// Hits that the kernel skipped. Those of functions that BPF programs call (`Helpers`) are not among them: our own programs
+    /// call these too, and are to be skipped.
     pub fn missed(&self) -> u64 {
-        self.progs.iter().map(|&fd| loss::missed(fd)).sum()
+        let by_link = |link: &Link| loss::missed_by_link(link.as_fd().as_raw_fd());
+        self.progs.iter().map(|&fd| loss::missed(fd)).sum::<u64>()
+            + self.links.iter().map(by_link).sum::<u64>()
     }
 
     /// Detaches. Single kprobes take the kernel up to 100 ms each: where there are many, a child process that holds the last
@@ -577,7 +580,6 @@ trait RawProgramFd {
 
 impl RawProgramFd for ProgramMut<'_> {
     fn as_fd_raw(&self) -> i32 {
-        use std::os::fd::AsFd;
         self.as_fd().as_raw_fd()
     }
 }

@@ -21,11 +21,31 @@ use crate::kernel::trampoline::{self, Patch, Point, Target, Watch};
 use crate::kernel::{attach, xdp};
 use crate::output::escape::escaped;
 
-use super::args::{Args, SECTION_CALLER, SECTION_MEMBERS, SECTION_NFT};
+use super::args::{
+    Args, SECTION_CALLER, SECTION_CB, SECTION_MEMBERS, SECTION_NFT, SECTION_OWNER, SECTION_SHINFO,
+    SECTION_SKB,
+};
 use super::helpers::Helpers;
+use super::members::Members;
 
 /// SKB_PROGRAM_ID of src/bpf/skb_prog.bpf.c
 const PROGRAM_ID: i32 = 0x4e50_b1d0;
+
+/// Sections that programs' events do not have: a program's caller is its hook in the kernel, the same for all; nft's rules drop elsewhere;
+/// which members there are, each kind of program has its own say.
+const OF_FUNCTIONS: u32 = SECTION_CALLER | SECTION_NFT | SECTION_MEMBERS;
+/// Sections that an XDP packet does not have: it has no sk_buff, and no socket as yet.
+const OF_SKBS: u32 = SECTION_OWNER | SECTION_CB | SECTION_SKB | SECTION_SHINFO;
+
+/// What decides which runs of programs are shown, and which members with them.
+#[derive(Clone, Copy)]
+pub struct Watched<'a> {
+    pub filters: &'a Filters,
+    /// --filter-xdp-expr
+    pub xdp_filter: Option<&'a Condition>,
+    pub members: &'a Members,
+    pub xdp_members: &'a Members,
+}
 
 /// What a program works on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,12 +131,11 @@ pub struct Programs<'a> {
 }
 
 impl<'a> Programs<'a> {
-    /// Prepares what is to be attached; `None` where no program is to be watched. `filters`: those of packets, and
-    /// --filter-xdp-expr.
+    /// Prepares what is to be attached; `None` where no program is to be watched.
     pub fn prepare(
         args: &Args,
         features: &Features,
-        filters: (&Filters, Option<&Condition>),
+        watched: Watched<'_>,
         main: &SkbSkel<'_>,
         helpers: Option<Helpers<'a>>,
         storage: &'a mut Storage,
@@ -128,7 +147,7 @@ impl<'a> Programs<'a> {
                 Kind::Tc,
                 args,
                 features,
-                filters,
+                watched,
                 main,
                 tc,
             )?);
@@ -138,7 +157,7 @@ impl<'a> Programs<'a> {
                 Kind::Xdp,
                 args,
                 features,
-                filters,
+                watched,
                 main,
                 xdp,
             )?);
@@ -251,7 +270,7 @@ impl<'a> Watcher<'a> {
         kind: Kind,
         args: &Args,
         features: &Features,
-        (filters, xdp_members): (&Filters, Option<&Condition>),
+        watched: Watched<'_>,
         main: &SkbSkel<'_>,
         storage: &'a mut MaybeUninit<OpenObject>,
     ) -> Result<Self> {
@@ -265,14 +284,25 @@ impl<'a> Watcher<'a> {
             .context("the BPF object has no .rodata")?;
         rodata.use_cast = u8::from(features.rdonly_cast);
         rodata.has_buff_len = u8::from(kind == Kind::Xdp && xdp::has_frags());
-        // A program's caller is its hook in the kernel, the same for all; members and nft's rules are shown with functions.
-        rodata.sections = args.sections() & !(SECTION_CALLER | SECTION_MEMBERS | SECTION_NFT);
+        let (left_out, members) = match kind {
+            Kind::Tc => (OF_FUNCTIONS, watched.members),
+            Kind::Xdp => (OF_FUNCTIONS | OF_SKBS, watched.xdp_members),
+        };
+        rodata.sections = args.sections() & !left_out;
+        if !members.paths().is_empty() {
+            rodata.sections |= SECTION_MEMBERS;
+        }
+        rodata.np_path_count = members.paths().len() as u32;
+        for (to, from) in rodata.np_paths.iter_mut().zip(members.paths()) {
+            (to.pointers, to.offsets) = (from.pointers, from.offsets);
+            (to.offset, to.size) = (from.offset, from.size);
+        }
         rodata.snap_len = args.snap_len();
         rodata.track = u8::from(args.track());
         rodata.track_stack = u8::from(args.track_stack());
         rodata.np_filter_on = match kind {
-            Kind::Tc => filters.on(features.skb_fields),
-            Kind::Xdp => filters.on_xdp(xdp_members),
+            Kind::Tc => watched.filters.on(features.skb_fields),
+            Kind::Xdp => watched.filters.on_xdp(watched.xdp_filter),
         };
         if rodata.np_filter_on != 0 {
             let pages = PageVariables::find();
@@ -286,8 +316,12 @@ impl<'a> Watcher<'a> {
             p.set_autoload(name == enter || name == leave);
         }
         match kind {
-            Kind::Tc => filters.prepare(open.open_object_mut(), features.skb_fields)?,
-            Kind::Xdp => filters.prepare_xdp(open.open_object_mut(), xdp_members)?,
+            Kind::Tc => watched
+                .filters
+                .prepare(open.open_object_mut(), features.skb_fields)?,
+            Kind::Xdp => watched
+                .filters
+                .prepare_xdp(open.open_object_mut(), watched.xdp_filter)?,
         }
         Ok(Self { kind, open })
     }
