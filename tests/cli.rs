@@ -125,6 +125,33 @@ fn the_commands_in_readme_parse() {
     assert!(count >= 10, "only {count} commands found in README.md");
 }
 
+/// The source of the live tests.
+fn live_tests() -> String {
+    let mut text = String::new();
+    for folder in ["tests/live", "tests/common"] {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+        for file in std::fs::read_dir(folder).unwrap() {
+            text += &std::fs::read_to_string(file.unwrap().path()).unwrap();
+        }
+    }
+    text
+}
+
+/// No flag of skb without a live test.
+#[test]
+fn each_flag_of_skb_is_in_a_live_test() {
+    let tests = live_tests();
+    let command = Cli::command();
+    let skb = command.find_subcommand("skb").unwrap();
+    let flags = skb.get_arguments().filter(|a| a.get_id() != "help");
+    for long in flags.filter_map(|a| a.get_long()) {
+        assert!(
+            tests.contains(&format!("\"--{long}")),
+            "no live test uses --{long}"
+        );
+    }
+}
+
 /// Each row of README's table of peers has a row in DEVELOPMENT.md that names live tests, and these exist.
 #[test]
 fn each_row_beside_the_peers_has_its_live_test() {
@@ -148,11 +175,7 @@ fn each_row_beside_the_peers_has_its_live_test() {
         .skip(1)
         .take_while(|l| l.starts_with('|'))
         .collect();
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/live");
-    let mut cases = String::new();
-    for file in std::fs::read_dir(folder).unwrap() {
-        cases += &std::fs::read_to_string(file.unwrap().path()).unwrap();
-    }
+    let cases = live_tests();
     for row in &rows {
         let beginning = format!("| {row} | ");
         assert!(

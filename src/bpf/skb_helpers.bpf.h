@@ -5,18 +5,10 @@
  * packet of ours. Our own kprobe programs call some of them too: the kernel
  * skips a probe in a probe. skb_prog.bpf.c says itself when it is at work.
  *
- * Needs skb.bpf.c's other parts before it.
+ * Needs skb_event.bpf.h before it.
  */
 #ifndef NETPROBE_SKB_HELPERS_BPF_H
 #define NETPROBE_SKB_HELPERS_BPF_H
-
-/* Not 0 while a program of skb_prog.bpf.c runs on this CPU. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u32);
-} watching SEC(".maps");
 
 /* A look-up that has not ended. */
 struct map_call {
@@ -35,15 +27,6 @@ struct {
 } map_calls SEC(".maps");
 
 struct skb_map skb_map_type;
-
-static __always_inline void watching_set(__u32 value)
-{
-	__u32 zero = 0;
-	__u32 *on = bpf_map_lookup_elem(&watching, &zero);
-
-	if (on)
-		*on = value;
-}
 
 /* The packet that this function is called for; NULL: none of ours. */
 static __always_inline struct skb_context *helper_context(struct pt_regs *ctx)

@@ -8,7 +8,13 @@
  * are those of skb.bpf.c (one filter, one tracking, one stream of events), but
  * for the scratch memory: a kprobe may interrupt what runs here.
  */
-#include "skb.bpf.c"
+#include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "skb_event.bpf.h"
 
 /* A constant that user space looks for in the loaded instructions. */
 #define SKB_PROGRAM_ID 0x4e50b1d0
@@ -84,7 +90,7 @@ static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 	if (cfg->fields & NP_PAUSED)
 		return;
 	if (!is_ours(cfg, NULL, 0, skb, &tuple, &hit.packet,
-		     passes_gates(cfg, ptr, NULL), true))
+		     passes_gates(cfg, (void *)as_number(ptr), NULL), true))
 		return;
 	running_begin(ctx, (__u64)ptr, hit.func, hit.packet);
 	write_event(ctx, skb, &tuple, &hit);
@@ -214,20 +220,13 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 {
 	struct net_device *dev = p->dev;
 	struct skb_scratch *buf;
-	struct skb_event *event;
-	__u64 len = sizeof(*event);
+	__u64 len = sizeof(struct skb_event);
 	__u32 zero = 0;
-	long stack;
 
 	buf = bpf_map_lookup_elem(&scratch, &zero);
 	if (!buf)
 		return;
-	event = (struct skb_event *)buf->bytes;
-	np_head_fill(&event->head, hit->kind);
-	event->skb = (__u64)xdp;
-	event->func = hit->func;
-	event->sections = sections;
-	event->reason = hit->reason;
+	event_begin(buf, (__u64)xdp, hit);
 	if (sections & SKB_SECTION_META) {
 		struct skb_meta *m = (struct skb_meta *)&buf->bytes[len];
 
@@ -240,14 +239,7 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 		bpf_probe_read_kernel(m->ifname, sizeof(m->ifname), dev->name);
 		len += sizeof(*m);
 	}
-	if (sections & SKB_SECTION_TUPLE) {
-		*(struct np_tuple *)&buf->bytes[len] = *tuple;
-		len += sizeof(struct np_tuple);
-	}
-	if (sections & SKB_SECTION_PACKET) {
-		*(__u64 *)&buf->bytes[len] = hit->packet;
-		len += sizeof(__u64);
-	}
+	len = event_tuple(buf, len, tuple, hit);
 	if (sections & SKB_SECTION_TUNNEL) {
 		read_tunnel(p->l3, tuple, (struct np_tuple *)&buf->bytes[len]);
 		len += sizeof(struct np_tuple);
@@ -266,15 +258,7 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 		np_read_members(xdp, (struct np_members *)&buf->bytes[len]);
 		len += sizeof(struct np_members);
 	}
-	if (sections & SKB_SECTION_STACK) {
-		stack = bpf_get_stack(ctx, &buf->bytes[len],
-				      SKB_STACK_DEPTH * sizeof(__u64), 0);
-		if (stack > 0)
-			len += stack & (1024 - 1);
-	}
-	if (len > sizeof(buf->bytes))
-		return;
-	np_output(ctx, &event->head, len);
+	event_end(ctx, buf, len);
 }
 
 static __always_inline void enter_xdp(void *ctx, struct xdp_buff *xdp)
@@ -365,3 +349,5 @@ int BPF_PROG(xdp_leave, struct xdp_buff *xdp, int verdict)
 	watching_set(0);
 	return 0;
 }
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

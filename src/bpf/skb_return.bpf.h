@@ -29,15 +29,24 @@ struct {
 	__type(value, struct skb_entered);
 } entered SEC(".maps");
 
+/*
+ * A pointer whose type the verifier knows (a context, an argument of a traced
+ * program) as a number, to compute with or to pass on: it forbids both for the
+ * pointer.
+ */
+static __always_inline __u64 as_number(void *ptr)
+{
+	void *copy = ptr;
+	__u64 addr = 0;
+
+	bpf_probe_read_kernel(&addr, sizeof(addr), &copy);
+	return addr;
+}
+
 /* An address on the stack that this code runs on: the registers are there. */
 static __always_inline __u64 stack_address(void *ctx)
 {
-	void *copy = ctx;
-	__u64 addr = 0;
-
-	/* The verifier forbids to compute with a context's pointer. */
-	bpf_probe_read_kernel(&addr, sizeof(addr), &copy);
-	return addr;
+	return as_number(ctx);
 }
 
 static __always_inline void return_expect(void *ctx, __u64 func, __u64 skb,

@@ -41,6 +41,7 @@ fn flood() -> Result<()> {
     let run = Netprobe::new("skb")
         .args(["--filter-func", "ip_output", "--filter-dst-port", "4000"])
         .args(["--output-json", "--buffer-pages", "1"])
+        .args(["--drain-threads", "2"])
         .start()?;
     net.client.enter(|| -> Result<()> {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;

@@ -8,6 +8,7 @@ use libbpf_rs::{Object, ObjectBuilder, TC_EGRESS, TC_INGRESS, TcHookBuilder, Xdp
 use libbpf_sys as sys;
 
 use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case};
+use crate::xdp::{LOOK, STOP};
 
 const TC: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tc_drop_port.o"));
 const XDP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_drop_port.o"));
@@ -37,6 +38,12 @@ pub fn cases() -> Vec<Case> {
         case("skb_programs_helpers_and_maps", helpers)
             .trace()
             .fentry(),
+        // What freplace has put in: libxdp's dispatcher calls such programs.
+        case("skb_xdp_programs_dispatched", dispatched)
+            .trace()
+            .xdp()
+            .fentry()
+            .program("xdp-loader"),
         case("skb_programs_wrong_values", wrong_values).trace(),
     ]
 }
@@ -360,6 +367,45 @@ fn xdp(mode: XdpFlags) -> Result<()> {
     let done = run.stop()?;
     ensure!(done.lines_with("[xdp:").is_empty(), "{done}");
     Ok(())
+}
+
+/// Programs behind libxdp's dispatcher (freplace): each is traced, and the dispatcher too; one packet all the way.
+fn dispatched() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let dir = tempfile::tempdir()?;
+    let mut files = Vec::new();
+    for (name, bytes) in [("xdp_look.o", LOOK), ("xdp_stop.o", STOP)] {
+        let file = dir.path().join(name);
+        std::fs::write(&file, bytes)?;
+        files.push(file.display().to_string());
+    }
+    net.server.cmd(&format!(
+        "nsenter --net={} xdp-loader load -m skb {} {}",
+        net.server.path().display(),
+        Pair::IFACE,
+        files.join(" ")
+    ))?;
+    let run = skb(&net, &["--filter-trace-xdp", "--filter-track-skb"])
+        .args(FEW)
+        .args(["--filter-dst-port", "9"])
+        .start()?;
+    net.client.udp_send(net.server.v4(DROPPED), b"hello")?;
+    let dispatcher =
+        |line: &str, end: &str| line.contains(" xdp_dispatcher[xdp:") && line.ends_with(end);
+    run.wait_lines("the dispatcher's verdict", |text| {
+        text.lines()
+            .any(|l| dispatcher(l, " = XDP_DROP"))
+            .then_some(())
+    })?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    for program in [" xdp_look[xdp:", " xdp_stop[xdp:"] {
+        ensure!(done.lines_with(program).len() == 2, "{program}\n{done}");
+    }
+    let stop = done.lines_with(" xdp_stop[xdp:");
+    ensure!(stop[1].ends_with(" = XDP_DROP"), "{done}");
+    one_identity(&done, &done.lines_with("[xdp:"))
 }
 
 /// All lines are of one packet.

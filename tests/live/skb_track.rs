@@ -227,6 +227,8 @@ fn stack_ends() -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     net.client.nft("add table ip t; add chain ip t out { type filter hook output priority 0; }; add rule ip t out udp dport 4000 reject")?;
+    // As many errors as there are causes.
+    net.client.sysctl("net/ipv4/icmp_ratemask", "0")?;
     let probe = Netprobe::new("skb")
         .args(["--filter-track-skb-by-stackid", "--output-json"])
         .args(["--filter-proto", "udp", "--filter-dst-port", "4000"])
@@ -239,7 +241,10 @@ fn stack_ends() -> Result<()> {
             while socket.send_to(b"x", net.server.v4(port)).is_err() && port != 4000 {}
         }
     }
-    let errors = |text: &str| text.matches("\"proto_name\":\"icmp\"").count();
+    let errors = |text: &str| {
+        let of_errors = |l: &&str| l.contains("\"icmp\"") && l.contains("\"ip_output\"");
+        text.lines().filter(of_errors).count()
+    };
     probe.wait_lines("the errors", |text| (errors(text) >= TIMES).then_some(()))?;
     let done = probe.stop()?;
     let (rows, packets) = events(&done)?;

@@ -119,7 +119,7 @@ impl Plan {
         if functions.is_empty() {
             return Err(usage(format!(
                 "--filter-func {}: none of the {all} functions with an skb has such a name (the whole name must match: try .*NAME.*)",
-                pattern.map_or("", Regex::as_str)
+                args.filter_func.as_deref().unwrap_or_default()
             )));
         }
         let mut plan = Self::empty(backend, wants);
@@ -536,7 +536,11 @@ impl Attached {
             0 => String::new(),
             n => format!(" ({n} more cannot be probed)"),
         };
-        format!("tracing {} functions by {how}{refused}", self.functions)
+        let functions = match self.functions {
+            1 => "1 function".to_string(),
+            n => format!("{n} functions"),
+        };
+        format!("tracing {functions} by {how}{refused}")
     }
 
     /// How functions are attached to.

@@ -1,0 +1,371 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * netprobe skb: is an sk_buff one of ours, and its event: what the programs on
+ * functions (skb.bpf.c) and those on tc and XDP programs (skb_prog.bpf.c) share.
+ * Needs vmlinux.h and libbpf's headers before it.
+ */
+#ifndef NETPROBE_SKB_EVENT_BPF_H
+#define NETPROBE_SKB_EVENT_BPF_H
+
+#include "skb.h"
+#include "compat.bpf.h"
+#include "config.bpf.h"
+#include "event.bpf.h"
+#include "filter.bpf.h"
+#include "members.bpf.h"
+#include "packet.bpf.h"
+#include "skb_owner.bpf.h"
+#include "skb_sections.bpf.h"
+#include "skb_track.bpf.h"
+#include "skb_return.bpf.h"
+#include "skb_xdp.bpf.h"
+#include "skb_nft.bpf.h"
+
+/* SKB_SECTION_* to write. */
+const volatile __u32 sections = 0;
+/* bpf_get_func_ip exists (kernels from 5.15). */
+const volatile __u8 has_func_ip = 0;
+/* enum skb_drop_reason exists (kernels from 5.17). */
+const volatile __u8 has_reasons = 0;
+
+/* Room for an event with all its sections: too much for the BPF stack. */
+struct skb_scratch {
+	__u8 bytes[sizeof(struct skb_event) + sizeof(struct skb_meta) +
+		   sizeof(struct np_tuple) + sizeof(struct skb_owner) +
+		   sizeof(struct np_tuple) + SKB_CB_LEN +
+		   2 * sizeof(struct skb_copy) + sizeof(struct skb_data) +
+		   SKB_SNAP_MAX + sizeof(struct np_members) +
+		   sizeof(struct skb_nft) +
+		   (2 + SKB_STACK_DEPTH) * sizeof(__u64)];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct skb_scratch);
+} scratch SEC(".maps");
+
+/* For the types in the skeleton. */
+struct skb_event skb_event_type;
+struct skb_meta skb_meta_type;
+struct np_tuple np_tuple_type;
+
+static __always_inline bool match_addr(const __u64 *addr, const __u64 *mask,
+				       const __u64 *want)
+{
+	return (addr[0] & mask[0]) == want[0] && (addr[1] & mask[1]) == want[1];
+}
+
+static __always_inline bool match_tuple(const struct np_config *cfg,
+					const struct np_tuple *t)
+{
+	__u32 f = cfg->fields;
+
+	if (!t->l3_version)
+		return false;
+	if ((f & NP_FIELD_PROTO) && t->l4_proto != cfg->l4_proto)
+		return false;
+	if ((f & NP_FIELD_SADDR) &&
+	    !match_addr(t->saddr, cfg->saddr_mask, cfg->saddr))
+		return false;
+	if ((f & NP_FIELD_DADDR) &&
+	    !match_addr(t->daddr, cfg->daddr_mask, cfg->daddr))
+		return false;
+	if ((f & NP_FIELD_SPORT) && t->sport != cfg->sport)
+		return false;
+	if ((f & NP_FIELD_DPORT) && t->dport != cfg->dport)
+		return false;
+	return true;
+}
+
+/*
+ * The skb's device; to be asked for by np_is_pointer. With a socket (`sk`)
+ * beside it the skb may be in one of TCP's trees, whose links share the place
+ * of skb->dev: only a device in the socket's namespace is one.
+ */
+static __always_inline struct net_device *
+read_dev(struct sk_buff *skb, struct sock *sk, const bool use_cast)
+{
+	struct net_device *dev = NP_READ(skb, dev);
+
+	if (sk && np_is_pointer(dev) &&
+	    NP_READ(dev, nd_net.net) != NP_READ(sk, __sk_common.skc_net.net))
+		return NULL;
+	return dev;
+}
+
+/*
+ * `sk_ptr`: the socket that the function has beside the skb, or NULL.
+ * `use_cast` hides the variable of this name: a constant here, so that no
+ * instruction asks for it.
+ */
+static __always_inline bool match_skb_by(const struct np_config *cfg, __u32 f,
+					 const void *skb_ptr,
+					 const void *sk_ptr,
+					 const bool use_cast)
+{
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+
+	if ((f & NP_FIELD_MARK) &&
+	    (NP_READ(skb, mark) & cfg->mark_mask) != cfg->mark)
+		return false;
+	if (f & NP_FIELD_IFINDEX) {
+		struct net_device *dev = read_dev(skb, sk, use_cast);
+
+		if (!np_is_pointer(dev) ||
+		    NP_READ(dev, ifindex) != cfg->ifindex)
+			return false;
+	}
+	if ((f & NP_FIELD_NETNS) &&
+	    np_read_netns_by(skb, sk, use_cast) != cfg->netns)
+		return false;
+	return true;
+}
+
+static __always_inline bool match_skb(const struct np_config *cfg, __u32 f,
+				      const void *skb_ptr, const void *sk_ptr)
+{
+	return use_cast ? match_skb_by(cfg, f, skb_ptr, sk_ptr, true)
+			: match_skb_by(cfg, f, skb_ptr, sk_ptr, false);
+}
+
+static __always_inline void read_meta(struct sk_buff *skb, struct sock *sk,
+				      struct skb_meta *m)
+{
+	struct net_device *dev = read_dev(skb, sk, use_cast);
+
+	m->netns = np_read_netns(skb, sk);
+	m->mark = NP_READ(skb, mark);
+	m->len = NP_READ(skb, len);
+	m->protocol = bpf_ntohs(NP_READ(skb, protocol));
+	m->ifindex = 0;
+	m->mtu = 0;
+	m->pad[0] = 0;
+	m->pad[1] = 0;
+	__builtin_memset(m->ifname, 0, sizeof(m->ifname));
+	if (np_is_pointer(dev)) {
+		m->ifindex = NP_READ(dev, ifindex);
+		m->mtu = NP_READ(dev, mtu);
+		if (use_cast)
+			np_load_16((__u64 *)m->ifname, dev->name);
+		else
+			bpf_probe_read_kernel(m->ifname, sizeof(m->ifname),
+					      dev->name);
+	}
+}
+
+/* Start of the probed function. */
+static __always_inline __u64 func_addr(struct pt_regs *ctx)
+{
+	if (has_func_ip)
+		return bpf_get_func_ip(ctx);
+#ifdef __TARGET_ARCH_x86
+	/* A kprobe hits behind its one-byte breakpoint. */
+	return PT_REGS_IP(ctx) - 1;
+#else
+	return PT_REGS_IP(ctx);
+#endif
+}
+
+/* Address to which the probed function returns. */
+static __always_inline __u64 caller_addr(struct pt_regs *ctx)
+{
+	__u64 addr = 0;
+
+#ifdef __TARGET_ARCH_x86
+	bpf_probe_read_kernel(&addr, sizeof(addr), (void *)PT_REGS_SP(ctx));
+#else
+	addr = PT_REGS_RET(ctx);
+#endif
+	return addr;
+}
+
+/* What a hit is, beside the skb. */
+struct hit {
+	__u64 func;
+	__u64 caller;
+	__u64 packet; /* identity, where tracking is on */
+	struct sock *sk; /* the function's own, or NULL */
+	__u32 reason;
+	__u16 kind;
+};
+
+/* Not 0 while a program of skb_prog.bpf.c runs on this CPU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} watching SEC(".maps");
+
+static __always_inline void watching_set(__u32 value)
+{
+	__u32 zero = 0;
+	__u32 *on = bpf_map_lookup_elem(&watching, &zero);
+
+	if (on)
+		*on = value;
+}
+
+/* The fixed part of an event; `addr`: of its sk_buff or xdp_buff. */
+static __always_inline void event_begin(struct skb_scratch *buf, __u64 addr,
+					const struct hit *hit)
+{
+	struct skb_event *event = (struct skb_event *)buf->bytes;
+
+	np_head_fill(&event->head, hit->kind);
+	event->skb = addr;
+	event->func = hit->func;
+	event->sections = sections;
+	event->reason = hit->reason;
+}
+
+/* The sections of a packet's tuple and its identity, at `len`; the length then. */
+static __always_inline __u64 event_tuple(struct skb_scratch *buf, __u64 len,
+					 const struct np_tuple *tuple,
+					 const struct hit *hit)
+{
+	if (sections & SKB_SECTION_TUPLE) {
+		*(struct np_tuple *)&buf->bytes[len] = *tuple;
+		len += sizeof(struct np_tuple);
+	}
+	if (sections & SKB_SECTION_PACKET) {
+		*(__u64 *)&buf->bytes[len] = hit->packet;
+		len += sizeof(__u64);
+	}
+	return len;
+}
+
+/* The stack, which comes last; and out. */
+static __always_inline void event_end(void *ctx, struct skb_scratch *buf,
+				      __u64 len)
+{
+	long stack;
+
+	if (sections & SKB_SECTION_STACK) {
+		stack = bpf_get_stack(ctx, &buf->bytes[len],
+				      SKB_STACK_DEPTH * sizeof(__u64), 0);
+		if (stack > 0)
+			len += stack & (1024 - 1);
+	}
+	if (len > sizeof(buf->bytes))
+		return;
+	np_output(ctx, (struct np_head *)buf->bytes, len);
+}
+
+/* Writes the event: the fixed part and the sections asked for. */
+static __always_inline void write_event(void *ctx, struct sk_buff *skb,
+					const struct np_tuple *tuple,
+					const struct hit *hit)
+{
+	struct skb_scratch *buf;
+	__u64 len = sizeof(struct skb_event);
+	__u32 zero = 0;
+
+	buf = bpf_map_lookup_elem(&scratch, &zero);
+	if (!buf)
+		return;
+	event_begin(buf, (__u64)skb, hit);
+	/* `sections` is known to the verifier, so each offset is a constant. */
+	if (sections & SKB_SECTION_META) {
+		read_meta(skb, hit->sk, (struct skb_meta *)&buf->bytes[len]);
+		len += sizeof(struct skb_meta);
+	}
+	len = event_tuple(buf, len, tuple, hit);
+	if (sections & SKB_SECTION_OWNER) {
+		owner_read(skb, (struct skb_owner *)&buf->bytes[len]);
+		len += sizeof(struct skb_owner);
+	}
+	if (sections & SKB_SECTION_CALLER) {
+		*(__u64 *)&buf->bytes[len] = hit->caller;
+		len += sizeof(__u64);
+	}
+	if (sections & SKB_SECTION_TUNNEL) {
+		read_tunnel(np_l3(skb), tuple,
+			    (struct np_tuple *)&buf->bytes[len]);
+		len += sizeof(struct np_tuple);
+	}
+	if (sections & SKB_SECTION_CB) {
+		bpf_probe_read_kernel(&buf->bytes[len], SKB_CB_LEN, &skb->cb);
+		len += SKB_CB_LEN;
+	}
+	if (sections & SKB_SECTION_SKB) {
+		read_copy((struct skb_copy *)&buf->bytes[len], skb,
+			  bpf_core_type_size(struct sk_buff));
+		len += sizeof(struct skb_copy);
+	}
+	if (sections & SKB_SECTION_SHINFO) {
+		read_copy((struct skb_copy *)&buf->bytes[len],
+			  NP_READ(skb, head) + NP_READ(skb, end),
+			  bpf_core_type_size(struct skb_shared_info));
+		len += sizeof(struct skb_copy);
+	}
+	if (sections & SKB_SECTION_DATA) {
+		read_data(skb, (struct skb_data *)&buf->bytes[len]);
+		len += sizeof(struct skb_data) + snap_len;
+	}
+	if (sections & SKB_SECTION_MEMBERS) {
+		np_read_members(skb, (struct np_members *)&buf->bytes[len]);
+		len += sizeof(struct np_members);
+	}
+	if (sections & SKB_SECTION_NFT) {
+		nft_read((__u64)skb, hit->kind, hit->reason,
+			 (struct skb_nft *)&buf->bytes[len]);
+		len += sizeof(struct skb_nft);
+	}
+	event_end(ctx, buf, len);
+}
+
+/* The tuple is needed for the filter or for the event. */
+static __always_inline bool wants_tuple(const struct np_config *cfg)
+{
+	return (cfg->fields & NP_FIELDS_PACKET) ||
+	       (sections & (SKB_SECTION_TUPLE | SKB_SECTION_TUNNEL));
+}
+
+/*
+ * The gates that cost little: the fields of the sk_buff, then the expression.
+ * This is what a packet that does not match costs.
+ */
+static __always_inline bool passes_gates(const struct np_config *cfg,
+					 const void *skb_ptr,
+					 const void *sk_ptr)
+{
+	__u32 fields = cfg->fields;
+
+	if (fields) {
+		barrier_var(fields);
+		if (!match_skb(cfg, fields, skb_ptr, sk_ptr))
+			return false;
+	}
+	return np_filter_skb(skb_ptr);
+}
+
+/*
+ * Is an skb one of ours that has passed the gates (`matched`) or may be tracked? Reads the tuple where it is needed, and the
+ * packet's identity. `ctx` and `sp`, the stack pointer: see track_packet. With `begin` false it is one of ours only where it is
+ * tracked already.
+ */
+static __always_inline bool is_ours(const struct np_config *cfg, void *ctx,
+				    __u64 sp, struct sk_buff *skb,
+				    struct np_tuple *tuple, __u64 *packet,
+				    bool matched, bool begin)
+{
+	if (track)
+		*packet = track_find(skb);
+	if (!matched && !*packet && !track_stack)
+		return false;
+	if (wants_tuple(cfg))
+		np_read_tuple(skb, tuple);
+	if (matched && (cfg->fields & NP_FIELDS_PACKET))
+		matched = match_tuple(cfg, tuple);
+	if (track) {
+		*packet = track_packet(ctx, sp, skb, *packet, matched, begin);
+		matched = matched || *packet;
+	}
+	return matched;
+}
+
+#endif
