@@ -231,17 +231,11 @@ impl<W: Write> Writer<W> {
 
     fn enhanced_packet(&mut self, packet: &Packet<'_>) -> io::Result<()> {
         debug_assert!(packet.interface < self.interfaces);
-        let body = &mut self.scratch;
-        body.clear();
-        put32(body, packet.interface);
-        put_time(body, packet.ts);
-        put32(body, packet.data.len() as u32);
-        put32(body, packet.len.max(packet.data.len() as u32));
-        body.extend_from_slice(packet.data);
-        pad4(body);
-        let before = body.len();
+        // What follows the packet; its bytes themselves are copied once only.
+        let tail = &mut self.scratch;
+        tail.clear();
         if let Some(text) = packet.comment {
-            put_option(body, OPT_COMMENT, text.as_bytes());
+            put_option(tail, OPT_COMMENT, text.as_bytes());
         }
         if let Some(direction) = packet.direction {
             let flags: u32 = if direction == Direction::Inbound {
@@ -249,26 +243,47 @@ impl<W: Write> Writer<W> {
             } else {
                 2
             };
-            put_option(body, EPB_FLAGS, &flags.to_le_bytes());
+            put_option(tail, EPB_FLAGS, &flags.to_le_bytes());
         }
         if let Some(dropped) = packet.dropped {
-            put_option(body, EPB_DROPCOUNT, &dropped.to_le_bytes());
+            put_option(tail, EPB_DROPCOUNT, &dropped.to_le_bytes());
         }
         if let Some(id) = packet.id {
-            put_option(body, EPB_PACKETID, &id.to_le_bytes());
+            put_option(tail, EPB_PACKETID, &id.to_le_bytes());
         }
         if let Some(queue) = packet.queue {
-            put_option(body, EPB_QUEUE, &queue.to_le_bytes());
+            put_option(tail, EPB_QUEUE, &queue.to_le_bytes());
         }
         if let Some(verdict) = packet.verdict {
-            let mut value = vec![VERDICT_XDP];
-            value.extend_from_slice(&verdict.to_le_bytes());
-            put_option(body, EPB_VERDICT, &value);
+            let mut value = [VERDICT_XDP; 9];
+            value[1..].copy_from_slice(&verdict.to_le_bytes());
+            put_option(tail, EPB_VERDICT, &value);
         }
-        if body.len() > before {
-            put32(body, u32::from(OPT_END));
+        if !tail.is_empty() {
+            put32(tail, u32::from(OPT_END));
         }
-        self.block(BLOCK_EPB)
+        let captured = packet.data.len() as u32;
+        let padding = &[0; 3][..captured.wrapping_neg() as usize % 4];
+        // 28: this head; 4: the length once more at the end
+        let total = 28 + captured + padding.len() as u32 + tail.len() as u32 + 4;
+        put32(tail, total);
+        let mut head = [0; 28];
+        for (to, value) in head.chunks_exact_mut(4).zip([
+            BLOCK_EPB,
+            total,
+            packet.interface,
+            (packet.ts >> 32) as u32,
+            packet.ts as u32,
+            captured,
+            packet.len.max(captured),
+        ]) {
+            to.copy_from_slice(&value.to_le_bytes());
+        }
+        self.written += u64::from(total);
+        self.out.write_all(&head)?;
+        self.out.write_all(packet.data)?;
+        self.out.write_all(padding)?;
+        self.out.write_all(&self.scratch)
     }
 
     fn pcap_packet(&mut self, packet: &Packet<'_>) -> io::Result<()> {
