@@ -187,7 +187,7 @@ fn flood_to_file() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let net = quiet_pair()?;
     // One page of buffer, so that some are lost for sure; then the default.
-    for pages in ["1", "256"] {
+    for pages in ["1", "2048"] {
         let file = dir.path().join(format!("{pages}.pcapng"));
         let probe = dump(&net)
             .args(["--buffer-pages", pages, "-w"])
