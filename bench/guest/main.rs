@@ -8,6 +8,7 @@ mod filter;
 mod hooks;
 mod net;
 mod rate;
+mod record;
 
 use std::fs;
 use std::time::Duration;
@@ -72,6 +73,7 @@ fn run(scenarios: &[String]) -> Result<()> {
             "rate-xdp-tools" => bench.rate("xdp-tools", xdp_tools),
             "quiet" => bench.quiet(),
             "profile" => bench.profile(),
+            "record" => record::print(&bench.net),
             other => bail!("unknown scenario {other}"),
         };
         if let Err(e) = result {

@@ -2,19 +2,12 @@
 //!
 //! Each batch brings a watermark: every event older than it has arrived (up to a slack that [`super::drain`] chooses). What
 //! is older than the watermark is handed out, sorted; the rest waits. An event that comes older than one already handed out is
-//! marked late and counted, never dropped. Cost: one copy of the bytes, one sort of 24-byte keys per batch (Rust's stable
-//! sort takes the per-CPU runs as they are).
+//! marked late and counted, never dropped. Batches are kept until all of their events are gone, so that no byte is copied. Cost: one
+//! sort of 24-byte keys per batch (Rust's stable sort takes the per-CPU runs as they are).
 
-use super::drain::Batch;
+use std::collections::VecDeque;
 
-/// One event: its key and where its bytes are in the arena.
-#[derive(Debug, Clone, Copy)]
-struct Key {
-    ts: u64,
-    offset: u32,
-    len: u32,
-    cpu: u32,
-}
+use super::drain::{Batch, BatchRecord};
 
 /// An event as it leaves the merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +24,12 @@ pub struct Record<'a> {
 /// Holds what is younger than the watermark.
 #[derive(Debug)]
 pub struct Merge {
-    keys: Vec<Key>,
-    arena: Vec<u8>,
+    keys: Vec<BatchRecord>,
+    /// batches with events that wait, and how many do
+    batches: VecDeque<(Batch, usize)>,
+    /// number of the first of them
+    first: u32,
+    spent: Vec<Batch>,
     /// last watermark of each drain thread
     watermarks: Vec<u64>,
     last_ts: u64,
@@ -45,7 +42,9 @@ impl Merge {
     pub fn new(groups: usize) -> Self {
         Self {
             keys: Vec::new(),
-            arena: Vec::new(),
+            batches: VecDeque::new(),
+            first: 0,
+            spent: Vec::new(),
             watermarks: vec![0; groups.max(1)],
             last_ts: 0,
             late: 0,
@@ -53,18 +52,17 @@ impl Merge {
     }
 
     /// Takes in a batch.
-    pub fn push(&mut self, batch: &Batch) {
-        let base = self.arena.len();
-        self.arena.extend_from_slice(&batch.data);
-        self.keys.extend(batch.records.iter().map(|r| Key {
-            ts: r.ts,
-            offset: base as u32 + r.offset,
-            len: r.len,
-            cpu: r.cpu,
-        }));
+    pub fn push(&mut self, batch: Batch) {
         if let Some(mark) = self.watermarks.get_mut(batch.group) {
             *mark = (*mark).max(batch.watermark);
         }
+        let number = self.first.wrapping_add(self.batches.len() as u32);
+        self.keys.extend(batch.records.iter().map(|r| BatchRecord {
+            batch: number,
+            ..*r
+        }));
+        let waiting = batch.records.len();
+        self.batches.push_back((batch, waiting));
     }
 
     /// Events that wait for the watermark.
@@ -72,11 +70,25 @@ impl Merge {
         self.keys.len()
     }
 
+    /// Batches whose events have all been handed out.
+    pub fn spent(&mut self) -> impl Iterator<Item = Batch> {
+        self.spent.drain(..)
+    }
+
     /// Hands out, in order of time, all that is not younger than the lowest watermark. Stops at the first error of `each`;
     /// the event it failed on counts as handed out.
     pub fn drain<E>(&mut self, each: impl FnMut(Record<'_>) -> Result<(), E>) -> Result<(), E> {
         let mark = self.watermarks.iter().copied().min().unwrap_or(u64::MAX);
-        self.drain_until(mark, each)
+        let result = self.drain_until(mark, each);
+        while self
+            .batches
+            .front()
+            .is_some_and(|(_, waiting)| *waiting == 0)
+        {
+            self.spent.extend(self.batches.pop_front().map(|(b, _)| b));
+            self.first = self.first.wrapping_add(1);
+        }
+        result
     }
 
     fn drain_until<E>(
@@ -86,52 +98,33 @@ impl Merge {
     ) -> Result<(), E> {
         self.keys.sort_by_key(|k| k.ts);
         let ready = self.keys.partition_point(|k| k.ts <= mark);
-        if ready == 0 {
-            return Ok(());
-        }
         let mut result = Ok(());
-        let mut done = ready;
-        for (i, key) in self.keys[..ready].iter().enumerate() {
+        let mut done = 0;
+        for key in &self.keys[..ready] {
+            done += 1;
             let late = key.ts < self.last_ts;
             self.late += u64::from(late);
             self.last_ts = self.last_ts.max(key.ts);
+            let (batch, waiting) = &mut self.batches[key.batch.wrapping_sub(self.first) as usize];
+            *waiting -= 1;
             let start = key.offset as usize;
-            let record = Record {
+            result = each(Record {
                 ts: key.ts,
                 cpu: key.cpu,
                 late,
-                bytes: &self.arena[start..start + key.len as usize],
-            };
-            result = each(record);
+                bytes: &batch.data[start..start + key.len as usize],
+            });
             if result.is_err() {
-                done = i + 1;
                 break;
             }
         }
-        self.forget(done);
+        self.keys.drain(..done);
         result
-    }
-
-    /// Removes the first `count` keys and compacts the arena to what the others need.
-    fn forget(&mut self, count: usize) {
-        self.keys.drain(..count);
-        let mut arena = Vec::with_capacity(self.keys.iter().map(|k| k.len as usize).sum());
-        for key in &mut self.keys {
-            let start = key.offset as usize;
-            key.offset = arena.len() as u32;
-            arena.extend_from_slice(&self.arena[start..start + key.len as usize]);
-        }
-        if self.keys.is_empty() {
-            self.arena.clear();
-        } else {
-            self.arena = arena;
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::drain::BatchRecord;
     use super::*;
     use proptest::prelude::*;
 
@@ -149,6 +142,7 @@ mod tests {
                 offset,
                 len: 8,
                 cpu,
+                batch: 0,
             });
         }
         b
@@ -169,28 +163,30 @@ mod tests {
     #[test]
     fn holds_back_what_is_younger_than_the_watermark() {
         let mut m = Merge::new(1);
-        m.push(&batch(0, 10, &[(3, 0), (12, 0), (5, 1), (11, 1)]));
+        m.push(batch(0, 10, &[(3, 0), (12, 0), (5, 1), (11, 1)]));
         assert_eq!(all(&mut m), [(3, false), (5, false)]);
         assert_eq!(m.pending(), 2);
-        m.push(&batch(0, 20, &[(10, 0)]));
+        m.push(batch(0, 20, &[(10, 0)]));
+        assert_eq!(m.spent().count(), 0, "the first batch waits");
         assert_eq!(all(&mut m), [(10, false), (11, false), (12, false)]);
+        assert_eq!(m.spent().count(), 2);
     }
 
     #[test]
     fn the_slowest_group_sets_the_pace() {
         let mut m = Merge::new(2);
-        m.push(&batch(0, 100, &[(1, 0), (50, 0)]));
+        m.push(batch(0, 100, &[(1, 0), (50, 0)]));
         assert_eq!(all(&mut m), []);
-        m.push(&batch(1, 10, &[(2, 1)]));
+        m.push(batch(1, 10, &[(2, 1)]));
         assert_eq!(all(&mut m), [(1, false), (2, false)]);
     }
 
     #[test]
     fn a_late_event_is_marked_counted_and_kept() {
         let mut m = Merge::new(1);
-        m.push(&batch(0, 10, &[(9, 0)]));
+        m.push(batch(0, 10, &[(9, 0)]));
         all(&mut m);
-        m.push(&batch(0, 20, &[(4, 1)]));
+        m.push(batch(0, 20, &[(4, 1)]));
         assert_eq!(all(&mut m), [(4, true)]);
         assert_eq!(m.late, 1);
     }
@@ -198,7 +194,7 @@ mod tests {
     #[test]
     fn an_error_loses_only_what_was_handed_out() {
         let mut m = Merge::new(1);
-        m.push(&batch(0, 10, &[(1, 0), (2, 0), (3, 0)]));
+        m.push(batch(0, 10, &[(1, 0), (2, 0), (3, 0)]));
         let r = m.drain(|r| if r.ts == 2 { Err("stop") } else { Ok(()) });
         assert_eq!(r, Err("stop"));
         assert_eq!(all(&mut m), [(3, false)]);
@@ -213,9 +209,9 @@ mod tests {
                 let mut s = s.clone();
                 s.sort_unstable();
                 let events: Vec<_> = s.into_iter().map(|t| (t, cpu as u32)).collect();
-                m.push(&batch(0, 0, &events));
+                m.push(batch(0, 0, &events));
             }
-            m.push(&batch(0, u64::MAX, &[]));
+            m.push(batch(0, u64::MAX, &[]));
             let got = all(&mut m);
             expected.sort_unstable();
             prop_assert!(got.iter().all(|(_, late)| !late));

@@ -6,6 +6,7 @@ pub mod drain;
 pub mod log;
 pub mod loss;
 pub mod merge;
+pub mod perf;
 pub mod pins;
 pub mod progress;
 pub mod session;

@@ -126,12 +126,15 @@ impl Loop {
     ) -> Result<(), End> {
         self.received.events += batch.records.len() as u64;
         self.received.short += batch.short;
-        self.merge.push(&batch);
-        drain.give_back(batch);
-        self.merge.drain(|record| match consumer.event(record)? {
+        self.merge.push(batch);
+        let result = self.merge.drain(|record| match consumer.event(record)? {
             Flow::Continue => Ok(()),
             Flow::Stop => Err(End::Stop),
-        })
+        });
+        for batch in self.merge.spent() {
+            drain.give_back(batch);
+        }
+        result
     }
 
     /// The last batches, after the programs have been paused. After a limit the consumer goes on answering `Stop`, and the rest is
@@ -144,7 +147,7 @@ impl Loop {
             if stopped {
                 continue;
             }
-            self.merge.push(&batch);
+            self.merge.push(batch);
             match self.merge.drain(|record| match consumer.event(record)? {
                 Flow::Continue => Ok(()),
                 Flow::Stop => Err(End::Stop),

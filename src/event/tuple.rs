@@ -90,10 +90,16 @@ pub const PROTOCOLS: [(&str, u8); 10] = [
 
 /// The name of an IP protocol number.
 pub fn proto_name(proto: u8) -> Option<&'static str> {
-    PROTOCOLS
-        .iter()
-        .find(|(_, n)| *n == proto)
-        .map(|(name, _)| *name)
+    const BY_NUMBER: [Option<&str>; 256] = {
+        let mut names = [None; 256];
+        let mut i = 0;
+        while i < PROTOCOLS.len() {
+            names[PROTOCOLS[i].1 as usize] = Some(PROTOCOLS[i].0);
+            i += 1;
+        }
+        names
+    };
+    BY_NUMBER[usize::from(proto)]
 }
 
 #[cfg(test)]

@@ -1,13 +1,11 @@
 //! Makes bytes of the kernel or the network fit for a terminal: a name may hold escape sequences.
 
+use serde::{Serialize, Serializer};
+
 /// Appends `bytes` (up to the first NUL), control characters, backslashes and what is not UTF-8 as `\xNN`.
 pub fn push_escaped(out: &mut Vec<u8>, bytes: &[u8]) {
-    let bytes = bytes.split(|&b| b == 0).next().unwrap_or_default();
-    // The common case: plain printable ASCII.
-    if bytes
-        .iter()
-        .all(|&b| (0x20..0x7f).contains(&b) && b != b'\\')
-    {
+    let bytes = shown(bytes);
+    if plain(bytes) {
         out.extend_from_slice(bytes);
         return;
     }
@@ -33,6 +31,34 @@ pub fn escaped(bytes: &[u8]) -> String {
     let mut out = Vec::with_capacity(bytes.len());
     push_escaped(&mut out, bytes);
     String::from_utf8(out).unwrap_or_default()
+}
+
+/// The same as a string in JSON, without a copy where nothing is to be escaped.
+#[derive(Debug, Clone, Copy)]
+pub struct Escaped<'a>(pub &'a [u8]);
+
+impl Serialize for Escaped<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match std::str::from_utf8(shown(self.0)) {
+            Ok(text) if plain(text.as_bytes()) => serializer.serialize_str(text),
+            _ => serializer.serialize_str(&escaped(self.0)),
+        }
+    }
+}
+
+/// Up to the first NUL.
+fn shown(bytes: &[u8]) -> &[u8] {
+    bytes
+        .iter()
+        .position(|b| *b == 0)
+        .map_or(bytes, |end| &bytes[..end])
+}
+
+/// The common case: printable ASCII that needs no escape.
+fn plain(bytes: &[u8]) -> bool {
+    bytes
+        .iter()
+        .all(|&b| (0x20..0x7f).contains(&b) && b != b'\\')
 }
 
 /// Characters that reorder or hide text (bidirectional controls, zero width).
@@ -69,6 +95,7 @@ mod tests {
         #[test]
         fn never_a_control_character(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
             prop_assert!(escaped(&bytes).chars().all(|c| !c.is_control()));
+            prop_assert_eq!(serde_json::to_string(&Escaped(&bytes)).unwrap(), serde_json::to_string(&escaped(&bytes)).unwrap());
         }
     }
 }

@@ -7,46 +7,98 @@ use serde::{Serialize, Serializer};
 
 /// Longest text of a u64: 20 digits.
 const MOST: usize = 20;
+/// `00` to `99`.
+const TWO: [[u8; 2]; 100] = {
+    let mut two = [[0; 2]; 100];
+    let mut i = 0;
+    while i < 100 {
+        two[i] = [b'0' + i as u8 / 10, b'0' + i as u8 % 10];
+        i += 1;
+    }
+    two
+};
+/// `00` to `ff`.
+const BYTE: [[u8; 2]; 256] = {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let mut byte = [[0; 2]; 256];
+    let mut i = 0;
+    while i < 256 {
+        byte[i] = [HEX[i >> 4], HEX[i & 15]];
+        i += 1;
+    }
+    byte
+};
 
 /// Appends `value` in decimal.
-pub fn push_dec(out: &mut Vec<u8>, mut value: u64) {
-    if value < 10 {
-        out.push(b'0' + value as u8);
-        return;
+#[inline]
+pub fn push_dec(out: &mut Vec<u8>, value: u64) {
+    let two = |n: u64| TWO[n as usize % 100];
+    match value {
+        0..10 => out.push(b'0' + value as u8),
+        10..100 => out.extend_from_slice(&two(value)),
+        100..1000 => {
+            let [high, low] = two(value % 100);
+            out.extend_from_slice(&[b'0' + (value / 100) as u8, high, low]);
+        }
+        1000..10_000 => {
+            let ([a, b], [c, d]) = (two(value / 100), two(value % 100));
+            out.extend_from_slice(&[a, b, c, d]);
+        }
+        _ => push_long(out, value),
     }
+}
+
+/// The same of a number with at least two digits.
+fn push_long(out: &mut Vec<u8>, mut value: u64) {
     let mut text = [0; MOST];
     let mut at = MOST;
-    while value > 0 {
+    while value >= 100 {
+        at -= 2;
+        text[at..at + 2].copy_from_slice(&TWO[(value % 100) as usize]);
+        value /= 100;
+    }
+    let [high, low] = TWO[value as usize];
+    text[at - 1] = low;
+    at -= 1;
+    if value >= 10 {
+        text[at - 1] = high;
         at -= 1;
-        text[at] = b'0' + (value % 10) as u8;
-        value /= 10;
     }
     out.extend_from_slice(&text[at..]);
 }
 
-/// Appends `value` in hexadecimal with at least `digits` digits, without `0x`.
-pub fn push_hex(out: &mut Vec<u8>, mut value: u64, digits: usize) {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
-    let mut text = [b'0'; MOST];
-    let mut at = MOST;
-    while value > 0 {
-        at -= 1;
-        text[at] = HEX[(value & 15) as usize];
-        value >>= 4;
+/// Appends `value` in decimal, with its sign.
+#[inline]
+pub fn push_signed(out: &mut Vec<u8>, value: i64) {
+    if value < 0 {
+        out.push(b'-');
     }
-    out.extend_from_slice(&text[at.min(MOST - digits.clamp(1, 16))..]);
+    push_dec(out, value.unsigned_abs());
+}
+
+/// Appends `value` in hexadecimal with at least `digits` digits (16 at most), without `0x`.
+#[inline]
+pub fn push_hex(out: &mut Vec<u8>, value: u64, digits: usize) {
+    let (text, used) = hex(value);
+    out.extend_from_slice(&text[16 - used.max(digits.clamp(1, 16))..]);
+}
+
+/// All 16 digits, and how many of them are needed.
+#[inline]
+fn hex(value: u64) -> ([u8; 16], usize) {
+    let mut text = [0; 16];
+    for (to, b) in text.chunks_exact_mut(2).zip(value.to_be_bytes()) {
+        to.copy_from_slice(&BYTE[usize::from(b)]);
+    }
+    (text, 16 - value.leading_zeros() as usize / 4)
 }
 
 /// Appends an address; IPv6 as RFC 5952 has it.
 pub fn push_ip(out: &mut Vec<u8>, addr: IpAddr) {
     match addr {
         IpAddr::V4(a) => {
-            let [a, b, c, d] = a.octets();
-            push_dec(out, a.into());
-            for byte in [b, c, d] {
-                out.push(b'.');
-                push_dec(out, byte.into());
-            }
+            let (text, len) = v4(a.octets());
+            out.extend_from_slice(&text[..len]);
         }
         IpAddr::V6(a) => {
             use std::io::Write;
@@ -54,6 +106,29 @@ pub fn push_ip(out: &mut Vec<u8>, addr: IpAddr) {
             let _ = write!(out, "{a}");
         }
     }
+}
+
+/// An IPv4 address's text and its length.
+fn v4(octets: [u8; 4]) -> ([u8; 16], usize) {
+    let mut text = [b'.'; 16];
+    let mut len = 0;
+    for b in octets {
+        let two = TWO[usize::from(b % 100)];
+        if b >= 100 {
+            text[len] = b'0' + b / 100;
+            text[len + 1..len + 3].copy_from_slice(&two);
+            len += 4;
+        } else if b >= 10 {
+            text[len..len + 2].copy_from_slice(&two);
+            len += 3;
+        } else {
+            text[len] = two[1];
+            len += 2;
+        }
+        // What the next number begins behind.
+        text[(len - 1) & 15] = b'.';
+    }
+    (text, len - 1)
 }
 
 /// Fills up with spaces from `start` to a column of `width` characters, and one space more.
@@ -77,13 +152,11 @@ pub struct Hex(pub u64);
 
 impl Serialize for Hex {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        const HEX: &[u8; 16] = b"0123456789abcdef";
         let mut text = *b"0x0000000000000000";
-        let digits = (16 - self.0.leading_zeros() as usize / 4).max(1);
-        for (i, digit) in text[2..2 + digits].iter_mut().rev().enumerate() {
-            *digit = HEX[(self.0 >> (4 * i) & 15) as usize];
-        }
-        serializer.serialize_str(std::str::from_utf8(&text[..2 + digits]).unwrap_or_default())
+        let (digits, used) = hex(self.0);
+        let used = used.max(1);
+        text[2..2 + used].copy_from_slice(&digits[16 - used..]);
+        serializer.serialize_str(std::str::from_utf8(&text[..2 + used]).unwrap_or_default())
     }
 }
 
@@ -93,9 +166,13 @@ pub struct Addr(pub IpAddr);
 
 impl Serialize for Addr {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut text = Vec::with_capacity(40);
-        push_ip(&mut text, self.0);
-        serializer.serialize_str(std::str::from_utf8(&text).unwrap_or_default())
+        match self.0 {
+            IpAddr::V4(a) => {
+                let (text, len) = v4(a.octets());
+                serializer.serialize_str(std::str::from_utf8(&text[..len]).unwrap_or_default())
+            }
+            IpAddr::V6(a) => serializer.collect_str(&a),
+        }
     }
 }
 
@@ -115,6 +192,9 @@ mod tests {
             let mut out = Vec::new();
             push_dec(&mut out, value);
             prop_assert_eq!(text(&out), value.to_string());
+            out.clear();
+            push_signed(&mut out, value as i64);
+            prop_assert_eq!(text(&out), (value as i64).to_string());
             out.clear();
             push_hex(&mut out, value, digits);
             prop_assert_eq!(text(&out), format!("{value:0digits$x}"));

@@ -4,6 +4,7 @@ pub mod columns;
 pub mod escape;
 pub mod format;
 pub mod histogram;
+pub mod json;
 pub mod pcap_read;
 pub mod pcapng;
 pub mod rotate;
@@ -101,7 +102,7 @@ impl Output {
     /// An event as one JSON object.
     pub fn json_event(&mut self, value: &impl Serialize) -> Result<Flow> {
         let mut error = None;
-        let flow = self.event(|b| error = serde_json::to_writer(b, value).err())?;
+        let flow = self.event(|b| error = json::push(b, value).err())?;
         error.map_or(Ok(flow), |e| Err(e).context("failed to write JSON"))
     }
 

@@ -10,7 +10,7 @@ use crate::engine::loss::Loss;
 use crate::event::tuple::Tuple;
 use crate::event::tuple::proto_name;
 use crate::kernel::ksyms::Symbol;
-use crate::output::escape::escaped;
+use crate::output::escape::{Escaped, escaped};
 use crate::output::format::{Addr, Hex};
 
 use super::decode::{Event, MapCall, Nft, Owner, Packet, Point};
@@ -32,7 +32,7 @@ pub struct Row<'a> {
     pub cpu: u16,
     pub pid: u32,
     pub tid: u32,
-    pub comm: String,
+    pub comm: Escaped<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub func: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -60,7 +60,7 @@ pub struct Row<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ifindex: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub iface: Option<String>,
+    pub iface: Option<Escaped<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -273,7 +273,7 @@ pub fn packet_name(p: Packet) -> String {
 
 impl<'a> Row<'a> {
     /// What needs no look-up; the rest is for the caller to fill in.
-    pub fn new(event: &Event) -> Self {
+    pub fn new(event: &'a Event) -> Self {
         let meta = event.meta.as_ref();
         Self {
             kind: match (event.dropped, event.retval) {
@@ -289,7 +289,7 @@ impl<'a> Row<'a> {
             cpu: event.head.cpu,
             pid: event.head.tgid,
             tid: event.head.pid,
-            comm: escaped(&event.head.comm),
+            comm: Escaped(&event.head.comm),
             func: None,
             location: None,
             reason: None,
@@ -303,7 +303,7 @@ impl<'a> Row<'a> {
             netns_name: None,
             mark: meta.map(|m| m.mark),
             ifindex: meta.map(|m| m.ifindex),
-            iface: meta.map(|m| escaped(&m.ifname)),
+            iface: meta.map(|m| Escaped(&m.ifname)),
             protocol: meta.map(|m| m.protocol),
             mtu: meta.map(|m| m.mtu),
             len: meta.map(|m| m.len),

@@ -11,6 +11,7 @@ mod members;
 mod present;
 mod probes;
 mod programs;
+pub mod replay;
 mod track;
 
 use std::mem::MaybeUninit;
@@ -118,7 +119,8 @@ pub fn run(args: &Args) -> Result<()> {
         None => None,
     };
     let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
-    let mut presenter = Presenter::new(args, &attached, reasons, [members, xdp_shown])?;
+    let names = attached.names().clone();
+    let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
     if let Some(programs) = &mut programs {
         presenter.programs(programs.start()?);
     }

@@ -15,16 +15,15 @@ use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::SocketHolders;
 use crate::output::Output;
-use crate::output::columns::{pad, push_time_of_day};
+use crate::output::columns::{Again, pad, push_time_of_day};
 use crate::output::escape::{escaped, push_escaped};
 use crate::output::format::{self, Hex, push_dec, push_hex};
 
 use super::args::{Args, Timestamp};
-use super::decode::{Event, Owner};
+use super::decode::{Event, Meta, Owner};
 use super::extras::{Extras, Shown, cb_words};
 use super::json::{Frame, LossRow, MapRow, NftRow, OwnerRow, ProgramRow, Row, packet_name};
 use super::members::Members;
-use super::probes::Attached;
 use super::programs::{Kind, Program};
 
 /// skbs whose last event is remembered for relative time stamps.
@@ -52,14 +51,22 @@ pub struct Presenter {
     symbols: KernelSymbols,
     last_seen: HashMap<u64, u64>,
     widths: Widths,
-    line: Vec<u8>,
+    last: Last,
+}
+
+/// What the last events had: those of a CPU are mostly of one packet, which differs in little from function to function.
+#[derive(Default)]
+struct Last {
+    process: Again<([u8; 16], u32), usize>,
+    meta: Again<Meta, Widths>,
+    tuple: Again<Option<Tuple>, usize>,
 }
 
 /// Paths, and what was there; `None` behind a NULL pointer.
 type MemberValues<'a> = Vec<(&'a str, Option<i128>)>;
 
 /// Widths of the columns that grow.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Widths {
     process: usize,
     packet: usize,
@@ -73,7 +80,7 @@ struct Widths {
 impl Presenter {
     pub fn new(
         args: &Args,
-        attached: &Attached,
+        names: ByAddress<String>,
         reasons: DropReasons,
         members: [Members; 2],
     ) -> Result<Self> {
@@ -82,7 +89,7 @@ impl Presenter {
             tuple: args.output_tuple,
             timestamp: args.timestamp(),
             clock: WallClock::new()?,
-            names: attached.names().clone(),
+            names,
             programs: HashMap::new(),
             reasons,
             drops: args.drops,
@@ -104,7 +111,7 @@ impl Presenter {
                 tuple: 36,
                 tunnel: 36,
             },
-            line: Vec::new(),
+            last: Last::default(),
         })
     }
 
@@ -197,12 +204,7 @@ impl Presenter {
             let row = self.row(event, late, since, shown);
             return out.json_event(&row);
         }
-        let mut line = std::mem::take(&mut self.line);
-        line.clear();
-        self.text(&mut line, event, late, since, &shown);
-        let flow = out.event(|b| b.extend_from_slice(&line));
-        self.line = line;
-        flow
+        out.event(|line| self.text(line, event, late, since, &shown))
     }
 
     /// ns since the last event of the same skb; 0 with its first.
@@ -229,13 +231,20 @@ impl Presenter {
         since: Option<u64>,
         shown: &Shown,
     ) {
+        let start = line.len();
         line.extend_from_slice(b"0x");
         push_hex(line, event.skb, 1);
-        format::pad(line, 0, 18);
-        number(line, event.head.cpu.into(), 3);
-        let start = line.len();
-        event.head.push_process(line);
-        pad(line, start, &mut self.widths.process);
+        format::pad(line, start, 18);
+        let cpu = event.head.cpu;
+        number(line, cpu.into(), 3);
+        let (head, width) = (&event.head, &mut self.widths.process);
+        self.last
+            .process
+            .push(line, cpu, (head.comm, head.tgid), width, |line, width| {
+                let start = line.len();
+                head.push_process(line);
+                pad(line, start, width);
+            });
         self.time(line, event.head.ts, since);
         if let Some(packet) = event.packet {
             let start = line.len();
@@ -257,29 +266,13 @@ impl Presenter {
             line.resize(line.len() + self.widths.owner + 1, b' ');
         }
         if let (true, Some(m)) = (self.meta, &event.meta) {
-            let start = line.len();
             match self.extras.netns(m.netns) {
-                Some(name) => push_escaped(line, name.as_bytes()),
-                None => push_dec(line, m.netns.into()),
+                Some(name) => push_meta(line, m, Some(name), &mut self.widths),
+                None => {
+                    let push = |line: &mut _, widths: &mut _| push_meta(line, m, None, widths);
+                    (self.last.meta).push(line, cpu, m.clone(), &mut self.widths, push);
+                }
             }
-            pad(line, start, &mut self.widths.netns);
-            let start = line.len();
-            push_hex(line, m.mark.into(), 1);
-            format::pad(line, start, 8);
-            let start = line.len();
-            if m.ifindex != 0 {
-                push_escaped(line, &m.ifname);
-                line.push(b':');
-                push_dec(line, m.ifindex.into());
-            } else {
-                line.push(b'-');
-            }
-            pad(line, start, &mut self.widths.iface);
-            line.extend_from_slice(b"0x");
-            push_hex(line, m.protocol.into(), 4);
-            line.push(b' ');
-            number(line, m.mtu.into(), 5);
-            number(line, m.len.into(), 5);
         }
         if self.meta && event.meta.is_none() {
             let blank = self.widths.netns + self.widths.iface + 8 + 6 + 5 + 5 + 6;
@@ -289,16 +282,19 @@ impl Presenter {
             line.resize(line.len() + self.widths.tuple + 1, b' ');
         }
         if let (true, Some(tuple)) = (self.tuple, &event.tuple) {
-            let start = line.len();
-            self.push_tuple(line, tuple.as_ref());
-            pad(line, start, &mut self.widths.tuple);
+            let (flags, width) = (self.tcp_flags, &mut self.widths.tuple);
+            (self.last.tuple).push(line, cpu, *tuple, width, |line, width| {
+                let start = line.len();
+                push_tuple(line, tuple.as_ref(), flags);
+                pad(line, start, width);
+            });
         }
         if self.tunnel && event.tunnel.is_none() {
             line.resize(line.len() + self.widths.tunnel + 1, b' ');
         }
         if let Some(inner) = &event.tunnel {
             let start = line.len();
-            self.push_tuple(line, inner.as_ref());
+            push_tuple(line, inner.as_ref(), self.tcp_flags);
             pad(line, start, &mut self.widths.tunnel);
         }
         self.place(line, event);
@@ -324,9 +320,10 @@ impl Presenter {
 
     /// The members that were read, and whether they are of an XDP packet.
     fn members(&self, event: &Event) -> Option<(MemberValues<'_>, bool)> {
+        let read = event.members?;
         let program = self.programs.get(&event.func);
         let xdp = event.program.is_some() && program.is_some_and(|p| p.kind == Kind::Xdp);
-        let values = self.members[usize::from(xdp)].values(event.members?);
+        let values = self.members[usize::from(xdp)].values(read);
         Some((values.collect(), xdp))
     }
 
@@ -336,19 +333,6 @@ impl Presenter {
                 Some(number) => write!(line, " {path}={number}"),
                 None => write!(line, " {path}=-"),
             };
-        }
-    }
-
-    fn push_tuple(&self, line: &mut Vec<u8>, tuple: Option<&Tuple>) {
-        let Some(t) = tuple else {
-            line.push(b'-');
-            return;
-        };
-        t.push(line);
-        if self.tcp_flags && t.proto == 6 && !t.fragment {
-            // Behind the protocol, within its bracket.
-            line.pop();
-            let _ = write!(line, ",{})", TcpFlags(t.tcp_flags));
         }
     }
 
@@ -471,7 +455,13 @@ impl Presenter {
         }
     }
 
-    fn row(&mut self, event: &Event, late: bool, since: Option<u64>, shown: Shown) -> Row<'_> {
+    fn row<'a>(
+        &'a mut self,
+        event: &'a Event,
+        late: bool,
+        since: Option<u64>,
+        shown: Shown,
+    ) -> Row<'a> {
         let reason = event.reason.filter(|_| self.reasons.any());
         let owner = event.owner.as_ref().map(|owner| {
             let owner = owner.as_ref()?;
@@ -518,6 +508,46 @@ impl Presenter {
             out.line(|b| b.extend_from_slice(&text))?;
         }
         out.flush()
+    }
+}
+
+/// The columns from NETNS to LEN; `name`: that of the namespace, where it is shown in place of its inode.
+fn push_meta(line: &mut Vec<u8>, m: &Meta, name: Option<&str>, widths: &mut Widths) {
+    let start = line.len();
+    match name {
+        Some(name) => push_escaped(line, name.as_bytes()),
+        None => push_dec(line, m.netns.into()),
+    }
+    pad(line, start, &mut widths.netns);
+    let start = line.len();
+    push_hex(line, m.mark.into(), 1);
+    format::pad(line, start, 8);
+    let start = line.len();
+    if m.ifindex != 0 {
+        push_escaped(line, &m.ifname);
+        line.push(b':');
+        push_dec(line, m.ifindex.into());
+    } else {
+        line.push(b'-');
+    }
+    pad(line, start, &mut widths.iface);
+    line.extend_from_slice(b"0x");
+    push_hex(line, m.protocol.into(), 4);
+    line.push(b' ');
+    number(line, m.mtu.into(), 5);
+    number(line, m.len.into(), 5);
+}
+
+fn push_tuple(line: &mut Vec<u8>, tuple: Option<&Tuple>, tcp_flags: bool) {
+    let Some(t) = tuple else {
+        line.push(b'-');
+        return;
+    };
+    t.push(line);
+    if tcp_flags && t.proto == 6 && !t.fragment {
+        // Behind the protocol, within its bracket.
+        line.pop();
+        let _ = write!(line, ",{})", TcpFlags(t.tcp_flags));
     }
 }
 
