@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Case> {
         case("skb_track_fragments", fragments).trace(),
         case("skb_track_dnat", dnat).trace().program("nft"),
         case("skb_track_clones", clones).trace(),
+        case("skb_track_entries_go", entries_go).trace(),
         case("skb_track_stack_ends", stack_ends)
             .trace()
             .program("nft"),
@@ -314,5 +315,38 @@ fn clones() -> Result<()> {
     let ends = rows.iter().filter(|r| r["func"] == "skb_consume_udp");
     let skbs: HashSet<&str> = ends.map(|r| text(r, "skb")).collect();
     ensure!(skbs.len() == 2, "no clone: {skbs:?}\n{done}");
+    Ok(())
+}
+
+/// Thousands of packets through a map of a few: read by a socket, dropped, and TCP's with their clones. None stays in the map.
+fn entries_go() -> Result<()> {
+    const TIMES: usize = 1500;
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let socket = net.server.udp_bind(net.server.v4(0))?;
+    let server = net.server.tcp_listen(net.server.v4(0))?;
+    let probe = Netprobe::new("skb")
+        .args(["--filter-track-skb", "--track-entries", "256"])
+        .args(["--filter-func", "ip_rcv", "--output-meta=false"])
+        .args(["--filter-netns", net.server.name()])
+        .start()?;
+    let from = net.client.udp_bind(net.client.v4(0))?;
+    let nobody = net.client.udp_bind(net.client.v4(0))?;
+    for _ in 0..TIMES {
+        from.send_to(b"read", socket.local_addr()?)?;
+        socket.recv_from(&mut [0; 16])?;
+        let _ = nobody.send_to(b"dropped", net.server.v4(9));
+    }
+    let mut stream = net.client.tcp_connect(server.address(), deadline())??;
+    for _ in 0..TIMES / 5 {
+        stream.write_all(&[7; 1000])?;
+        std::io::Read::read_exact(&mut stream, &mut [0; 1000])?;
+    }
+    probe.wait_lines("the packets", |text| {
+        (text.matches(" ip_rcv").count() >= 2 * TIMES).then_some(())
+    })?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    ensure!(!done.stderr.contains("full map"), "{}", done.stderr);
     Ok(())
 }
