@@ -2,7 +2,8 @@
 //!
 //! Reads BTF through libbpf (vmlinux and, by split BTF, modules). Kind numbers and layouts: include/uapi/linux/btf.h.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString};
 use std::path::Path;
 use std::ptr::NonNull;
@@ -33,6 +34,17 @@ const INT_SIGNED: u32 = 1 << 24;
 /// Where vmlinux and the modules show their BTF.
 const SYSFS: &str = "/sys/kernel/btf";
 
+/// Names that are asked for at almost every start.
+const COMMON: [&str; 7] = [
+    "__kernel_sockaddr_storage",
+    "bpf_rdonly_cast",
+    "fprobe",
+    "sk_buff",
+    "skb_drop_reason",
+    "skb_drop_reason_subsys",
+    "udp_recvmsg",
+];
+
 /// A function that takes a pointer to a struct.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
@@ -53,6 +65,8 @@ pub struct Function {
 #[derive(Debug)]
 pub struct Btf {
     raw: NonNull<sys::btf>,
+    /// ids of the types that have a name which was asked for
+    named: RefCell<BTreeMap<String, Vec<u32>>>,
     /// first type id that is not the base's
     first: u32,
     module: Option<String>,
@@ -81,6 +95,7 @@ impl Btf {
                     std::io::Error::last_os_error()
                 )
             })?,
+            named: RefCell::default(),
             first: 1,
             module: None,
         })
@@ -98,6 +113,7 @@ impl Btf {
                     std::io::Error::last_os_error()
                 )
             })?,
+            named: RefCell::default(),
             first: self.count(),
             module: Some(name.to_string()),
         })
@@ -368,12 +384,26 @@ impl Btf {
     }
 
     fn ids_where(&self, name: &str, kind: impl Fn(u32) -> bool) -> Vec<u32> {
-        (self.first..self.count())
-            .filter(|&id| {
-                self.get(id).is_some_and(|t| {
-                    kind(t.kind()) && self.str(t.name_off).to_bytes() == name.as_bytes()
-                })
-            })
+        let mut named = self.named.borrow_mut();
+        if !named.contains_key(name) {
+            // A pass over all types costs 5 million instructions: the names that most runs ask for are looked for in one.
+            for name in COMMON.into_iter().chain([name]) {
+                named.entry(name.to_owned()).or_default();
+            }
+            for id in self.first..self.count() {
+                let Some(t) = self.get(id).filter(|t| t.name_off != 0) else {
+                    continue;
+                };
+                let bytes = self.str(t.name_off).to_bytes();
+                if let Some((_, ids)) = named.iter_mut().find(|(n, _)| n.as_bytes() == bytes) {
+                    if !ids.contains(&id) {
+                        ids.push(id);
+                    }
+                }
+            }
+        }
+        let ids = named.get(name).into_iter().flatten().copied();
+        ids.filter(|&id| self.get(id).is_some_and(|t| kind(t.kind())))
             .collect()
     }
 

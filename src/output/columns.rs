@@ -11,10 +11,11 @@ pub fn pad(line: &mut Vec<u8>, start: usize, width: &mut usize) {
     format::pad(line, start, *width);
 }
 
-/// CPUs with a text of their own in an [`Again`]; a power of two.
-const SLOTS: usize = 64;
+/// Texts that an [`Again`] remembers.
+const SLOTS: usize = 256;
 
-/// The last text of each CPU and what it was made of: what comes again is copied, which costs a tenth of making it. `W`: the widths
+/// Texts and what they were made of, each in the place that a hash says: what comes again is copied, which costs a tenth of making
+/// it. `W`: the widths
 /// of the columns that the text fills.
 pub struct Again<K, W> {
     slots: Vec<Option<(K, W, Vec<u8>)>>,
@@ -29,16 +30,17 @@ impl<K, W> Default for Again<K, W> {
 }
 
 impl<K: PartialEq, W: PartialEq + Copy> Again<K, W> {
-    /// Appends the text of `key` to `line`: `make` writes it where it is not the CPU's last one, or where columns have grown since.
+    /// Appends the text of `key` to `line`: `make` writes it where it is not the last one of this `hash` (of its 8 lowest bits), or
+    /// where columns have grown since.
     pub fn push(
         &mut self,
         line: &mut Vec<u8>,
-        cpu: u16,
+        hash: u64,
         key: K,
         widths: &mut W,
         make: impl FnOnce(&mut Vec<u8>, &mut W),
     ) {
-        let slot = &mut self.slots[usize::from(cpu) % SLOTS];
+        let slot = &mut self.slots[hash as usize % SLOTS];
         match slot {
             Some((last, then, text)) if *last == key && *then == *widths => {
                 line.extend_from_slice(text);
@@ -89,8 +91,8 @@ mod tests {
     fn again_until_the_key_or_a_width_changes() {
         let (mut again, mut width, mut made) = (Again::default(), 2, 0);
         let mut line = Vec::new();
-        for (cpu, key) in [(0, "a"), (0, "a"), (1, "a"), (0, "bcd"), (1, "a"), (1, "a")] {
-            again.push(&mut line, cpu, key, &mut width, |line, width| {
+        for (hash, key) in [(0, "a"), (0, "a"), (1, "a"), (0, "bcd"), (1, "a"), (1, "a")] {
+            again.push(&mut line, hash, key, &mut width, |line, width| {
                 made += 1;
                 let start = line.len();
                 line.extend_from_slice(key.as_bytes());

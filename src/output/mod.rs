@@ -101,8 +101,21 @@ impl Output {
 
     /// An event as one JSON object.
     pub fn json_event(&mut self, value: &impl Serialize) -> Result<Flow> {
+        self.json_event_seen(value, |_| ())
+    }
+
+    /// The same; `seen` is shown the line.
+    pub fn json_event_seen(
+        &mut self,
+        value: &impl Serialize,
+        seen: impl FnOnce(&[u8]),
+    ) -> Result<Flow> {
         let mut error = None;
-        let flow = self.event(|b| error = json::push(b, value).err())?;
+        let flow = self.event(|b| {
+            let start = b.len();
+            error = json::push(b, value).err();
+            seen(&b[start..]);
+        })?;
         error.map_or(Ok(flow), |e| Err(e).context("failed to write JSON"))
     }
 

@@ -72,6 +72,20 @@ pub struct Event {
     pub stack: Option<Vec<u64>>,
 }
 
+impl Event {
+    /// 8 bits that are the same of events with the same CPU, meta and tuple, and mostly not of others.
+    pub fn like(&self) -> u64 {
+        let meta = self.meta.as_ref().map_or(0, |m| {
+            let device = u64::from(m.netns) << 20 ^ u64::from(m.ifindex) << 16;
+            device ^ u64::from(m.len) ^ u64::from(m.protocol) << 40
+        });
+        let tuple = self.tuple.flatten().map_or(0, |t| {
+            u64::from(t.sport) << 32 ^ u64::from(t.dport) << 8 ^ u64::from(t.tcp_flags)
+        });
+        (meta ^ tuple ^ u64::from(self.head.cpu)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56
+    }
+}
+
 /// What a BPF program does with a map.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MapCall {

@@ -56,6 +56,11 @@ impl Extras {
         })
     }
 
+    /// Names of namespaces were asked for.
+    pub fn names_netns(&self) -> bool {
+        self.netns.is_some()
+    }
+
     /// The name of a namespace, where names were asked for and it has one.
     pub fn netns(&mut self, inode: u32) -> Option<&str> {
         self.netns.as_mut()?.of(inode)

@@ -7,6 +7,7 @@ mod extras;
 mod helpers;
 mod hooks;
 mod json;
+mod json_again;
 mod members;
 mod present;
 mod probes;

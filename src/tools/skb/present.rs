@@ -23,6 +23,7 @@ use super::args::{Args, Timestamp};
 use super::decode::{Event, Meta, Owner};
 use super::extras::{Extras, Shown, cb_words};
 use super::json::{Frame, LossRow, MapRow, NftRow, OwnerRow, ProgramRow, Row, packet_name};
+use super::json_again::{Tails, When};
 use super::members::Members;
 use super::programs::{Kind, Program};
 
@@ -52,6 +53,7 @@ pub struct Presenter {
     last_seen: HashMap<u64, u64>,
     widths: Widths,
     last: Last,
+    tails: Tails,
 }
 
 /// What the last events had: those of a CPU are mostly of one packet, which differs in little from function to function.
@@ -112,6 +114,7 @@ impl Presenter {
                 tunnel: 36,
             },
             last: Last::default(),
+            tails: Tails::default(),
         })
     }
 
@@ -201,10 +204,32 @@ impl Presenter {
         let since = self.since_last(event);
         let shown = self.extras.show(event)?;
         if out.json() {
-            let row = self.row(event, late, since, shown);
-            return out.json_event(&row);
+            return self.json(out, event, late, since, shown);
         }
         out.event(|line| self.text(line, event, late, since, &shown))
+    }
+
+    fn json(
+        &mut self,
+        out: &mut Output,
+        event: &Event,
+        late: bool,
+        since: Option<u64>,
+        shown: Shown,
+    ) -> Result<Flow> {
+        // A namespace may get its name later.
+        let known = self.tails.of(event).filter(|_| !self.extras.names_netns());
+        if let Some(tail) = known {
+            let wall = self.clock.wall(event.head.ts);
+            let when = When { wall, since, late };
+            let name = self.name(event.func);
+            return out.event(|line| tail.push(line, event, when, name));
+        }
+        let mut tails = std::mem::take(&mut self.tails);
+        let row = self.row(event, late, since, shown);
+        let flow = out.json_event_seen(&row, |line| tails.learn(event, line));
+        self.tails = tails;
+        flow
     }
 
     /// ns since the last event of the same skb; 0 with its first.
@@ -235,12 +260,12 @@ impl Presenter {
         line.extend_from_slice(b"0x");
         push_hex(line, event.skb, 1);
         format::pad(line, start, 18);
-        let cpu = event.head.cpu;
-        number(line, cpu.into(), 3);
+        number(line, event.head.cpu.into(), 3);
+        let like = event.like();
         let (head, width) = (&event.head, &mut self.widths.process);
         self.last
             .process
-            .push(line, cpu, (head.comm, head.tgid), width, |line, width| {
+            .push(line, like, (head.comm, head.tgid), width, |line, width| {
                 let start = line.len();
                 head.push_process(line);
                 pad(line, start, width);
@@ -270,7 +295,7 @@ impl Presenter {
                 Some(name) => push_meta(line, m, Some(name), &mut self.widths),
                 None => {
                     let push = |line: &mut _, widths: &mut _| push_meta(line, m, None, widths);
-                    (self.last.meta).push(line, cpu, m.clone(), &mut self.widths, push);
+                    (self.last.meta).push(line, like, m.clone(), &mut self.widths, push);
                 }
             }
         }
@@ -283,7 +308,7 @@ impl Presenter {
         }
         if let (true, Some(tuple)) = (self.tuple, &event.tuple) {
             let (flags, width) = (self.tcp_flags, &mut self.widths.tuple);
-            (self.last.tuple).push(line, cpu, *tuple, width, |line, width| {
+            (self.last.tuple).push(line, like, *tuple, width, |line, width| {
                 let start = line.len();
                 push_tuple(line, tuple.as_ref(), flags);
                 pad(line, start, width);

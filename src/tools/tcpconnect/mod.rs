@@ -37,20 +37,24 @@ pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
     let filter = args.filter.resolve()?;
     log::init(args.verbose());
-    let features = Features::detect();
+    let btf = Btf::vmlinux(None);
+    let features = Features::with(btf.as_ref().ok());
     features.require_tracing("tcpconnect")?;
-    let btf = Btf::vmlinux(None)?;
+    let btf = btf?;
     let reasons = btf.enum_values("skb_drop_reason");
+    let recv_args = btf.argument_count("udp_recvmsg");
+    let mut pairs = probes::pairs(&features, &btf).into_iter().peekable();
+    // Libbpf reads it again to load the programs: not two of some 6 MB at a time.
+    drop(btf);
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
     let mut storages = [const { MaybeUninit::uninit() }; 3];
     let mut storages = storages.iter_mut();
-    let mut pairs = probes::pairs(&features, &btf).into_iter().peekable();
     let (skel, drain, mut attached) = loop {
         let (Some(pair), Some(storage)) = (pairs.next(), storages.next()) else {
             bail!("no way to see the return of connect");
         };
-        match start(args, &filter, &features, &btf, pair, storage) {
+        match start(args, &filter, &features, recv_args, pair, storage) {
             Ok(started) => break started,
             Err(e) if e.is::<UsageError>() || pairs.peek().is_none() => return Err(e),
             // DNS needs fexit programs in any case: the last way would hide why there are none.
@@ -101,11 +105,11 @@ fn start<'a>(
     args: &Args,
     filter: &Filter,
     features: &Features,
-    btf: &Btf,
+    recv_args: Option<usize>,
     pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<(TcpconnectSkel<'a>, Drain, Attached)> {
-    let skel = probes::load(args, filter, features, btf, pair, storage)?;
+    let skel = probes::load(args, filter, features, recv_args, pair, storage)?;
     let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
     let attached = probes::attach(args, pair, &skel)?;
     Ok((skel, drain, attached))

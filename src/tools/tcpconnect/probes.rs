@@ -51,7 +51,7 @@ pub fn load<'a>(
     args: &Args,
     filter: &Filter,
     features: &Features,
-    btf: &Btf,
+    recv_args: Option<usize>,
     pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<TcpconnectSkel<'a>> {
@@ -77,7 +77,7 @@ pub fn load<'a>(
         comm: filter.comm,
         version: filter.version,
     };
-    if let Some(n) = btf.argument_count("udp_recvmsg") {
+    if let Some(n) = recv_args {
         rodata.recv_args = n as u32;
     }
     set_programs(args, pair, &mut open);
