@@ -31,6 +31,7 @@ const PWRU: &str = "pwru";
 const CAPTURE: &str = "captured";
 /// Perf buffers that hold a whole burst while the tool is held.
 const LARGE: &str = "--buffer-pages 4096";
+const RINGBUF: &str = "--transport ringbuf";
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -71,7 +72,10 @@ fn run(scenarios: &[String]) -> Result<()> {
             "rate" => bench.rate("netprobe", netprobe_capture),
             "rate-tcpdump" => bench.rate("tcpdump", || tcpdump("udp")),
             "rate-xdp-tools" => bench.rate("xdp-tools", xdp_tools),
-            "quiet" => bench.quiet(),
+            "quiet" => bench.quiet("perf", ""),
+            "ringbuf" => bench
+                .matching("ringbuf", RINGBUF)
+                .and_then(|()| bench.quiet("ringbuf", RINGBUF)),
             "profile" => bench.profile(),
             "record" => record::print(&bench.net),
             other => bail!("unknown scenario {other}"),
@@ -238,10 +242,10 @@ impl Bench {
     }
 
     /// From a lone packet on a quiet system to its line.
-    fn quiet(&mut self) -> Result<()> {
+    fn quiet(&mut self, name: &str, flags: &str) -> Result<()> {
         let tool = Tool::with_ready_file(
             &format!(
-                "{NETPROBE} skb --filter-proto udp --filter-dst-port {}",
+                "{NETPROBE} skb --filter-proto udp --filter-dst-port {} {flags}",
                 net::PORT
             ),
             LIMIT,
@@ -257,7 +261,7 @@ impl Bench {
             }
             worst = worst.max(monotonic_ns()? - start);
         }
-        say("quiet.worst", worst);
+        say(&format!("quiet.{name}"), worst);
         tool.stop()?;
         Ok(())
     }

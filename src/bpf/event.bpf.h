@@ -15,6 +15,44 @@ struct {
 	__uint(value_size, sizeof(__u32));
 } events SEC(".maps");
 
+#ifdef NP_RINGBUF
+/* --transport ringbuf (kernels from 5.8): bytes in a ring that wake its reader; 0: perf buffers. */
+const volatile __u32 np_ring_wakeup = 0;
+
+struct np_ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+};
+
+/* A ring for each CPU, made by user space: one for all would be one lock for all. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct np_ring);
+} rings SEC(".maps");
+
+/*
+ * The reader is woken when the ring comes to be as full as it wants, not for
+ * each record: it looks by itself now and then.
+ */
+static __always_inline long np_ring_output(void *data, __u64 len)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	void *ring = bpf_map_lookup_elem(&rings, &cpu);
+	__u64 there;
+
+	if (!ring)
+		return -1;
+	there = bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA);
+	return bpf_ringbuf_output(ring, data, len,
+				  there < np_ring_wakeup &&
+						  there + len >= np_ring_wakeup
+					  ? BPF_RB_FORCE_WAKEUP
+					  : BPF_RB_NO_WAKEUP);
+}
+#endif
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -63,7 +101,13 @@ static __always_inline long np_output(void *ctx, struct np_head *head,
 	long err;
 
 	head->len = len;
-	err = bpf_perf_event_output(ctx, &events, BPF_F_CURRENT_CPU, head, len);
+#ifdef NP_RINGBUF
+	if (np_ring_wakeup)
+		err = np_ring_output(head, len);
+	else
+#endif
+		err = bpf_perf_event_output(ctx, &events, BPF_F_CURRENT_CPU,
+					    head, len);
 	if (count) {
 		count->sent++;
 		if (err)

@@ -16,6 +16,7 @@
 #include "packet.h"
 #include "compat.bpf.h"
 #include "config.bpf.h"
+#define NP_RINGBUF
 #include "event.bpf.h"
 #include "filter.bpf.h"
 #include "packet.bpf.h"

@@ -10,6 +10,7 @@
 #include "skb.h"
 #include "compat.bpf.h"
 #include "config.bpf.h"
+#define NP_RINGBUF
 #include "event.bpf.h"
 #include "filter.bpf.h"
 #include "members.bpf.h"

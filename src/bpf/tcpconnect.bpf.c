@@ -15,6 +15,7 @@
 #include "packet.h"
 #include "tcpconnect.h"
 #include "compat.bpf.h"
+#define NP_RINGBUF
 #include "event.bpf.h"
 #include "packet.bpf.h"
 #include "dns.bpf.h"

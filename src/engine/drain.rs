@@ -3,7 +3,8 @@
 //! One thread, or one per group of CPUs. A round: wait until a buffer is a quarter full or 50 ms have passed, note the
 //! time, take all that is in the buffers, send it as one [`Batch`] with a watermark. So no system call per event, and a line
 //! within 100 ms on a quiet system. A full channel blocks the thread; then the kernel's buffers fill, and what they refuse is
-//! counted where it happens, in the BPF program (`np_stats`). How a buffer is read is [`super::perf`]'s business.
+//! counted where it happens, in the BPF program (`np_stats`). How a buffer is read is the business of
+//! [`super::perf`] and [`super::ringbuf`].
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::perf::PerfBuffers;
+use super::ringbuf::RingBuffers;
 
 /// The longest that an event waits in a buffer that is not filling, in ms.
 pub const POLL_MS: u16 = 50;
@@ -93,6 +95,49 @@ pub struct BufferOptions {
     pub wakeup: u32,
 }
 
+/// The map that a tool's programs write to.
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
+    /// a perf event array
+    Perf(BorrowedFd<'a>),
+    /// an array with room for a ring buffer of each CPU
+    Rings(BorrowedFd<'a>),
+}
+
+impl<'a> From<BorrowedFd<'a>> for Source<'a> {
+    fn from(map: BorrowedFd<'a>) -> Self {
+        Self::Perf(map)
+    }
+}
+
+enum Buffers {
+    Perf(PerfBuffers),
+    Rings(RingBuffers),
+}
+
+impl Buffers {
+    fn open(source: Source<'_>, options: BufferOptions, cpus: Vec<i32>) -> Result<Self> {
+        Ok(match source {
+            Source::Perf(map) => Self::Perf(PerfBuffers::open(map.as_raw_fd(), options, cpus)?),
+            Source::Rings(map) => Self::Rings(RingBuffers::open(map.as_raw_fd(), options, cpus)?),
+        })
+    }
+
+    fn wait(&self) -> Result<()> {
+        match self {
+            Self::Perf(buffers) => buffers.wait(),
+            Self::Rings(buffers) => buffers.wait(),
+        }
+    }
+
+    fn consume(&mut self, batch: &mut Batch) {
+        match self {
+            Self::Perf(buffers) => buffers.consume(batch),
+            Self::Rings(buffers) => buffers.consume(batch),
+        }
+    }
+}
+
 /// The drain threads of a session.
 pub struct Drain {
     pub batches: Receiver<Batch>,
@@ -102,8 +147,9 @@ pub struct Drain {
 }
 
 impl Drain {
-    /// Opens the buffers of the perf event array `map` and starts to drain them.
-    pub fn start(map: BorrowedFd<'_>, options: BufferOptions) -> Result<Self> {
+    /// Opens the buffers of `source` and starts to drain them.
+    pub fn start<'a>(source: impl Into<Source<'a>>, options: BufferOptions) -> Result<Self> {
+        let source = source.into();
         if !options.pages.is_power_of_two() {
             return Err(super::usage(format!(
                 "buffer of {} pages: the number must be a power of two",
@@ -122,7 +168,7 @@ impl Drain {
         };
         for group in 0..groups {
             let mine: Vec<i32> = cpus.iter().copied().skip(group).step_by(groups).collect();
-            let buffer = PerfBuffers::open(map.as_raw_fd(), options, mine)?;
+            let buffer = Buffers::open(source, options, mine)?;
             let (back, recycled) = unbounded();
             let (tx, stop) = (tx.clone(), stop.clone());
             drain.recycle.push(back);
@@ -167,7 +213,7 @@ impl Drain {
 }
 
 fn drain_loop(
-    mut buffer: PerfBuffers,
+    mut buffer: Buffers,
     group: usize,
     tx: &Sender<Batch>,
     recycled: &Receiver<Batch>,
@@ -199,6 +245,14 @@ pub fn monotonic_ns() -> Result<u64> {
     let t = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .context("failed to read the clock")?;
     Ok(t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+}
+
+/// Bytes of a page of memory.
+pub fn page_size() -> usize {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .map_or(4096, |n| n as usize)
 }
 
 /// CPUs that are online (/sys/devices/system/cpu/online, a list such as `0-3,5`).

@@ -83,7 +83,7 @@ impl Loss {
                 .map(|(cpu, n)| format!("cpu {cpu}: {n}"))
                 .collect();
             lines.push(format!(
-                "lost {} of {} events, the perf buffers were full ({}); a larger --buffer-pages or a narrower filter helps",
+                "lost {} of {} events, the buffers were full ({}); a larger --buffer-pages or a narrower filter helps",
                 self.lost,
                 self.sent,
                 cpus.join(", ")

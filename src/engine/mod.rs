@@ -9,6 +9,7 @@ pub mod merge;
 pub mod perf;
 pub mod pins;
 pub mod progress;
+pub mod ringbuf;
 pub mod session;
 pub mod signals;
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::drain::{Batch, BufferOptions, POLL_MS};
+use super::drain::{Batch, BufferOptions, POLL_MS, page_size};
 
 /// `struct perf_event_header`: u32 type, u16 misc, u16 size (of the whole record, a multiple of 8).
 const HEADER: usize = 8;
@@ -201,13 +201,6 @@ impl Drop for PerfBuffers {
         // SAFETY: made by perf_buffer__new_raw, freed once; the rings, which point into its mappings, go with this value.
         unsafe { sys::perf_buffer__free(self.pb.as_ptr()) };
     }
-}
-
-fn page_size() -> usize {
-    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
-        .ok()
-        .flatten()
-        .map_or(4096, |n| n as usize)
 }
 
 #[cfg(test)]

@@ -11,18 +11,22 @@ pub mod tcpconnect;
 pub mod xdpchain;
 pub mod xdpdump;
 
-use anyhow::Result;
+use std::os::fd::BorrowedFd;
 
-use crate::engine::drain::{BufferOptions, online_cpus};
+use anyhow::{Context, Result};
+use libbpf_rs::OpenMapMut;
 
-/// Pages of each CPU's perf buffer, unless the user asks for others.
+use crate::engine::drain::{BufferOptions, Source, online_cpus, page_size};
+use crate::engine::usage;
+
+/// Pages of each CPU's buffer, unless the user asks for others.
 const DEFAULT_PAGES: usize = 256;
 
-/// Flags of every tool that drains perf buffers.
+/// Flags of every tool that drains buffers.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
-    /// Pages of each CPU's perf buffer (a power of two); larger loses less in a burst, and takes memory
+    /// Pages of each CPU's buffer (a power of two); larger loses less in a burst, and takes memory
     /// (default: 256; xdpdump: up to 2048, by the number of CPUs)
     #[arg(long, value_name = "N")]
     pub buffer_pages: Option<usize>,
@@ -38,6 +42,66 @@ pub struct EngineArgs {
     /// Show libbpf's log
     #[arg(long)]
     pub verbose: bool,
+}
+
+/// How events come out of the kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Transport {
+    /// perf buffers, one a CPU
+    #[default]
+    Perf,
+    /// BPF ring buffers, one a CPU: cheaper in the kernel by a third; kernels from 5.8
+    Ringbuf,
+}
+
+/// The flag of tools that can do both.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+#[command(next_help_heading = "Engine")]
+pub struct TransportArgs {
+    /// How events come out of the kernel
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: Transport,
+}
+
+impl TransportArgs {
+    /// Flags that contradict each other.
+    pub fn check(self, engine: &EngineArgs) -> Result<()> {
+        if self.transport == Transport::Ringbuf && engine.perf_wakeup.is_some() {
+            return Err(usage(
+                "--perf-wakeup: there are no perf buffers with --transport ringbuf",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What the programs' `np_ring_wakeup` is set to: a quarter of a ring; 0 with perf buffers.
+    pub fn wakeup(self, engine: &EngineArgs) -> u32 {
+        match self.transport {
+            Transport::Perf => 0,
+            Transport::Ringbuf => (engine.buffer().pages * page_size() / 4) as u32,
+        }
+    }
+
+    /// Makes room in the map `rings`, or has none made, so that kernels before 5.8 are not asked for one.
+    pub fn prepare(self, rings: &mut OpenMapMut<'_>) -> Result<()> {
+        if self.transport == Transport::Perf {
+            return rings
+                .set_autocreate(false)
+                .context("failed to leave out the ring buffers");
+        }
+        let cpus = online_cpus()?.into_iter().max().unwrap_or(0) + 1;
+        rings
+            .set_max_entries(cpus as u32)
+            .context("failed to set the size of a map")
+    }
+
+    /// The map that events come through.
+    pub fn source<'a>(self, events: BorrowedFd<'a>, rings: BorrowedFd<'a>) -> Source<'a> {
+        match self.transport {
+            Transport::Perf => Source::Perf(events),
+            Transport::Ringbuf => Source::Rings(rings),
+        }
+    }
 }
 
 impl EngineArgs {

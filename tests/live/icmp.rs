@@ -325,9 +325,10 @@ fn flood() -> Result<()> {
     const COUNT: u64 = 2000;
     let net = pair()?;
     // Large buffers lose nothing, small ones do: either way the figures agree.
-    for pages in ["256", "1"] {
+    for (pages, transport) in [("256", "perf"), ("1", "perf"), ("256", "ringbuf")] {
         let probe = Netprobe::new("icmp")
             .args(["--output-json", "--buffer-pages", pages, "--stages=false"])
+            .args(["--transport", transport])
             .start()?;
         let told = net
             .client
@@ -348,7 +349,7 @@ fn flood() -> Result<()> {
         });
         ensure!(
             seqs.len() as u64 + lost == COUNT,
-            "{pages} pages: {} seen + {lost} lost is not {COUNT}: {}",
+            "{pages} pages, {transport}: {} seen + {lost} lost is not {COUNT}: {}",
             seqs.len(),
             done.stderr
         );

@@ -13,6 +13,7 @@ use crate::skb::{FUNCS, netfilter_reason, pins_of, skb};
 pub fn cases() -> Vec<Case> {
     vec![
         case("skb_flood_seen_and_lost", flood).trace(),
+        case("skb_flood_ringbuf", flood_ringbuf).trace(),
         // Kernels count such misses from 6.7 on.
         case("skb_missed_is_told", missed).trace().kernel(6, 7),
         case("skb_limit_ends_the_run", limit).trace(),
@@ -36,12 +37,39 @@ const FLOOD: u64 = 100_000;
 
 /// Through a buffer of one page: what is printed and what is lost add up to what the kernel sent.
 fn flood() -> Result<()> {
+    flood_by("perf")
+}
+
+/// The same of ring buffers, and that a lone line does not wait for others.
+fn flood_ringbuf() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let run = Netprobe::new("skb")
+        .args(["--filter-func", "ip_output", "--filter-dst-port", "4000"])
+        .args(["--transport", "ringbuf"])
+        .start()?;
+    for lines in 2..4 {
+        net.client.udp_send(net.server.v4(4000), b"hello")?;
+        run.wait_lines("a lone line", |text| {
+            (text.lines().count() == lines).then_some(())
+        })?;
+    }
+    run.stop()?.expect_success()?;
+    let usage = Netprobe::new("skb")
+        .args(["--transport", "ringbuf", "--perf-wakeup", "1"])
+        .run()?;
+    usage.expect_code(2)?;
+    flood_by("ringbuf")
+}
+
+fn flood_by(transport: &str) -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     let run = Netprobe::new("skb")
         .args(["--filter-func", "ip_output", "--filter-dst-port", "4000"])
         .args(["--output-json", "--buffer-pages", "1"])
         .args(["--drain-threads", "2"])
+        .args(["--transport", transport])
         .start()?;
     net.client.enter(|| -> Result<()> {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
@@ -73,7 +101,7 @@ fn flood() -> Result<()> {
         number(loss, "sent") + number(loss, "missed") >= FLOOD,
         "{loss}"
     );
-    done.expect_stderr("perf buffers were full")?;
+    done.expect_stderr("the buffers were full")?;
     done.expect_stderr("cpu ")
 }
 

@@ -628,6 +628,9 @@ fn limit() -> Result<()> {
             "2",
             "-p",
             &me(),
+            // Events come by ring buffers in the same way.
+            "--transport",
+            "ringbuf",
         ])
         .start()?;
     for _ in 0..2 {

@@ -5,9 +5,9 @@ use clap::ValueEnum;
 
 use crate::bpf::skb::types::np_config;
 use crate::output::OutputArgs;
-use crate::tools::EngineArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
+use crate::tools::{EngineArgs, TransportArgs};
 
 /// What a time stamp counts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -98,6 +98,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub engine: EngineArgs,
+
+    #[command(flatten)]
+    pub transport: TransportArgs,
 }
 
 /// Filters by field. Source and destination are those of the request.

@@ -40,6 +40,7 @@ use consumer::Session;
 pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
     let config = args.filter.config()?;
+    args.transport.check(&args.engine)?;
     let filters = args.expression.filters()?;
     log::init(args.engine.verbose);
     let features = Features::detect();
@@ -61,7 +62,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     set_config(&skel, &config)?;
 
-    let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
+    let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
+    let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
     let attached = probes::attach(&skel, args)?;
     eprintln!("netprobe: {}", attached.summary());
     let mut session = Session::new(args, reasons, &mut out)?;
@@ -108,6 +110,7 @@ fn load<'a>(
         .as_mut()
         .context("the BPF object has no .rodata")?;
     rodata.use_cast = u8::from(features.rdonly_cast);
+    rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
     rodata.with_stages = u8::from(args.with_stages());
     rodata.with_sent = u8::from(args.sent);
     rodata.has_reason = u8::from(features.drop_reasons);
@@ -122,6 +125,7 @@ fn load<'a>(
         rodata.np_filter_vmemmap_base = pages.vmemmap_base;
         rodata.np_filter_page_offset_base = pages.page_offset_base;
     }
+    args.transport.prepare(&mut open.maps.rings)?;
     probes::prepare(&mut open, args);
     filters.inject(open.open_object_mut(), fields)?;
     open.load().map_err(|e| {

@@ -10,9 +10,9 @@ use crate::engine::usage;
 use crate::filter::members::Condition;
 use crate::kernel::btf::Btf;
 use crate::output::OutputArgs;
-use crate::tools::EngineArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
+use crate::tools::{EngineArgs, TransportArgs};
 
 /// SKB_SECTION_* of src/bpf/skb.h
 pub const SECTION_META: u32 = 1 << 0;
@@ -242,6 +242,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub engine: EngineArgs,
+
+    #[command(flatten)]
+    pub transport: TransportArgs,
 }
 
 impl Args {

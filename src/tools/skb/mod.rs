@@ -49,6 +49,7 @@ use track::Sweeper;
 pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
     let config = args.fields.config()?;
+    args.transport.check(&args.engine)?;
     let pattern = args.function_pattern()?;
     let filters = args.expression.filters()?;
     let xdp_members = args.xdp_members()?;
@@ -105,7 +106,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     set_config(&skel, &config)?;
 
-    let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
+    let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
+    let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
     let attached = plan.attach(&skel, &stop)?;
     eprintln!("netprobe: {}", attached.summary());
     let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
@@ -198,6 +200,7 @@ fn load<'a>(
         .as_mut()
         .context("the BPF object has no .rodata")?;
     rodata.use_cast = u8::from(features.rdonly_cast);
+    rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
     rodata.has_func_ip = u8::from(features.func_ip);
     rodata.has_reasons = u8::from(features.drop_reasons);
     rodata.sections = args.sections();
@@ -237,6 +240,7 @@ fn load<'a>(
     if args.output_nft {
         size(&mut open.maps.nft_ways, 4096)?;
     }
+    args.transport.prepare(&mut open.maps.rings)?;
     plan.prepare(&mut open);
     filters.inject(open.open_object_mut(), fields)?;
     open.load().map_err(|e| {

@@ -20,6 +20,7 @@ use crate::kernel::program::{self, Function, Loaded};
 use crate::kernel::trampoline::{self, Patch, Point, Target, Watch};
 use crate::kernel::{attach, xdp};
 use crate::output::escape::escaped;
+use crate::tools::Transport;
 
 use super::args::{
     Args, SECTION_CALLER, SECTION_CB, SECTION_MEMBERS, SECTION_NFT, SECTION_OWNER, SECTION_SHINFO,
@@ -283,6 +284,7 @@ impl<'a> Watcher<'a> {
             .as_mut()
             .context("the BPF object has no .rodata")?;
         rodata.use_cast = u8::from(features.rdonly_cast);
+        rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
         rodata.has_buff_len = u8::from(kind == Kind::Xdp && xdp::has_frags());
         let (left_out, members) = match kind {
             Kind::Tc => (OF_FUNCTIONS, watched.members),
@@ -310,6 +312,11 @@ impl<'a> Watcher<'a> {
             rodata.np_filter_page_offset_base = pages.page_offset_base;
         }
         share(&mut open, main)?;
+        match args.transport.transport {
+            Transport::Perf => open.maps.rings.set_autocreate(false),
+            Transport::Ringbuf => open.maps.rings.reuse_fd(main.maps.rings.as_fd()),
+        }
+        .context("failed to share a map between BPF objects")?;
         let (enter, leave) = kind.watchers();
         for mut p in open.open_object_mut().progs_mut() {
             let name = p.name().to_string_lossy().into_owned();

@@ -8,8 +8,8 @@ use crate::engine::usage;
 use crate::kernel::cgroup;
 use crate::kernel::netns::Netns;
 use crate::output::OutputArgs;
-use crate::tools::EngineArgs;
 use crate::tools::fields;
+use crate::tools::{EngineArgs, TransportArgs};
 
 /// TCP_FILTER_* of src/bpf/tcpconnect.h
 pub const PID: u32 = 1 << 0;
@@ -96,6 +96,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub engine: EngineArgs,
+
+    #[command(flatten)]
+    pub transport: TransportArgs,
 
     /// The same as --verbose
     #[arg(short = 'v', help_heading = "Engine")]

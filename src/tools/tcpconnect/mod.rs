@@ -35,6 +35,7 @@ use stacks::StackTable;
 
 pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
+    args.transport.check(&args.engine)?;
     let filter = args.filter.resolve()?;
     log::init(args.verbose());
     let btf = Btf::vmlinux(None);
@@ -110,7 +111,8 @@ fn start<'a>(
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<(TcpconnectSkel<'a>, Drain, Attached)> {
     let skel = probes::load(args, filter, features, recv_args, pair, storage)?;
-    let drain = Drain::start(skel.maps.events.as_fd(), args.engine.buffer())?;
+    let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
+    let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
     let attached = probes::attach(args, pair, &skel)?;
     Ok((skel, drain, attached))
 }

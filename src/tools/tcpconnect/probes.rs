@@ -64,6 +64,7 @@ pub fn load<'a>(
         .as_mut()
         .context("the BPF object has no .rodata")?;
     rodata.use_cast = u8::from(features.rdonly_cast);
+    rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
     rodata.has_drop_reason = u8::from(features.drop_reasons);
     rodata.mode = args.mode();
     rodata.filter = types::tcp_filter {
@@ -80,6 +81,7 @@ pub fn load<'a>(
     if let Some(n) = recv_args {
         rodata.recv_args = n as u32;
     }
+    args.transport.prepare(&mut open.maps.rings)?;
     set_programs(args, pair, &mut open);
     let theirs = Theirs::open(&args.filter)?;
     set_maps(args, pair, filter, &theirs, &mut open)?;
