@@ -15,8 +15,10 @@ STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 build: deps ## debug build
 	cargo build --locked
 
+# The whole program in one piece for the optimizer: a fifth smaller, and some minutes more than plain `cargo build --release`.
+WHOLE = CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 release: deps ## release build: target/release/netprobe (glibc stays dynamic)
-	cargo build --locked --release
+	$(WHOLE) cargo build --locked --release
 
 static: deps ## one file that runs anywhere: target/ARCH-unknown-linux-gnu/release/netprobe
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(STATIC_TARGET)
