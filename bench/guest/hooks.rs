@@ -1,12 +1,16 @@
 //! The limit: a BPF program that does nothing, attached in the same way to the same functions as a tool under measurement.
 
+use std::ffi::CStr;
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 use netprobe::engine::drain::monotonic_ns;
 use netprobe::kernel::attach::make_room;
+use netprobe::kernel::xdp::{self, Mode};
+
+const XDP_PASS: i32 = 2;
 
 /// Where a tool's programs are attached.
 #[derive(Debug, Clone)]
@@ -124,6 +128,31 @@ impl Empty {
     }
 }
 
+/// The empty program at the tracepoints with the stages that `netprobe icmp` asks for, while the result lives.
+pub fn empty_tracepoints(names: &[&CStr]) -> Result<Vec<OwnedFd>> {
+    let insns = returns(0);
+    // SAFETY: all pointers are valid for the call, the count is that of `insns`.
+    let program = own(unsafe {
+        sys::bpf_prog_load(
+            sys::BPF_PROG_TYPE_RAW_TRACEPOINT,
+            c"empty".as_ptr(),
+            c"GPL".as_ptr(),
+            insns.as_ptr(),
+            insns.len() as _,
+            std::ptr::null_mut(),
+        )
+    })
+    .context("failed to load the empty program")?;
+    let mut held = Vec::new();
+    for name in names {
+        // SAFETY: the name ends in NUL, the program is open.
+        let link = own(unsafe { sys::bpf_raw_tracepoint_open(name.as_ptr(), program.as_raw_fd()) });
+        held.push(link.with_context(|| format!("no tracepoint {name:?}"))?);
+    }
+    held.push(program);
+    Ok(held)
+}
+
 /// Run count and run time of a program.
 pub fn runs(program: RawFd) -> (u64, u64) {
     let mut info = sys::bpf_prog_info::default();
@@ -196,12 +225,42 @@ fn own(fd: i32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn load(multi: bool) -> Result<OwnedFd> {
-    // r0 = 0; exit
-    let insns = [0xb7, 0x95].map(|code| sys::bpf_insn {
+/// XDP_PASS and nothing else at an interface of this namespace, while the result lives: what XDP itself costs in this mode.
+pub fn empty_xdp(interface: &str, mode: Mode) -> Result<[OwnedFd; 2]> {
+    let program = load_xdp()?;
+    let ifindex = nix::net::if_::if_nametoindex(interface)?;
+    let link = xdp::link(ifindex, program.as_fd(), mode)
+        .with_context(|| format!("failed to attach an empty XDP program to {interface}"))?;
+    Ok([program, link])
+}
+
+/// A program that returns `value`.
+fn returns(value: i32) -> [sys::bpf_insn; 2] {
+    [(0xb7, value), (0x95, 0)].map(|(code, imm)| sys::bpf_insn {
         code,
+        imm,
         ..Default::default()
-    });
+    })
+}
+
+fn load_xdp() -> Result<OwnedFd> {
+    let insns = returns(XDP_PASS);
+    // SAFETY: all pointers are valid for the call, the count is that of `insns`.
+    own(unsafe {
+        sys::bpf_prog_load(
+            sys::BPF_PROG_TYPE_XDP,
+            c"empty".as_ptr(),
+            c"GPL".as_ptr(),
+            insns.as_ptr(),
+            insns.len() as _,
+            std::ptr::null_mut(),
+        )
+    })
+    .context("failed to load the empty XDP program")
+}
+
+fn load(multi: bool) -> Result<OwnedFd> {
+    let insns = returns(0);
     let opts = sys::bpf_prog_load_opts {
         sz: size_of::<sys::bpf_prog_load_opts>() as _,
         expected_attach_type: if multi {

@@ -10,11 +10,13 @@ mod net;
 mod rate;
 mod record;
 
+use std::ffi::CStr;
 use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use netprobe::engine::drain::monotonic_ns;
+use netprobe::kernel::xdp::Mode;
 
 use child::Tool;
 use hooks::{Empty, Hooks};
@@ -29,6 +31,19 @@ const NETPROBE: &str = "netprobe";
 const PWRU: &str = "pwru";
 /// Where every tool writes what it captures.
 const CAPTURE: &str = "captured";
+/// The tracepoints that `netprobe icmp` attaches to.
+const ICMP_TRACEPOINTS: [&CStr; 10] = [
+    c"irq_handler_entry",
+    c"irq_handler_exit",
+    c"softirq_raise",
+    c"softirq_entry",
+    c"softirq_exit",
+    c"netif_rx",
+    c"netif_receive_skb_entry",
+    c"napi_gro_receive_entry",
+    c"netif_receive_skb",
+    c"net_dev_start_xmit",
+];
 /// Perf buffers that hold a whole burst while the tool is held.
 const LARGE: &str = "--buffer-pages 4096";
 const RINGBUF: &str = "--transport ringbuf";
@@ -314,6 +329,9 @@ impl Bench {
 
     /// What `netprobe icmp` costs where no echo arrives; its start and memory.
     fn icmp(&mut self) -> Result<()> {
+        let empty = hooks::empty_tracepoints(&ICMP_TRACEPOINTS)?;
+        say("udp.icmp-empty", self.packet()?);
+        drop(empty);
         let tool = Tool::with_ready_file(&format!("{NETPROBE} icmp"), LIMIT)?;
         say("start.icmp", tool.ready_ns);
         say("udp.icmp", self.packet()?);
@@ -343,6 +361,15 @@ impl Bench {
             say(&format!("capture.none.{size}"), self.packet()?);
         }
         self.net.payload(64);
+        for mode in [Mode::Native, Mode::Generic] {
+            let _empty = net::inside(net::B, || hooks::empty_xdp("vb", mode))?;
+            for size in [64, 512, 1500] {
+                self.net.payload(size - net::HEADERS);
+                let name = format!("capture.empty-{}.{size}", mode.name());
+                say(&name, self.packet()?);
+            }
+            self.net.payload(64);
+        }
         let tool = netprobe_capture()?;
         say("start.xdpdump", tool.ready_ns);
         self.captured("netprobe", tool)?;

@@ -3,8 +3,10 @@
  * netprobe icmp: who handles an echo request, and when it was where.
  *
  * Two kprobes say that a request is handled; everything else is raw
- * tracepoints. What they see of all other traffic they leave after two loads
- * (protocol of the skb, protocol of the IP header).
+ * tracepoints. What they see of all other traffic they leave after three loads
+ * (protocol of the skb, its data, protocol of the IP header): what comes behind
+ * that is a function of its own, so that all other traffic does not pay for its
+ * stack.
  */
 #include "vmlinux.h"
 #include <bpf/bpf_core_read.h>
@@ -47,6 +49,9 @@ struct {
 	__type(key, struct icmp_key);
 	__type(value, __u8);
 } answering SEC(".maps");
+
+/* Not less than the entries of `answering`: while it is 0 no reply is looked for. */
+__u64 answers_due = 0;
 
 static __always_inline bool match_addr(const __u64 *addr, const __u64 *mask,
 				       const __u64 *want)
@@ -140,6 +145,7 @@ static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 			e.times = *times;
 			bpf_map_delete_elem(&arriving, &e.key);
 		}
+		__sync_fetch_and_add(&answers_due, 1);
 		bpf_map_update_elem(&answering, &e.key, &one, BPF_ANY);
 	}
 	count = np_stats_get();
@@ -169,7 +175,7 @@ static __always_inline int wanted(void)
 }
 
 /* A packet on its way to the stack: was it queued, and by which CPU? */
-static __always_inline int queued(void *skb_ptr, __u8 backlog)
+static __noinline int queued_echo(void *skb_ptr, __u8 backlog)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct icmp_softirq *running;
@@ -187,6 +193,11 @@ static __always_inline int queued(void *skb_ptr, __u8 backlog)
 		t.first = *running;
 	bpf_map_update_elem(&arriving, &key, &t, BPF_ANY);
 	return 0;
+}
+
+static __always_inline int queued(void *skb_ptr, __u8 backlog)
+{
+	return may_echo_received(skb_ptr) ? queued_echo(skb_ptr, backlog) : 0;
 }
 
 SEC("raw_tp/netif_rx")
@@ -207,8 +218,7 @@ int gro_entry(struct bpf_raw_tracepoint_args *ctx)
 	return queued((void *)ctx->args[0], 0);
 }
 
-SEC("raw_tp/netif_receive_skb")
-int receive(struct bpf_raw_tracepoint_args *ctx)
+static __noinline int received_echo(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
 	struct icmp_softirq *running;
@@ -237,9 +247,15 @@ int receive(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* A packet is handed to a device's driver. */
-SEC("raw_tp/net_dev_start_xmit")
-int xmit(struct bpf_raw_tracepoint_args *ctx)
+SEC("raw_tp/netif_receive_skb")
+int receive(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (may_echo_received((void *)ctx->args[0]))
+		received_echo(ctx);
+	return 0;
+}
+
+static __noinline int sent_echo(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
 	struct net_device *dev = NP_CAST(struct net_device, ctx->args[1]);
@@ -255,11 +271,21 @@ int xmit(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	if (!bpf_map_lookup_elem(&answering, &e.key))
 		return 0;
-	bpf_map_delete_elem(&answering, &e.key);
+	if (!bpf_map_delete_elem(&answering, &e.key))
+		__sync_fetch_and_add(&answers_due, -1);
 	np_head_fill(&e.head, ICMP_KIND_REPLY);
 	read_dev(&e, dev);
 	e.len = l3_len(skb);
 	np_output(ctx, &e.head, sizeof(e));
+	return 0;
+}
+
+/* A packet is handed to a device's driver. */
+SEC("raw_tp/net_dev_start_xmit")
+int xmit(struct bpf_raw_tracepoint_args *ctx)
+{
+	if ((with_sent || answers_due) && may_echo_sent((void *)ctx->args[0]))
+		sent_echo(ctx);
 	return 0;
 }
 

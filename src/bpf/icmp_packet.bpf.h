@@ -109,6 +109,52 @@ static __always_inline int read_echo(const void *l3, __u16 proto,
 	return ECHO_NONE;
 }
 
+/*
+ * May this be an echo? Typed loads only, before anything else: this is what all
+ * other packets cost. A tag, or a kernel without typed loads: it may.
+ */
+static __always_inline bool may_echo(const void *l3, __u16 proto)
+{
+	const struct ipv6hdr *ip6;
+	const struct iphdr *ip4;
+
+	switch (proto) {
+	case bpf_htons(ETH_P_IP):
+		ip4 = bpf_rdonly_cast(l3,
+				      bpf_core_type_id_kernel(struct iphdr));
+		return ip4->protocol == IPPROTO_ICMP;
+	case bpf_htons(ETH_P_IPV6):
+		ip6 = bpf_rdonly_cast(l3,
+				      bpf_core_type_id_kernel(struct ipv6hdr));
+		return ip6->nexthdr == NP_ICMPV6 ||
+		       ip6->nexthdr == NP_IPV6_FRAGMENT;
+	}
+	return proto == bpf_htons(ETH_P_8021Q) ||
+	       proto == bpf_htons(ETH_P_8021AD);
+}
+
+/* The sk_buff at this address, as read_received() has it */
+static __always_inline bool may_echo_received(const void *address)
+{
+	const struct sk_buff *skb;
+
+	if (!use_cast)
+		return true;
+	skb = bpf_rdonly_cast(address, bpf_core_type_id_kernel(struct sk_buff));
+	return may_echo(skb->data, skb->protocol);
+}
+
+/* As read_sent() has it */
+static __always_inline bool may_echo_sent(const void *address)
+{
+	const struct sk_buff *skb;
+
+	if (!use_cast)
+		return true;
+	skb = bpf_rdonly_cast(address, bpf_core_type_id_kernel(struct sk_buff));
+	return may_echo(skb->head + skb->network_header, skb->protocol);
+}
+
 /* Received, before the stack has set the network header: data is at it. */
 static __always_inline int read_received(struct sk_buff *skb,
 					 struct icmp_key *key)

@@ -199,9 +199,7 @@ static __always_inline void sent_return(void *ctx, struct icmp_key *key,
 	np_output(ctx, &e.head, sizeof(e));
 }
 
-/* The reply is put into a socket's queue (of each raw socket in turn). */
-SEC("kprobe/sk_filter_trim_cap")
-int BPF_KPROBE(delivered, void *sk, void *skb_ptr)
+static __noinline int delivered_echo(void *ctx, void *skb_ptr)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct icmp_event e = {};
@@ -222,9 +220,16 @@ int BPF_KPROBE(delivered, void *sk, void *skb_ptr)
 	return 0;
 }
 
-/* A process reads a packet from a socket. */
-SEC("raw_tp/skb_copy_datagram_iovec")
-int read(struct bpf_raw_tracepoint_args *ctx)
+/* The reply is put into a socket's queue (of each raw socket in turn). */
+SEC("kprobe/sk_filter_trim_cap")
+int BPF_KPROBE(delivered, void *sk, void *skb_ptr)
+{
+	if (may_echo_sent(skb_ptr))
+		delivered_echo(ctx, skb_ptr);
+	return 0;
+}
+
+static __noinline int read_by_socket(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
 	struct icmp_event e = {};
@@ -246,8 +251,16 @@ int read(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-SEC("raw_tp/kfree_skb")
-int dropped(struct bpf_raw_tracepoint_args *ctx)
+/* A process reads a packet from a socket. */
+SEC("raw_tp/skb_copy_datagram_iovec")
+int read(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (may_echo_sent((void *)ctx->args[0]))
+		read_by_socket(ctx);
+	return 0;
+}
+
+static __noinline int dropped_echo(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
 	struct icmp_event e = {};
@@ -266,6 +279,14 @@ int dropped(struct bpf_raw_tracepoint_args *ctx)
 		e.reason = (__u32)ctx->args[2];
 	np_head_fill(&e.head, ICMP_KIND_DROP);
 	np_output(ctx, &e.head, sizeof(e));
+	return 0;
+}
+
+SEC("raw_tp/kfree_skb")
+int dropped(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (may_echo_sent((void *)ctx->args[0]))
+		dropped_echo(ctx);
 	return 0;
 }
 

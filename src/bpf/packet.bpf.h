@@ -9,6 +9,20 @@
 #define NP_IPV6_EXTENSIONS 6 /* extension headers followed at most */
 #define NP_FRAGMENT_OFFSET 0x1fff
 
+/*
+ * The functions here have `use_cast` as a parameter, which hides the variable of
+ * compat.bpf.h: a caller that has it as a constant (a parameter or variable of
+ * its own) gets code without a question, any other asks at each load (2
+ * instructions).
+ */
+#define np_read_l4(l4, t) np_read_l4_by(l4, t, use_cast)
+#define np_read_v4(l3, first, t) np_read_v4_by(l3, first, t, use_cast)
+#define np_read_v6(l3, t) np_read_v6_by(l3, t, use_cast)
+#define np_l3(skb) np_l3_by(skb, use_cast)
+#define np_read_l3(l3, t) np_read_l3_by(l3, t, use_cast)
+#define np_read_tuple(skb, t) np_read_tuple_by(skb, t, use_cast)
+#define np_read_netns(skb, sk) np_read_netns_by(skb, sk, use_cast)
+
 /* Offset 0 of `mapped` is 10 zero bytes and ff ff: IPv4 in IPv6 form. */
 static __always_inline void np_map_v4(__u64 *to, __be32 addr)
 {
@@ -38,7 +52,8 @@ static __always_inline void np_take_l4(struct np_tuple *t, __u16 first,
 	}
 }
 
-static __always_inline void np_read_l4(const __u8 *l4, struct np_tuple *t)
+static __always_inline void np_read_l4_by(const __u8 *l4, struct np_tuple *t,
+					  const bool use_cast)
 {
 	__u16 words[7] = {};
 
@@ -59,8 +74,9 @@ static __always_inline void np_read_l4(const __u8 *l4, struct np_tuple *t)
 }
 
 /* `first`: the header's first byte. */
-static __always_inline void np_read_v4(const __u8 *l3, __u8 first,
-				       struct np_tuple *t)
+static __always_inline void np_read_v4_by(const __u8 *l3, __u8 first,
+					  struct np_tuple *t,
+					  const bool use_cast)
 {
 	__u8 words = first & 0xf;
 	__be16 frag_off;
@@ -91,7 +107,8 @@ static __always_inline void np_read_v4(const __u8 *l3, __u8 first,
 }
 
 /* Follows extension headers (RFC 8200 section 4) to the upper layer. */
-static __always_inline void np_read_v6(const __u8 *l3, struct np_tuple *t)
+static __always_inline void np_read_v6_by(const __u8 *l3, struct np_tuple *t,
+					  const bool use_cast)
 {
 	struct ipv6hdr ip;
 	const __u8 *next = l3 + sizeof(ip);
@@ -132,7 +149,8 @@ static __always_inline void np_read_v6(const __u8 *l3, struct np_tuple *t)
  * The skb's network header, or its data where the network header is not set
  * yet (received, before __netif_receive_skb_core).
  */
-static __always_inline const __u8 *np_l3(struct sk_buff *skb)
+static __always_inline const __u8 *np_l3_by(struct sk_buff *skb,
+					    const bool use_cast)
 {
 	__u16 offset = NP_READ(skb, network_header);
 
@@ -145,7 +163,8 @@ static __always_inline const __u8 *np_l3(struct sk_buff *skb)
  * Fills the tuple (zeroed by the caller) from a network header. l3_version
  * stays 0 where there is no IP.
  */
-static __always_inline void np_read_l3(const __u8 *l3, struct np_tuple *t)
+static __always_inline void np_read_l3_by(const __u8 *l3, struct np_tuple *t,
+					  const bool use_cast)
 {
 	__u8 first = 0;
 
@@ -160,63 +179,62 @@ static __always_inline void np_read_l3(const __u8 *l3, struct np_tuple *t)
 		np_read_v6(l3, t);
 }
 
-static __always_inline void np_read_tuple(struct sk_buff *skb,
-					  struct np_tuple *t)
+static __always_inline void
+np_read_tuple_by(struct sk_buff *skb, struct np_tuple *t, const bool use_cast)
 {
 	np_read_l3(np_l3(skb), t);
 }
 
+/* Of the device of its route; 0 where it has none. */
+static __noinline __attribute__((unused)) __u64
+np_netns_of_route(struct sk_buff *skb)
+{
+	struct net_device *dev;
+	struct dst_entry *dst;
+	struct net *net;
+	/* Bit 0 of the pointer: no reference was taken (SKB_DST_NOREF). */
+	unsigned long ref = NP_READ(skb, _skb_refdst) & ~1UL;
+
+	if (!np_is_pointer((void *)ref))
+		return 0;
+	dst = NP_CAST(struct dst_entry, ref);
+	dev = NP_READ(dst, dev);
+	if (!np_is_pointer(dev))
+		return 0;
+	net = NP_READ(dev, nd_net.net);
+	return net ? NP_READ(net, ns.inum) : 0;
+}
+
 /*
- * The network namespace: of the socket that the function has beside the skb
- * (`sk`, may be NULL), else of the device, else of the skb's own socket, else
- * of the device of its route (TCP takes skb->dev away on reception).
- * `use_cast` hides the variable of this name: a constant here, so that no
- * instruction asks for it.
+ * Inode of the network namespace: of the socket that the function has beside the
+ * skb (`sk`, may be NULL), else of the device, else of the skb's own socket, else
+ * of the device of its route (TCP takes skb->dev away on reception); 0 where it
+ * is not known.
  */
-static __always_inline struct net *
-np_read_net(struct sk_buff *skb, struct sock *sk, const bool use_cast)
+static __always_inline __u32 np_read_netns_by(struct sk_buff *skb,
+					      struct sock *sk,
+					      const bool use_cast)
 {
 	struct net_device *dev = NP_READ(skb, dev);
 	struct net *net = NULL;
-	struct dst_entry *dst;
-	unsigned long ref;
 
-	if (sk)
-		return NP_READ(sk, __sk_common.skc_net.net);
+	if (sk) {
+		net = NP_READ(sk, __sk_common.skc_net.net);
+		return net ? NP_READ(net, ns.inum) : 0;
+	}
 	/*
 	 * skb->dev shares its place with dev_scratch (UDP): not a pointer then, and a
 	 * load through it would fault, which costs as much as fifty loads.
 	 */
 	if (np_is_pointer(dev))
 		net = NP_READ(dev, nd_net.net);
-	if (net)
-		return net;
-	sk = NP_READ(skb, sk);
-	if (sk)
-		return NP_READ(sk, __sk_common.skc_net.net);
-	/* Bit 0 of the pointer: no reference was taken (SKB_DST_NOREF). */
-	ref = NP_READ(skb, _skb_refdst) & ~1UL;
-	if (!np_is_pointer((void *)ref))
-		return NULL;
-	dst = NP_CAST(struct dst_entry, ref);
-	dev = NP_READ(dst, dev);
-	return np_is_pointer(dev) ? NP_READ(dev, nd_net.net) : NULL;
-}
-
-/* Its inode; 0 where it is not known. */
-static __always_inline __u32 np_read_netns_by(struct sk_buff *skb,
-					      struct sock *sk,
-					      const bool use_cast)
-{
-	struct net *net = np_read_net(skb, sk, use_cast);
-
+	if (!net) {
+		sk = NP_READ(skb, sk);
+		if (!sk)
+			return np_netns_of_route(skb);
+		net = NP_READ(sk, __sk_common.skc_net.net);
+	}
 	return net ? NP_READ(net, ns.inum) : 0;
-}
-
-static __always_inline __u32 np_read_netns(struct sk_buff *skb, struct sock *sk)
-{
-	return use_cast ? np_read_netns_by(skb, sk, true)
-			: np_read_netns_by(skb, sk, false);
 }
 
 #endif

@@ -20,6 +20,34 @@
 #define HOW_BEGIN (1U << 16) /* without: ours only where it is tracked */
 #define HOW_MATCHED (1U << 17) /* so far */
 
+static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
+				       __u64 sk_ptr, __u32 reason, __u32 how,
+				       const bool use_cast)
+{
+	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+	struct hit hit = {.kind = (__u16)how, .reason = reason, .sk = sk};
+	struct skb_scratch *buf = scratch_get();
+	struct np_tuple *tuple;
+
+	if (!skb_ptr || !buf)
+		return 0;
+	tuple = tuple_place(buf);
+	if (wants_tuple(cfg))
+		__builtin_memset(tuple, 0, sizeof(*tuple));
+	if (!is_ours(cfg, ctx, PT_REGS_SP(ctx), skb, tuple, &hit.packet,
+		     how & HOW_MATCHED, how & HOW_BEGIN, use_cast))
+		return 0;
+	hit.func = func_addr(ctx);
+	if (returns_on)
+		return_expect(ctx, hit.func, skb_ptr, hit.packet);
+	if (sections & SKB_SECTION_CALLER)
+		hit.caller = caller_addr(ctx);
+	write_event_by(ctx, buf, skb, tuple, &hit, use_cast);
+	return 1;
+}
+
 /*
  * The second half of a hit, for the few that got so far. A function of its own,
  * so that those that did not need neither its stack nor its registers.
@@ -27,24 +55,22 @@
 static __noinline __u64 passed(struct pt_regs *ctx, __u64 skb_ptr, __u64 sk_ptr,
 			       __u32 reason, __u32 how)
 {
-	const struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
-	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
-	struct hit hit = {.kind = (__u16)how, .reason = reason, .sk = sk};
-	struct np_tuple tuple = {};
+	if (use_cast)
+		return passed_by(ctx, skb_ptr, sk_ptr, reason, how, true);
+	return passed_by(ctx, skb_ptr, sk_ptr, reason, how, false);
+}
 
-	if (!skb_ptr)
+/* A hit where tracking is on: an skb that the filters refuse may be one of ours. */
+static __noinline __u64 handle_tracked(struct pt_regs *ctx, __u64 skb_ptr,
+				       __u64 sk_ptr, __u32 reason, __u32 how)
+{
+	const struct np_config *cfg = np_config_get();
+
+	if (passes_gates(cfg, (void *)skb_ptr, (void *)sk_ptr))
+		how |= HOW_MATCHED;
+	else if (cfg->fields & NP_PAUSED)
 		return 0;
-	if (!is_ours(cfg, ctx, PT_REGS_SP(ctx), skb, &tuple, &hit.packet,
-		     how & HOW_MATCHED, how & HOW_BEGIN))
-		return 0;
-	hit.func = func_addr(ctx);
-	if (returns_on)
-		return_expect(ctx, hit.func, skb_ptr, hit.packet);
-	if (sections & SKB_SECTION_CALLER)
-		hit.caller = caller_addr(ctx);
-	write_event(ctx, skb, &tuple, &hit);
-	return 1;
+	return passed(ctx, skb_ptr, sk_ptr, reason, how);
 }
 
 /* One hit. Gives true where the skb is one of ours. */
@@ -52,23 +78,12 @@ static __always_inline bool handle(struct pt_regs *ctx, __u64 skb_ptr,
 				   __u64 sk_ptr, __u16 kind, __u32 reason,
 				   bool begin)
 {
-	const struct np_config *cfg = np_config_get();
-	__u32 fields = cfg->fields;
-	__u32 how = kind | (begin ? HOW_BEGIN : 0) | HOW_MATCHED;
+	__u32 how = kind | (begin ? HOW_BEGIN : 0);
 
-	if (fields) {
-		barrier_var(fields);
-		if (fields & NP_PAUSED)
-			return false;
-		if (!match_skb(cfg, fields, (void *)skb_ptr, (void *)sk_ptr))
-			goto unmatched;
-	}
-	if (np_filter_skb((void *)skb_ptr))
-		return passed(ctx, skb_ptr, sk_ptr, reason, how);
-unmatched:
-	if (!track)
-		return false;
-	return passed(ctx, skb_ptr, sk_ptr, reason, how & ~HOW_MATCHED);
+	if (track)
+		return handle_tracked(ctx, skb_ptr, sk_ptr, reason, how);
+	return passes_gates(np_config_get(), (void *)skb_ptr, (void *)sk_ptr) &&
+	       passed(ctx, skb_ptr, sk_ptr, reason, how | HOW_MATCHED);
 }
 
 #define SKB_PROBE(n)                                                         \

@@ -96,18 +96,25 @@ read_dev(struct sk_buff *skb, struct sock *sk, const bool use_cast)
 	return dev;
 }
 
+/* `fields` read again in place of being kept: a register less to save on each hit. */
+static __always_inline __u32 fields_again(const struct np_config *cfg)
+{
+	return *(const volatile __u32 *)&cfg->fields;
+}
+
 /*
  * `sk_ptr`: the socket that the function has beside the skb, or NULL.
  * `use_cast` hides the variable of this name: a constant here, so that no
  * instruction asks for it.
  */
-static __always_inline bool match_skb_by(const struct np_config *cfg, __u32 f,
+static __always_inline bool match_skb_by(const struct np_config *cfg,
 					 const void *skb_ptr,
 					 const void *sk_ptr,
 					 const bool use_cast)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+	__u32 f = fields_again(cfg);
 
 	if ((f & NP_FIELD_MARK) &&
 	    (NP_READ(skb, mark) & cfg->mark_mask) != cfg->mark)
@@ -125,15 +132,71 @@ static __always_inline bool match_skb_by(const struct np_config *cfg, __u32 f,
 	return true;
 }
 
-static __always_inline bool match_skb(const struct np_config *cfg, __u32 f,
-				      const void *skb_ptr, const void *sk_ptr)
+/* Any memory by typed loads of any width, see np_filter_fast(): what lies at `p` is at NP_BYTES_LEAD. */
+#define NP_BYTES_LEAD 2
+#define NP_BYTES(p)                \
+	bpf_rdonly_cast(           \
+		(p)-NP_BYTES_LEAD, \
+		bpf_core_type_id_kernel(struct __kernel_sockaddr_storage))
+
+static __always_inline __u64 load_8(const void *bytes, int at)
 {
-	return use_cast ? match_skb_by(cfg, f, skb_ptr, sk_ptr, true)
-			: match_skb_by(cfg, f, skb_ptr, sk_ptr, false);
+	return *(const __u64 *)(bytes + NP_BYTES_LEAD + at);
+}
+
+/*
+ * May the packet match the filters of protocol, addresses and ports? Typed loads
+ * only, of what they ask for. False is certain; match_tuple() decides about what
+ * is left: few packets, or those with IPv6 extension headers and fragments.
+ */
+static __noinline __u64 may_match(const void *skb_ptr)
+{
+	const struct np_config *cfg = np_config_get();
+	const struct sk_buff *skb = bpf_rdonly_cast(
+		skb_ptr, bpf_core_type_id_kernel(struct sk_buff));
+	const void *l3;
+	__u32 f = cfg->fields, ports, proto, headers;
+	__u16 offset = skb->network_header;
+	__u64 addr[2], first, second;
+	const __u8 *at;
+
+	at = offset && offset != NP_NO_HEADER ? skb->head + offset : skb->data;
+	l3 = NP_BYTES(at);
+	first = load_8(l3, 0);
+	second = load_8(l3, 8);
+	if ((first & 0xf0) == 0x60)
+		return 1;
+	if ((first & 0xf0) != 0x40)
+		return 0;
+	proto = (__u8)(second >> 8);
+	if ((f & NP_FIELD_PROTO) && proto != cfg->l4_proto)
+		return 0;
+	addr[0] = 0;
+	if (f & NP_FIELD_SADDR) {
+		addr[1] = (second & ~0xffffffffULL) | bpf_htonl(0xffff);
+		if (!match_addr(addr, cfg->saddr_mask, cfg->saddr))
+			return 0;
+	}
+	if (f & NP_FIELD_DADDR) {
+		addr[1] = load_8(l3, 16) << 32 | bpf_htonl(0xffff);
+		if (!match_addr(addr, cfg->daddr_mask, cfg->daddr))
+			return 0;
+	}
+	/* Fragments have no ports, as other protocols have none. */
+	if (!(f & (NP_FIELD_SPORT | NP_FIELD_DPORT)) ||
+	    ((first >> 48) & bpf_htons(NP_FRAGMENT_OFFSET)) ||
+	    (proto != IPPROTO_TCP && proto != IPPROTO_UDP))
+		return 1;
+	headers = (first & 0xf) * 4;
+	ports = load_8(NP_BYTES(at + headers), 0);
+	if ((f & NP_FIELD_SPORT) && bpf_ntohs((__u16)ports) != cfg->sport)
+		return 0;
+	return !(f & NP_FIELD_DPORT) ||
+	       bpf_ntohs((__u16)(ports >> 16)) == cfg->dport;
 }
 
 static __always_inline void read_meta(struct sk_buff *skb, struct sock *sk,
-				      struct skb_meta *m)
+				      struct skb_meta *m, const bool use_cast)
 {
 	struct net_device *dev = read_dev(skb, sk, use_cast);
 
@@ -256,25 +319,34 @@ static __always_inline void event_end(void *ctx, struct skb_scratch *buf,
 	np_output(ctx, (struct np_head *)buf->bytes, len);
 }
 
-/* Writes the event: the fixed part and the sections asked for. */
-static __always_inline void write_event(void *ctx, struct sk_buff *skb,
+/*
+ * Sections beside META and TUPLE: one question where none of them is asked for
+ * (each costs 3 instructions that the verifier leaves).
+ */
+#define SKB_SECTIONS_MORE (~(SKB_SECTION_META | SKB_SECTION_TUPLE))
+
+/* Where the tuple is read to: its place in an event, or behind all that an event without it may have. */
+static __always_inline struct np_tuple *tuple_place(struct skb_scratch *buf)
+{
+	__u64 at = sizeof(struct skb_event);
+
+	if (!(sections & SKB_SECTION_TUPLE))
+		at = sizeof(*buf) - sizeof(struct np_tuple);
+	else if (sections & SKB_SECTION_META)
+		at += sizeof(struct skb_meta);
+	return (struct np_tuple *)&buf->bytes[at];
+}
+
+/* The sections that are seldom asked for, from `len` on; the new length. */
+static __always_inline __u64 write_more(struct skb_scratch *buf, __u64 len,
+					struct sk_buff *skb,
 					const struct np_tuple *tuple,
 					const struct hit *hit)
 {
-	struct skb_scratch *buf;
-	__u64 len = sizeof(struct skb_event);
-	__u32 zero = 0;
-
-	buf = bpf_map_lookup_elem(&scratch, &zero);
-	if (!buf)
-		return;
-	event_begin(buf, (__u64)skb, hit);
-	/* `sections` is known to the verifier, so each offset is a constant. */
-	if (sections & SKB_SECTION_META) {
-		read_meta(skb, hit->sk, (struct skb_meta *)&buf->bytes[len]);
-		len += sizeof(struct skb_meta);
+	if (sections & SKB_SECTION_PACKET) {
+		*(__u64 *)&buf->bytes[len] = hit->packet;
+		len += sizeof(__u64);
 	}
-	len = event_tuple(buf, len, tuple, hit);
 	if (sections & SKB_SECTION_OWNER) {
 		owner_read(skb, (struct skb_owner *)&buf->bytes[len]);
 		len += sizeof(struct skb_owner);
@@ -316,7 +388,53 @@ static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 			 (struct skb_nft *)&buf->bytes[len]);
 		len += sizeof(struct skb_nft);
 	}
+	return len;
+}
+
+/*
+ * Writes the event: the fixed part and the sections asked for. The tuple is in
+ * its place already (see tuple_place), where it is asked for.
+ */
+static __always_inline void write_event_by(void *ctx, struct skb_scratch *buf,
+					   struct sk_buff *skb,
+					   const struct np_tuple *tuple,
+					   const struct hit *hit,
+					   const bool use_cast)
+{
+	__u64 len = sizeof(struct skb_event);
+
+	event_begin(buf, (__u64)skb, hit);
+	/* `sections` is known to the verifier, so each offset is a constant. */
+	if (sections & SKB_SECTION_META) {
+		read_meta(skb, hit->sk, (struct skb_meta *)&buf->bytes[len],
+			  use_cast);
+		len += sizeof(struct skb_meta);
+	}
+	if (sections & SKB_SECTION_TUPLE)
+		len += sizeof(struct np_tuple);
+	if (sections & SKB_SECTIONS_MORE)
+		len = write_more(buf, len, skb, tuple, hit);
 	event_end(ctx, buf, len);
+}
+
+static __always_inline struct skb_scratch *scratch_get(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
+
+static __always_inline void write_event(void *ctx, struct sk_buff *skb,
+					const struct np_tuple *tuple,
+					const struct hit *hit)
+{
+	struct skb_scratch *buf = scratch_get();
+
+	if (!buf)
+		return;
+	if (sections & SKB_SECTION_TUPLE)
+		*tuple_place(buf) = *tuple;
+	write_event_by(ctx, buf, skb, tuple, hit, use_cast);
 }
 
 /* The tuple is needed for the filter or for the event. */
@@ -326,20 +444,35 @@ static __always_inline bool wants_tuple(const struct np_config *cfg)
 	       (sections & (SKB_SECTION_TUPLE | SKB_SECTION_TUNNEL));
 }
 
+/* The field filters without typed loads: a function of its own, for its stack and registers. */
+static __noinline __u64 match_fields(const void *skb_ptr, const void *sk_ptr)
+{
+	const struct np_config *cfg = np_config_get();
+
+	return match_skb_by(cfg, skb_ptr, sk_ptr, false);
+}
+
 /*
- * The gates that cost little: the fields of the sk_buff, then the expression.
- * This is what a packet that does not match costs.
+ * The gates that cost little: the field filters, then the expression. This is
+ * what a packet that does not match costs.
  */
 static __always_inline bool passes_gates(const struct np_config *cfg,
 					 const void *skb_ptr,
 					 const void *sk_ptr)
 {
-	__u32 fields = cfg->fields;
-
-	if (fields) {
-		barrier_var(fields);
-		if (!match_skb(cfg, fields, skb_ptr, sk_ptr))
+	if (fields_again(cfg)) {
+		if (fields_again(cfg) & NP_PAUSED)
 			return false;
+		if (!use_cast) {
+			if (!match_fields(skb_ptr, sk_ptr))
+				return false;
+		} else {
+			if (!match_skb_by(cfg, skb_ptr, sk_ptr, true))
+				return false;
+			if ((fields_again(cfg) & NP_FIELDS_PACKET) &&
+			    !may_match(skb_ptr))
+				return false;
+		}
 	}
 	return np_filter_skb(skb_ptr);
 }
@@ -352,7 +485,8 @@ static __always_inline bool passes_gates(const struct np_config *cfg,
 static __always_inline bool is_ours(const struct np_config *cfg, void *ctx,
 				    __u64 sp, struct sk_buff *skb,
 				    struct np_tuple *tuple, __u64 *packet,
-				    bool matched, bool begin)
+				    bool matched, bool begin,
+				    const bool use_cast)
 {
 	if (track)
 		*packet = track_find(skb);

@@ -90,7 +90,8 @@ static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 	if (cfg->fields & NP_PAUSED)
 		return;
 	if (!is_ours(cfg, NULL, 0, skb, &tuple, &hit.packet,
-		     passes_gates(cfg, (void *)as_number(ptr), NULL), true))
+		     passes_gates(cfg, (void *)as_number(ptr), NULL), true,
+		     use_cast))
 		return;
 	running_begin(ctx, (__u64)ptr, hit.func, hit.packet);
 	write_event(ctx, skb, &tuple, &hit);

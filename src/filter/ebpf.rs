@@ -31,8 +31,8 @@ pub enum LoadMode {
     Block { size: u32, beyond: Beyond },
     /// r1 and r2: start and end of the packet, known as such to the verifier (XDP, tc); r3, r4 as above.
     Packet { beyond: Beyond },
-    /// As `translate_typed` has it; what lies beyond by `Beyond::Subprogram`.
-    Typed,
+    /// As `translate_typed` has it; what lies beyond by `Beyond::Subprogram`. `data_len`: where an sk_buff has it.
+    Typed { data_len: u32 },
 }
 
 impl LoadMode {
@@ -189,7 +189,7 @@ impl Writer {
     fn beyond(&self) -> Beyond {
         match self.mode {
             LoadMode::Block { beyond, .. } | LoadMode::Packet { beyond } => beyond,
-            LoadMode::Typed => Beyond::Subprogram,
+            LoadMode::Typed { .. } => Beyond::Subprogram,
         }
     }
 
@@ -247,7 +247,7 @@ impl Writer {
     fn unchecked_reach(&self) -> u32 {
         let limit = match self.mode {
             LoadMode::Block { size, .. } => size.min(UNCHECKED_REACH),
-            LoadMode::Packet { .. } | LoadMode::Typed => UNCHECKED_REACH,
+            LoadMode::Packet { .. } | LoadMode::Typed { .. } => UNCHECKED_REACH,
         };
         let ends: Vec<u32> = self
             .loads()
@@ -275,7 +275,7 @@ impl Writer {
         }
         for slow in std::mem::take(&mut self.slow) {
             self.asm.place(slow.entry);
-            self.slow_load(slow.load);
+            self.slow_load(slow.load, true);
             self.asm.jump(slow.back);
         }
         if let Some(zero) = self.zero {
@@ -436,7 +436,7 @@ impl Writer {
     /// Bytes of the packet to A or X, the fast way where it reaches.
     fn load(&mut self, load: Load) {
         let slow = self.asm.label();
-        if let (LoadMode::Typed, Offset::Indexed(k)) = (self.mode, load.offset) {
+        if let (LoadMode::Typed { .. }, Offset::Indexed(k)) = (self.mode, load.offset) {
             self.typed_load(k, load, slow);
             self.rejoin(load, slow);
             return;
@@ -446,7 +446,7 @@ impl Writer {
             match (self.beyond(), load.offset) {
                 (Beyond::Nothing, _) => self.fail(),
                 (_, Offset::Absolute(k)) if k.checked_add(load.size).is_none() => self.fail(),
-                _ => self.slow_load(load),
+                _ => self.slow_load(load, false),
             }
             return;
         };
@@ -473,7 +473,7 @@ impl Writer {
         } else {
             self.asm.jump(back);
             self.asm.place(slow);
-            self.slow_load(load);
+            self.slow_load(load, true);
             self.asm.place(back);
         }
     }
@@ -500,7 +500,7 @@ impl Writer {
                 self.asm.push(Insn::alu64(Alu::Add, T, DATA));
                 Some((T, 0))
             }
-            (LoadMode::Typed, Offset::Absolute(k)) => {
+            (LoadMode::Typed { .. }, Offset::Absolute(k)) => {
                 let end = k.checked_add(size).filter(|end| *end <= TYPED_SIZE)?;
                 if end > self.unchecked {
                     self.typed_check(end, slow);
@@ -508,7 +508,7 @@ impl Writer {
                 Some((DATA, i16::try_from(k + TYPED_LEAD).ok()?))
             }
             // `load` has its own way for it: a cast.
-            (LoadMode::Typed, Offset::Indexed(_)) => None,
+            (LoadMode::Typed { .. }, Offset::Indexed(_)) => None,
             (LoadMode::Packet { .. }, Offset::Absolute(k)) => {
                 let end = k
                     .checked_add(size)
@@ -570,11 +570,12 @@ impl Writer {
         }
     }
 
-    /// A load by a call; what the call destroys is kept on the stack.
-    fn slow_load(&mut self, load: Load) {
+    /// A load by a call; what the call destroys is kept on the stack. `checked`: it was seen that the bytes do not lie in one piece
+    /// with the packet's first.
+    fn slow_load(&mut self, load: Load, checked: bool) {
         let beyond = self.beyond();
         let mut kept = vec![(X, SLOT_X)];
-        if self.mode != LoadMode::Typed {
+        if !matches!(self.mode, LoadMode::Typed { .. }) {
             kept.push((END, SLOT_END));
         }
         if !matches!(self.mode, LoadMode::Block { size: 0, .. }) {
@@ -583,6 +584,13 @@ impl Writer {
         if load.header_length {
             kept.push((A, SLOT_A));
         }
+        for (reg, slot) in &kept {
+            self.asm.push(Insn::store(Size::Dw, Reg::Fp, *slot, *reg));
+        }
+        // In a long program the verifier would have too many ways to follow.
+        if let (LoadMode::Typed { data_len }, true) = (self.mode, checked && self.short) {
+            self.fail_without_more(data_len);
+        }
         match load.offset {
             Offset::Absolute(k) => self.asm.push(Insn::alu32_imm(Alu::Mov, T, k)),
             Offset::Indexed(k) => self.index(k),
@@ -590,9 +598,6 @@ impl Writer {
         if beyond == Beyond::ProbeRead {
             self.end_of(load.size);
             self.fail_if(T2, Cond::Gt, Right::Reg(END));
-        }
-        for (reg, slot) in &kept {
-            self.asm.push(Insn::store(Size::Dw, Reg::Fp, *slot, *reg));
         }
         let source = |to: Reg| Insn::load(Size::Dw, to, Reg::Fp, SLOT_SOURCE);
         let bytes = |to: Reg| {

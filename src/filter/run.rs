@@ -48,7 +48,8 @@ struct Slot {
     /// Room for the program to turn a pointer into a number.
     address: u64,
     /// What `SkbFields` are in an sk_buff.
-    mac_len: u64,
+    data_len: u32,
+    mac_len: u32,
     network_header: u16,
     mac_header: u16,
     tail: u32,
@@ -250,6 +251,7 @@ impl Runner {
     pub fn typed(program: &Program) -> Result<Self> {
         let (cast, bytes) = cast_ids().context("no bpf_rdonly_cast in this kernel")?;
         let fields = SkbFields {
+            data_len: std::mem::offset_of!(Slot, data_len) as u32,
             mac_len: std::mem::offset_of!(Slot, mac_len) as u32,
             network_header: std::mem::offset_of!(Slot, network_header) as u32,
             head: std::mem::offset_of!(Slot, head) as u32,
@@ -367,7 +369,9 @@ impl Runner {
                     let slot = memory.slot.as_ptr();
                     (*slot).linear = packet.len() as u64;
                     (*slot).wire_len = u64::from(wire_len);
-                    (*slot).mac_len = packet.len() as u64 & 1;
+                    (*slot).mac_len = packet.len() as u32 & 1;
+                    // Both ways of a load beyond the end lead to no match.
+                    (*slot).data_len = packet.len() as u32 >> 1 & 1;
                     (*slot).network_header = HEADROOM;
                     (*slot).mac_header = HEADROOM;
                     (*slot).tail = u32::from(HEADROOM) + packet.len() as u32;

@@ -55,6 +55,7 @@ pub struct Features {
 /// bytes with it, that of the link header and the tail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SkbFields {
+    pub data_len: u32,
     pub mac_len: u32,
     pub network_header: u32,
     pub head: u32,
@@ -71,6 +72,7 @@ impl SkbFields {
             Some(resolve(btf, "sk_buff", &path).ok()?.offset)
         };
         let fields = Self {
+            data_len: at("data_len")?,
             mac_len: at("mac_len")?,
             network_header: at("network_header")?,
             head: at("head")?,

@@ -9,8 +9,8 @@ use anyhow::Result;
 use super::super::asm::{Alu, Assembler, Cond, Insn, Reg, Size};
 use super::super::cbpf::{Acc, Offset, Op, Operand, Operand2, Program};
 use super::{
-    A, CAST_CALL, DATA, Load, LoadMode, SLOT_ADDRESS, SLOT_DATA, SLOT_END, SLOT_SOURCE, SLOT_X, T,
-    T2, TYPED_LEAD, Writer, X, width,
+    A, CAST_CALL, DATA, Load, LoadMode, Right, SLOT_ADDRESS, SLOT_DATA, SLOT_END, SLOT_SOURCE,
+    SLOT_X, T, T2, TYPED_LEAD, Writer, X, width,
 };
 use crate::kernel::features::SkbFields;
 
@@ -19,6 +19,9 @@ use crate::kernel::features::SkbFields;
 pub fn translate_typed(l2: &Program, l3: &Program, fields: SkbFields) -> Result<Vec<Insn>> {
     let mut asm = Assembler::default();
     let without_link = asm.label();
+    let mode = LoadMode::Typed {
+        data_len: fields.data_len,
+    };
     asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R1));
     let first = fields.mac_len as i32 - TYPED_LEAD as i32;
     asm.push(Insn::alu64_imm(Alu::Add, Reg::R1, first));
@@ -31,11 +34,11 @@ pub fn translate_typed(l2: &Program, l3: &Program, fields: SkbFields) -> Result<
     asm.jump_if_imm(Reg::R5, Cond::Eq, 0, without_link);
     // network_header, mac_header, tail: 16, 16 and 32 bits
     asm.push(Insn::alu64_imm(Alu::Rsh, Reg::R4, 16));
-    let mut writer = Writer::new(l2, LoadMode::Typed, asm);
+    let mut writer = Writer::new(l2, mode, asm);
     writer.packet(16);
     let mut asm = writer.asm;
     asm.place(without_link);
-    let mut writer = Writer::new(l3, LoadMode::Typed, asm);
+    let mut writer = Writer::new(l3, mode, asm);
     writer.packet(32);
     writer.asm.finish()
 }
@@ -69,7 +72,7 @@ impl Writer {
             }
             self.asm
                 .jump_if_imm(Reg::R4, Cond::Slt, reach as i32, careful);
-            self.begin(far, reach);
+            self.begin(reach);
             self.version(reach);
             self.asm.place(careful);
         }
@@ -80,7 +83,7 @@ impl Writer {
             self.asm.place(some);
             self.keep_packet();
         }
-        self.begin(loads, 0);
+        self.begin(0);
         self.version(0);
     }
 
@@ -91,14 +94,10 @@ impl Writer {
     }
 
     /// The typed pointer, and A and X where they are asked for before they are set.
-    fn begin(&mut self, far: bool, reach: u32) {
+    fn begin(&mut self, reach: u32) {
         if self.loads().next().is_some() {
             cast(&mut self.asm);
             self.asm.push(Insn::alu64(Alu::Mov, DATA, Reg::R0));
-        }
-        if far {
-            self.asm
-                .push(Insn::store(Size::Dw, Reg::Fp, SLOT_DATA, DATA));
         }
         for (reg, asked) in [A, X].into_iter().zip(self.asked_unset(reach)) {
             if asked {
@@ -175,6 +174,20 @@ impl Writer {
         asked
     }
 
+    /// Returns 0 where the packet has no more than what lies in one piece: so it is for an sk_buff that is being made, which nearly
+    /// every packet once is, and a call costs four times as much as all the rest. X is kept, in its slot too.
+    pub(super) fn fail_without_more(&mut self, data_len: u32) {
+        let source = Insn::load(Size::Dw, Reg::R1, Reg::Fp, SLOT_SOURCE);
+        self.asm.push(source);
+        let at = data_len as i32 - TYPED_LEAD as i32;
+        self.asm.push(Insn::alu64_imm(Alu::Add, Reg::R1, at));
+        cast(&mut self.asm);
+        let more = Insn::load(Size::W, T, Reg::R0, TYPED_LEAD as i16);
+        self.asm.push(more);
+        self.fail_if(T, Cond::Eq, Right::Imm(0));
+        self.asm.push(Insn::load(Size::Dw, X, Reg::Fp, SLOT_X));
+    }
+
     /// To `slow` where fewer bytes than this lie in one piece.
     pub(super) fn typed_check(&mut self, end: u32, slow: super::Label) {
         self.asm.push(Insn::load(Size::Dw, T2, Reg::Fp, SLOT_END));
@@ -188,7 +201,9 @@ impl Writer {
         self.asm
             .push(Insn::alu64_imm(Alu::Sub, T2, load.size as i32));
         self.asm.jump_if(T, Cond::Sgt, T2, slow);
-        self.asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_X, X));
+        for (slot, reg) in [(SLOT_X, X), (SLOT_DATA, DATA)] {
+            self.asm.push(Insn::store(Size::Dw, Reg::Fp, slot, reg));
+        }
         self.asm
             .push(Insn::load(Size::Dw, Reg::R1, Reg::Fp, SLOT_ADDRESS));
         self.asm.push(Insn::alu64(Alu::Add, Reg::R1, T));
