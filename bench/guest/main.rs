@@ -134,12 +134,7 @@ impl Bench {
         let tool = Tool::with_ready_file(&format!("{NETPROBE} skb --filter-mark 0xdead"), LIMIT)?;
         say("start.netprobe", tool.ready_ns);
         say("start.netprobe.cpu", tool.ready_cpu_ns);
-        for p in hooks::programs(before) {
-            say(
-                &format!("verifier.{}", p.name),
-                format!("{} {}", p.verified, p.jited),
-            );
-        }
+        tell_programs(before);
         let hooks = Hooks::attached()?;
         say("functions", hooks.count());
         say("udp.mark", self.packet()?);
@@ -305,8 +300,10 @@ impl Bench {
 
     /// What `netprobe tcpconnect` adds to a connect; its start and memory.
     fn tcpconnect(&mut self) -> Result<()> {
+        let before = last_program();
         let tool = Tool::with_ready_file(&format!("{NETPROBE} tcpconnect"), LIMIT)?;
         say("start.tcpconnect", tool.ready_ns);
+        tell_programs(before);
         say("tcp.tcpconnect", self.connect()?);
         self.idle("tcpconnect", &tool)?;
         say("memory.tcpconnect", tool.memory()?.0);
@@ -332,8 +329,10 @@ impl Bench {
         let empty = hooks::empty_tracepoints(&ICMP_TRACEPOINTS)?;
         say("udp.icmp-empty", self.packet()?);
         drop(empty);
+        let before = last_program();
         let tool = Tool::with_ready_file(&format!("{NETPROBE} icmp"), LIMIT)?;
         say("start.icmp", tool.ready_ns);
+        tell_programs(before);
         say("udp.icmp", self.packet()?);
         say("tcp.icmp", self.connect()?);
         self.idle("icmp", &tool)?;
@@ -370,8 +369,10 @@ impl Bench {
             }
             self.net.payload(64);
         }
+        let before = last_program();
         let tool = netprobe_capture()?;
         say("start.xdpdump", tool.ready_ns);
+        tell_programs(before);
         self.captured("netprobe", tool)?;
         self.captured(
             "netprobe-rejects",
@@ -468,6 +469,16 @@ fn per(count: u64, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
         work()?;
     }
     Ok((monotonic_ns()? - start) / count)
+}
+
+/// What the verifier said of the programs after `before`, those of the tool that has just started.
+fn tell_programs(before: u32) {
+    for p in hooks::programs(before) {
+        say(
+            &format!("verifier.{}", p.name),
+            format!("{} {}", p.verified, p.jited),
+        );
+    }
 }
 
 fn last_program() -> u32 {
