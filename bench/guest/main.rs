@@ -144,10 +144,7 @@ impl Bench {
         say("memory.netprobe", peak);
         say("memory.netprobe.buffers", buffers);
         say("stop.netprobe", tool.stop()?.stop_ns);
-        // Single kprobes go on being removed after the command has returned.
-        while Hooks::attached()?.count() > 0 {
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        all_removed()?;
 
         let empty = Empty::attach(&hooks)?;
         say("start.empty", empty.attach_ns);
@@ -176,7 +173,7 @@ impl Bench {
             match Tool::with_ready_file(&format!("{NETPROBE} skb {filter}"), LIMIT) {
                 Ok(tool) => {
                     say(&format!("udp.{name}"), self.packet()?);
-                    tool.stop()?;
+                    end(tool)?;
                 }
                 Err(e) => println!("! skb {filter}: {e:#}"),
             }
@@ -226,7 +223,7 @@ impl Bench {
                 &format!("syscalls.{name}.{form}"),
                 format!("{:.3}", calls as f64 / events.max(1) as f64),
             );
-            tool.stop()?;
+            end(tool)?;
             tell_loss();
         }
         Ok(())
@@ -246,7 +243,7 @@ impl Bench {
         say("burst.udp", per(2000, || self.net.udp())?);
         tool.settle()?;
         say("burst.lines", child::lines()? - lines);
-        tool.stop()?;
+        end(tool)?;
         tell_loss();
         Ok(())
     }
@@ -272,7 +269,7 @@ impl Bench {
             worst = worst.max(monotonic_ns()? - start);
         }
         say(&format!("quiet.{name}"), worst);
-        tool.stop()?;
+        end(tool)?;
         Ok(())
     }
 
@@ -288,13 +285,13 @@ impl Bench {
         let tool = Tool::with_ready_file(&format!("{PWRU} tcp port 80 or icmp"), LIMIT)?;
         say("udp.pwru.pcap", self.packet()?);
         say("tcp.pwru.pcap", self.connect()?);
-        tool.stop()?;
+        end(tool)?;
         let tool = Tool::with_ready_file(&format!("{PWRU} udp dst port {}", net::PORT), LIMIT)?;
         let lines = child::lines()?;
         say("burst.pwru", per(2000, || self.net.udp())?);
         std::thread::sleep(Duration::from_secs(5));
         say("burst.pwru.lines", child::lines()?.saturating_sub(lines));
-        tool.stop()?;
+        end(tool)?;
         Ok(())
     }
 
@@ -308,6 +305,7 @@ impl Bench {
         self.idle("tcpconnect", &tool)?;
         say("memory.tcpconnect", tool.memory()?.0);
         say("stop.tcpconnect", tool.stop()?.stop_ns);
+        all_removed()?;
         Ok(())
     }
 
@@ -320,7 +318,7 @@ impl Bench {
         say("start.peer-tcpconnect", tool.ready_ns);
         say("tcp.peer-tcpconnect", self.connect()?);
         say("memory.peer-tcpconnect", tool.memory()?.0);
-        tool.stop()?;
+        end(tool)?;
         Ok(())
     }
 
@@ -337,7 +335,7 @@ impl Bench {
         say("tcp.icmp", self.connect()?);
         self.idle("icmp", &tool)?;
         say("memory.icmp", tool.memory()?.0);
-        tool.stop()?;
+        end(tool)?;
         Ok(())
     }
 
@@ -350,7 +348,7 @@ impl Bench {
             say(&format!("capture.{name}.{size}"), packet);
         }
         self.net.payload(64);
-        tool.stop()?;
+        end(tool)?;
         Ok(())
     }
 
@@ -419,7 +417,7 @@ impl Bench {
             );
         }
         tool.go_on()?;
-        tool.stop()?;
+        end(tool)?;
         Ok(())
     }
 }
@@ -469,6 +467,20 @@ fn per(count: u64, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
         work()?;
     }
     Ok((monotonic_ns()? - start) / count)
+}
+
+/// Ends a tool, and its probes.
+fn end(tool: Tool) -> Result<()> {
+    tool.stop()?;
+    all_removed()
+}
+
+/// Waits until the kernel has no probes left of a tool that has ended: it goes on removing single ones after the command has returned.
+fn all_removed() -> Result<()> {
+    while Hooks::attached()?.count() > 0 {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }
 
 /// What the verifier said of the programs after `before`, those of the tool that has just started.
