@@ -243,7 +243,7 @@ impl Bench {
         )?;
         tool.settle()?;
         let lines = child::lines()?;
-        say("burst.udp", per(2000, || self.net.udp())?);
+        say("burst.udp", mean(2000, || self.net.udp())?);
         tool.settle()?;
         say("burst.lines", child::lines()? - lines);
         end(tool)?;
@@ -291,7 +291,7 @@ impl Bench {
         end(tool)?;
         let tool = Tool::with_ready_file(&format!("{PWRU} udp dst port {}", net::PORT), LIMIT)?;
         let lines = child::lines()?;
-        say("burst.pwru", per(2000, || self.net.udp())?);
+        say("burst.pwru", mean(2000, || self.net.udp())?);
         std::thread::sleep(Duration::from_secs(5));
         say("burst.pwru.lines", child::lines()?.saturating_sub(lines));
         end(tool)?;
@@ -346,7 +346,7 @@ impl Bench {
     fn captured(&mut self, name: &str, tool: Tool) -> Result<()> {
         for size in [64, 512, 1500] {
             self.net.payload(size - net::HEADERS);
-            let packet = self.packet()?;
+            let packet = mean(PACKETS, || self.net.udp())?;
             tool.settle()?;
             say(&format!("capture.{name}.{size}"), packet);
         }
@@ -358,7 +358,10 @@ impl Bench {
     fn capture(&mut self) -> Result<()> {
         for size in [64, 512, 1500] {
             self.net.payload(size - net::HEADERS);
-            say(&format!("capture.none.{size}"), self.packet()?);
+            say(
+                &format!("capture.none.{size}"),
+                mean(PACKETS, || self.net.udp())?,
+            );
         }
         self.net.payload(64);
         for mode in [Mode::Native, Mode::Generic] {
@@ -366,7 +369,7 @@ impl Bench {
             for size in [64, 512, 1500] {
                 self.net.payload(size - net::HEADERS);
                 let name = format!("capture.empty-{}.{size}", mode.name());
-                say(&name, self.packet()?);
+                say(&name, mean(PACKETS, || self.net.udp())?);
             }
             self.net.payload(64);
         }
@@ -460,9 +463,8 @@ fn filter_cost() -> Result<()> {
     Ok(())
 }
 
-/// Time of one of `count` calls, ns, after a few that warm up: the median of ten parts, as what the kernel does by itself now and
-/// then falls into one of them.
-fn per(count: u64, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
+/// Time of one of `count` calls, ns, after a few that warm up: in ten parts.
+fn parts(count: u64, mut work: impl FnMut() -> Result<()>) -> Result<[u64; 10]> {
     for _ in 0..WARM_UP {
         work()?;
     }
@@ -475,8 +477,20 @@ fn per(count: u64, mut work: impl FnMut() -> Result<()>) -> Result<u64> {
         }
         *part = (monotonic_ns()? - start) / calls;
     }
+    Ok(parts)
+}
+
+/// The median of the parts: what the kernel does by itself now and then falls into one of them.
+fn per(count: u64, work: impl FnMut() -> Result<()>) -> Result<u64> {
+    let mut parts = parts(count, work)?;
     parts.sort_unstable();
     Ok((parts[4] + parts[5]) / 2)
+}
+
+/// The mean, where a tool's own work for many packets at a time belongs to the figure.
+fn mean(count: u64, work: impl FnMut() -> Result<()>) -> Result<u64> {
+    let parts = parts(count, work)?;
+    Ok(parts.iter().sum::<u64>() / parts.len() as u64)
 }
 
 /// Ends a tool, and its probes.
