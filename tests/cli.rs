@@ -56,6 +56,15 @@ fn wrong_values_of_skb() {
 }
 
 #[test]
+fn buffers_that_no_kernel_takes() {
+    for tool in ["skb", "tcpconnect", "icmp", "xdpdump"] {
+        for n in ["0", "3", "x"] {
+            refused(&[tool, "--buffer-pages", n], "--buffer-pages");
+        }
+    }
+}
+
+#[test]
 fn no_subcommand_and_an_unknown_one() {
     assert_eq!(netprobe(&[]).status.code(), Some(2));
     refused(&["skbb"], "skbb");

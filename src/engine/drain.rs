@@ -150,12 +150,6 @@ impl Drain {
     /// Opens the buffers of `source` and starts to drain them.
     pub fn start<'a>(source: impl Into<Source<'a>>, options: BufferOptions) -> Result<Self> {
         let source = source.into();
-        if !options.pages.is_power_of_two() {
-            return Err(super::usage(format!(
-                "buffer of {} pages: the number must be a power of two",
-                options.pages
-            )));
-        }
         let cpus = online_cpus()?;
         let groups = options.threads.clamp(1, cpus.len());
         let stop = Arc::new(AtomicBool::new(false));

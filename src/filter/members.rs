@@ -355,7 +355,7 @@ impl<'a> Parser<'a> {
         let (name, structure) = self.root;
         match self.peek() {
             Some(Token::Name(first)) if first == name => self.at += 1,
-            Some(token) => bail!("{token}: a path begins with {name}, as in {name}->mark"),
+            Some(token) => bail!("{token}: a path begins with {name}, as in {name}->MEMBER"),
             None => bail!("something is missing at the end"),
         }
         let mut shown = name.to_owned();
@@ -382,7 +382,7 @@ impl<'a> Parser<'a> {
         }
         ensure!(
             !steps.is_empty(),
-            "{name} alone is no number: name a member, as in {name}->mark"
+            "{name} alone is no number: name a member, as in {name}->MEMBER"
         );
         resolve(self.btf, structure, &steps).map_err(|e| anyhow!("{shown}: {e}"))
     }

@@ -87,13 +87,18 @@ impl Btf {
                 unsafe { sys::btf__parse(c.as_ptr(), std::ptr::null_mut()) }
             }
         };
-        let shown = file.map_or_else(|| format!("{SYSFS}/vmlinux"), |p| p.display().to_string());
         Ok(Self {
             raw: NonNull::new(raw).ok_or_else(|| {
-                anyhow!(
-                    "no BTF of the kernel ({shown}: {}): it needs CONFIG_DEBUG_INFO_BTF=y",
-                    std::io::Error::last_os_error()
-                )
+                let e = std::io::Error::last_os_error();
+                match file {
+                    Some(path) => anyhow!(
+                        "no BTF in {}: {e} (a vmlinux with a .BTF section, or the section alone)",
+                        path.display()
+                    ),
+                    None => anyhow!(
+                        "no BTF of the kernel ({SYSFS}/vmlinux: {e}): it needs CONFIG_DEBUG_INFO_BTF=y"
+                    ),
+                }
             })?,
             named: RefCell::default(),
             first: 1,

@@ -28,7 +28,7 @@ const DEFAULT_PAGES: usize = 256;
 pub struct EngineArgs {
     /// Pages of each CPU's buffer (a power of two); larger loses less in a burst, and takes memory
     /// (default: 256; xdpdump: up to 2048, by the number of CPUs)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = power_of_two)]
     pub buffer_pages: Option<usize>,
 
     /// Wake up for every N events of a CPU; 1: for each at once (default: when a quarter of its buffer is full, or after 50 ms)
@@ -102,6 +102,12 @@ impl TransportArgs {
             Transport::Ringbuf => Source::Rings(rings),
         }
     }
+}
+
+fn power_of_two(text: &str) -> Result<usize> {
+    let n: usize = text.parse()?;
+    anyhow::ensure!(n.is_power_of_two(), "it must be a power of two, as 256");
+    Ok(n)
 }
 
 impl EngineArgs {
