@@ -1,6 +1,8 @@
-//! Compiles every `src/bpf/*.bpf.c` into a skeleton `OUT_DIR/NAME.skel.rs` (included by `src/bpf.rs`), and every
+//! Compiles every `src/bpf/*.bpf.c` into a skeleton `OUT_DIR/NAME.skel.rs` (included by `src/bpf.rs`), with the names of the types
+//! that its relocations can ask for in `OUT_DIR/NAME.types` (for `src/kernel/btf_core.rs`), and every
 //! `examples/*.bpf.c` and `tests/data/*.bpf.c` into `OUT_DIR/NAME.o` (which the live tests take).
 
+use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsString;
 use std::fs;
@@ -8,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use libbpf_cargo::SkeletonBuilder;
+use libbpf_rs::btf::{Btf, BtfKind, BtfType, TypeId};
 
 fn main() -> Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
@@ -19,12 +22,16 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=vmlinux");
     println!("cargo:rerun-if-changed=examples");
     println!("cargo:rerun-if-changed=tests/data");
+    let cast = cast_types(&root.join("src/bpf"))?;
     for (source, name) in bpf_sources(&root.join("src/bpf"))? {
+        let object = out.join(format!("{name}.bpf.o"));
         SkeletonBuilder::new()
             .source(&source)
+            .obj(&object)
             .clang_args(clang_args(&root, &arch))
             .build_and_generate(out.join(format!("{name}.skel.rs")))
             .with_context(|| format!("failed to build {}", source.display()))?;
+        fs::write(out.join(format!("{name}.types")), types(&object, &cast)?)?;
     }
     let examples = bpf_sources(&root.join("examples"))?;
     for (source, name) in examples
@@ -39,6 +46,49 @@ fn main() -> Result<()> {
             .with_context(|| format!("failed to build {}", source.display()))?;
     }
     Ok(())
+}
+
+/// Names of the structs, unions, enums and typedefs of an object, without what follows `___` (a variant of the same type); behind a
+/// `=` those of types whose number it may tell the kernel.
+fn types(object: &Path, cast: &BTreeSet<String>) -> Result<String> {
+    let btf = Btf::from_path(object).with_context(|| object.display().to_string())?;
+    let mut names = BTreeSet::new();
+    for id in 1..btf.len() as u32 {
+        let found = btf.type_by_id::<BtfType<'_>>(TypeId::from(id));
+        let Some(found) =
+            found.filter(|t| t.is_composite() || t.is_any_enum() || t.kind() == BtfKind::Typedef)
+        else {
+            continue;
+        };
+        if let Some(name) = found.name().and_then(|name| name.to_str()) {
+            let name = name.split_once("___").map_or(name, |(name, _)| name);
+            names.insert(name.to_owned() + "\n");
+        }
+    }
+    if btf.type_by_name::<BtfType<'_>>("bpf_rdonly_cast").is_some() {
+        names.extend(cast.iter().map(|name| format!("={name}\n")));
+    }
+    Ok(names.into_iter().collect())
+}
+
+/// Structs whose numbers the programs in `folder` tell the kernel: `NP_CAST(struct NAME, ...)` and
+/// `bpf_core_type_id_kernel(struct NAME)`, over line ends too.
+fn cast_types(folder: &Path) -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let text = fs::read_to_string(entry?.path())?.replace(['\\', '\n', '\t'], " ");
+        for call in ["NP_CAST(", "bpf_core_type_id_kernel("] {
+            for (at, _) in text.match_indices(call) {
+                let mut words = text[at + call.len()..]
+                    .split([' ', ',', ')'])
+                    .filter(|w| !w.is_empty());
+                if words.next() == Some("struct") {
+                    names.extend(words.next().map(str::to_owned));
+                }
+            }
+        }
+    }
+    Ok(names)
 }
 
 /// The `NAME.bpf.c` of a folder, and their names.

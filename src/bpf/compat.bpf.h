@@ -12,8 +12,15 @@
 #ifndef NETPROBE_COMPAT_BPF_H
 #define NETPROBE_COMPAT_BPF_H
 
-/* bpf_rdonly_cast exists (kernels from 6.2). */
+/*
+ * bpf_rdonly_cast exists (kernels from 6.2). A tool that defines NP_NO_CAST does
+ * without: libbpf reads all of the kernel's BTF for a function of the kernel.
+ */
+#ifdef NP_NO_CAST
+static const __u8 use_cast = 0;
+#else
 const volatile __u8 use_cast = 0;
+#endif
 
 extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
 
@@ -22,6 +29,21 @@ extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
 	((type *)(use_cast ? bpf_rdonly_cast((const void *)(p),             \
 					     bpf_core_type_id_kernel(type)) \
 			   : (void *)(p)))
+
+/*
+ * The pointer p as one to bytes, fit for NP_READ of any struct up to 126 bytes
+ * that none of the kernel's own are in: a packet's header. By a struct that every
+ * kernel has, two bytes and an array of them: a load of any width goes anywhere
+ * in the array. (Of a header's own struct the number is high: see
+ * src/kernel/btf_core.rs.)
+ */
+#define NP_CAST_BYTES(p)                                                       \
+	((void *)(use_cast                                                     \
+			  ? bpf_rdonly_cast(                                   \
+				    (const void *)(p),                         \
+				    bpf_core_type_id_kernel(                   \
+					    struct __kernel_sockaddr_storage)) \
+			  : (void *)(p)))
 
 #define NP_READ(p, member)                                   \
 	({                                                   \

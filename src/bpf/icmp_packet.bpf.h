@@ -53,7 +53,7 @@ static __always_inline int turn(struct icmp_key *key, bool reply)
 
 static __always_inline int read_v4_echo(const void *l3, struct icmp_key *key)
 {
-	struct iphdr *peek = NP_CAST(struct iphdr, l3);
+	struct iphdr *peek = NP_CAST_BYTES(l3);
 	struct iphdr ip;
 	__u8 type;
 
@@ -73,7 +73,7 @@ static __always_inline int read_v4_echo(const void *l3, struct icmp_key *key)
 /* Follows a fragment header, and no other extension. */
 static __always_inline int read_v6_echo(const void *l3, struct icmp_key *key)
 {
-	struct ipv6hdr *peek = NP_CAST(struct ipv6hdr, l3);
+	struct ipv6hdr *peek = NP_CAST_BYTES(l3);
 	__u8 next = NP_READ(peek, nexthdr);
 	const void *l4 = l3 + sizeof(struct ipv6hdr);
 	struct ipv6hdr ip;
@@ -120,12 +120,10 @@ static __always_inline bool may_echo(const void *l3, __u16 proto)
 
 	switch (proto) {
 	case bpf_htons(ETH_P_IP):
-		ip4 = bpf_rdonly_cast(l3,
-				      bpf_core_type_id_kernel(struct iphdr));
+		ip4 = NP_CAST_BYTES(l3);
 		return ip4->protocol == IPPROTO_ICMP;
 	case bpf_htons(ETH_P_IPV6):
-		ip6 = bpf_rdonly_cast(l3,
-				      bpf_core_type_id_kernel(struct ipv6hdr));
+		ip6 = NP_CAST_BYTES(l3);
 		return ip6->nexthdr == NP_ICMPV6 ||
 		       ip6->nexthdr == NP_IPV6_FRAGMENT;
 	}

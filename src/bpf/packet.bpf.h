@@ -59,11 +59,12 @@ static __always_inline void np_read_l4_by(const __u8 *l4, struct np_tuple *t,
 
 	if (use_cast) {
 		/* Typed loads: 3 in place of a helper call of some 100 instructions. */
-		const struct udphdr *udp = NP_CAST(struct udphdr, l4);
+		const __u8 *bytes = NP_CAST_BYTES(l4);
+		const struct udphdr *udp = (const void *)bytes;
 		__u16 flags = 0;
 
 		if (t->l4_proto == IPPROTO_TCP)
-			flags = NP_CAST(struct udphdr, l4 + 12)->source;
+			flags = *(const __u16 *)(bytes + 12);
 		np_take_l4(t, udp->source, udp->dest, flags >> 8);
 		return;
 	}
@@ -85,7 +86,7 @@ static __always_inline void np_read_v4_by(const __u8 *l3, __u8 first,
 	if (words < 5)
 		return;
 	if (use_cast) {
-		const struct iphdr *typed = NP_CAST(struct iphdr, l3);
+		const struct iphdr *typed = NP_CAST_BYTES(l3);
 
 		t->l4_proto = typed->protocol;
 		frag_off = typed->frag_off;
@@ -169,8 +170,7 @@ static __always_inline void np_read_l3_by(const __u8 *l3, struct np_tuple *t,
 	__u8 first = 0;
 
 	if (use_cast)
-		/* The first member of this struct is a byte: version and ihl are bits. */
-		first = NP_CAST(struct icmphdr, l3)->type;
+		first = *(const __u8 *)NP_CAST_BYTES(l3);
 	else
 		bpf_probe_read_kernel(&first, 1, l3);
 	if (first >> 4 == 4)

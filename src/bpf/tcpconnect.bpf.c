@@ -14,6 +14,8 @@
 
 #include "packet.h"
 #include "tcpconnect.h"
+/* A connect is rare, and costs a hundred times what casts would save. */
+#define NP_NO_CAST
 #include "compat.bpf.h"
 #define NP_RINGBUF
 #include "event.bpf.h"

@@ -1,32 +1,23 @@
 //! The kernel's own type information: which function takes which argument where, and the names of enum values.
 //!
-//! Reads BTF through libbpf (vmlinux and, by split BTF, modules). Kind numbers and layouts: include/uapi/linux/btf.h.
+//! Of vmlinux and, by split BTF, of modules. Read here and not by libbpf, which takes four times as long for it, and twice the memory.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{CStr, CString};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_sys as sys;
 
+use super::btf_data::{
+    Data, KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FUNC, KIND_FUNC_PROTO, KIND_FWD,
+    KIND_INT, KIND_PTR, KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF, KIND_UNION,
+    KIND_VOLATILE, Type,
+};
 use super::members::Member;
-
-const KIND_INT: u32 = 1;
-const KIND_PTR: u32 = 2;
-const KIND_ARRAY: u32 = 3;
-const KIND_STRUCT: u32 = 4;
-const KIND_UNION: u32 = 5;
-const KIND_ENUM: u32 = 6;
-const KIND_TYPEDEF: u32 = 8;
-const KIND_VOLATILE: u32 = 9;
-const KIND_CONST: u32 = 10;
-const KIND_RESTRICT: u32 = 11;
-const KIND_FUNC: u32 = 12;
-const KIND_FUNC_PROTO: u32 = 13;
-const KIND_TYPE_TAG: u32 = 18;
-const KIND_ENUM64: u32 = 19;
 
 /// BTF_INT_SIGNED among an integer's encoding bits
 const INT_SIGNED: u32 = 1 << 24;
@@ -64,7 +55,9 @@ pub struct Function {
 /// BTF of vmlinux, or of a module on top of it.
 #[derive(Debug)]
 pub struct Btf {
-    raw: NonNull<sys::btf>,
+    own: Rc<Data>,
+    /// what a module's goes on from, in types and in strings
+    base: Option<Rc<Data>>,
     /// ids of the types that have a name which was asked for
     named: RefCell<BTreeMap<String, Vec<u32>>>,
     /// first type id that is not the base's
@@ -75,49 +68,42 @@ pub struct Btf {
 impl Btf {
     /// The running kernel's, or that of `file` (--kernel-btf).
     pub fn vmlinux(file: Option<&Path>) -> Result<Self> {
-        let raw = match file {
-            None => {
-                // SAFETY: takes no argument; the result is owned by the value made below.
-                unsafe { sys::btf__load_vmlinux_btf() }
-            }
-            Some(path) => {
-                let c = CString::new(path.as_os_str().as_encoded_bytes())
-                    .context("a path with a NUL byte")?;
-                // SAFETY: `c` is a NUL-terminated string that outlives the call.
-                unsafe { sys::btf__parse(c.as_ptr(), std::ptr::null_mut()) }
-            }
+        let sysfs = format!("{SYSFS}/vmlinux");
+        let data = match file {
+            None => std::fs::read(&sysfs)
+                .map_err(anyhow::Error::from)
+                .or_else(|_| by_libbpf(None))
+                .and_then(Data::parse)
+                .map_err(|e| {
+                    anyhow!("no BTF of the kernel ({sysfs}: {e}): it needs CONFIG_DEBUG_INFO_BTF=y")
+                }),
+            Some(path) => by_libbpf(Some(path)).and_then(Data::parse).map_err(|e| {
+                anyhow!(
+                    "no BTF in {}: {e} (a vmlinux with a .BTF section, or the section alone)",
+                    path.display()
+                )
+            }),
         };
-        Ok(Self {
-            raw: NonNull::new(raw).ok_or_else(|| {
-                let e = std::io::Error::last_os_error();
-                match file {
-                    Some(path) => anyhow!(
-                        "no BTF in {}: {e} (a vmlinux with a .BTF section, or the section alone)",
-                        path.display()
-                    ),
-                    None => anyhow!(
-                        "no BTF of the kernel ({SYSFS}/vmlinux: {e}): it needs CONFIG_DEBUG_INFO_BTF=y"
-                    ),
-                }
-            })?,
+        Ok(Self::of(data?))
+    }
+
+    pub(super) fn of(data: Data) -> Self {
+        Self {
+            own: Rc::new(data),
+            base: None,
             named: RefCell::default(),
             first: 1,
             module: None,
-        })
+        }
     }
 
     /// BTF of the loaded module `name`; `self` is vmlinux's. Kernels from 5.11.
     fn module(&self, name: &str) -> Result<Self> {
-        let c = CString::new(name).context("a module name with a NUL byte")?;
-        // SAFETY: `c` and the base are valid; the callers (of this file) drop the result before `self` can go.
-        let raw = unsafe { sys::btf__load_module_btf(c.as_ptr(), self.raw.as_ptr()) };
+        let bytes = std::fs::read(Path::new(SYSFS).join(name));
+        let data = bytes.map_err(anyhow::Error::from).and_then(Data::parse);
         Ok(Self {
-            raw: NonNull::new(raw).ok_or_else(|| {
-                anyhow!(
-                    "no BTF of the module {name}: {}",
-                    std::io::Error::last_os_error()
-                )
-            })?,
+            own: Rc::new(data.map_err(|e| anyhow!("no BTF of the module {name}: {e}"))?),
+            base: Some(self.own.clone()),
             named: RefCell::default(),
             first: self.count(),
             module: Some(name.to_string()),
@@ -150,16 +136,16 @@ impl Btf {
                 continue;
             };
             let place = *protos
-                .entry(func.size_or_type)
-                .or_insert_with(|| self.argument(func.size_or_type, wanted, reasons));
+                .entry(func.size_or_type())
+                .or_insert_with(|| self.argument(func.size_or_type(), wanted, reasons));
             if let Some((arg, reason_arg)) = place {
                 found.push(Function {
                     name: self.name(func),
                     module: self.module.clone(),
                     arg,
                     reason_arg,
-                    returns_number: self.returns_number(func.size_or_type),
-                    sock_first: arg == 2 && self.sock_first(func.size_or_type),
+                    returns_number: self.returns_number(func.size_or_type()),
+                    sock_first: arg == 2 && self.sock_first(func.size_or_type()),
                 });
             }
         }
@@ -200,10 +186,10 @@ impl Btf {
         };
         match t.kind() {
             KIND_INT => Shape::Int {
-                size: t.size_or_type,
+                size: t.size_or_type(),
                 signed: t.word(0) & INT_SIGNED != 0,
             },
-            KIND_PTR => Shape::Pointer(t.size_or_type),
+            KIND_PTR => Shape::Pointer(t.size_or_type()),
             // struct btf_array { __u32 type; __u32 index_type; __u32 nelems; } behind the type
             KIND_ARRAY => Shape::Array {
                 element: t.word(0),
@@ -212,7 +198,7 @@ impl Btf {
             KIND_STRUCT => Shape::Struct(format!("struct {}", self.name(t))),
             KIND_UNION => Shape::Struct(format!("union {}", self.name(t))),
             KIND_ENUM | KIND_ENUM64 => Shape::Enum {
-                size: t.size_or_type,
+                size: t.size_or_type(),
                 signed: t.kind_flag(),
             },
             _ => Shape::Other,
@@ -221,9 +207,20 @@ impl Btf {
 
     /// Bytes that a value of the type takes.
     pub fn size(&self, id: u32) -> u32 {
-        // SAFETY: the BTF is valid as long as self; an id that is not there gives an error, less than 0.
-        let size = unsafe { sys::btf__resolve_size(self.raw.as_ptr(), id) };
-        u32::try_from(size).unwrap_or(0)
+        let (mut id, mut count) = (id, 1u32);
+        // Arrays of arrays have no loops in valid BTF; the bound keeps a broken one finite.
+        for _ in 0..32 {
+            let Some(t) = self.get(self.skip_modifiers(id)) else {
+                return 0;
+            };
+            match t.kind() {
+                KIND_ARRAY => (id, count) = (t.word(0), count.saturating_mul(t.word(2))),
+                KIND_PTR => return count.saturating_mul(8),
+                KIND_FUNC | KIND_FUNC_PROTO | KIND_FWD => return 0,
+                _ => return count.saturating_mul(t.size_or_type()),
+            }
+        }
+        0
     }
 
     /// Members of a struct or union, behind typedefs and qualifiers; none of another type.
@@ -280,7 +277,7 @@ impl Btf {
     /// Names of the constants of all enums.
     pub fn constants(&self) -> Vec<String> {
         let of = |id| {
-            let t: &Type = self.get(id)?;
+            let t = self.get(id)?;
             let words = match t.kind() {
                 KIND_ENUM => 2,
                 KIND_ENUM64 => 3,
@@ -291,9 +288,9 @@ impl Btf {
         (1..self.count()).filter_map(of).flatten().collect()
     }
 
-    /// For libbpf; valid as long as `self`.
-    pub(super) fn raw(&self) -> *const sys::btf {
-        self.raw.as_ptr()
+    /// The bytes of vmlinux's, for libbpf.
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.own.bytes()
     }
 
     /// vmlinux has a function of this name.
@@ -304,7 +301,7 @@ impl Btf {
     /// How many arguments a function of vmlinux or of this module takes; `None` where it is not there.
     pub fn argument_count(&self, name: &str) -> Option<usize> {
         let func = self.get(*self.ids(KIND_FUNC, name).first()?)?;
-        let proto = self.get(func.size_or_type)?;
+        let proto = self.get(func.size_or_type())?;
         (proto.kind() == KIND_FUNC_PROTO).then(|| proto.vlen())
     }
 
@@ -319,7 +316,7 @@ impl Btf {
                 break; // `...`
             };
             if arg.is_none() && t.kind() == KIND_PTR {
-                let target = self.skip_modifiers(t.size_or_type);
+                let target = self.skip_modifiers(t.size_or_type());
                 if wanted.contains(&target) {
                     arg = Some(register);
                 }
@@ -329,7 +326,7 @@ impl Btf {
             }
             register += match t.kind() {
                 // By value: in one or two registers, or on the stack (System V ABI, AAPCS64).
-                KIND_STRUCT | KIND_UNION => match t.size_or_type {
+                KIND_STRUCT | KIND_UNION => match t.size_or_type() {
                     0..=8 => 1,
                     9..=16 => 2,
                     _ => 0,
@@ -345,7 +342,7 @@ impl Btf {
 
     fn returns_number(&self, proto: u32) -> bool {
         let proto = self.get(proto).filter(|t| t.kind() == KIND_FUNC_PROTO);
-        let value = proto.and_then(|p| self.get(self.skip_modifiers(p.size_or_type)));
+        let value = proto.and_then(|p| self.get(self.skip_modifiers(p.size_or_type())));
         value.is_some_and(|t| matches!(t.kind(), KIND_INT | KIND_ENUM))
     }
 
@@ -356,9 +353,9 @@ impl Btf {
                 .filter(|t| t.kind() == KIND_FUNC_PROTO && t.vlen() > 0)?;
             let pointer = self.get(self.skip_modifiers(proto.word(1)))?;
             (pointer.kind() == KIND_PTR).then_some(())?;
-            self.get(self.skip_modifiers(pointer.size_or_type))
+            self.get(self.skip_modifiers(pointer.size_or_type()))
         };
-        first().is_some_and(|t| self.str(t.name_off) == c"sock")
+        first().is_some_and(|t| self.str(t.name_off()) == c"sock")
     }
 
     fn skip_modifiers(&self, mut id: u32) -> u32 {
@@ -371,7 +368,7 @@ impl Btf {
                         KIND_TYPEDEF | KIND_VOLATILE | KIND_CONST | KIND_RESTRICT | KIND_TYPE_TAG
                     ) =>
                 {
-                    id = t.size_or_type;
+                    id = t.size_or_type();
                 }
                 _ => break,
             }
@@ -381,7 +378,7 @@ impl Btf {
 
     /// Ids of all structs (and forward declarations of one, in a module) called `name`, without the base's.
     fn struct_ids(&self, name: &str) -> Vec<u32> {
-        self.ids_where(name, |kind| kind == KIND_STRUCT || kind == 7)
+        self.ids_where(name, |kind| matches!(kind, KIND_STRUCT | KIND_FWD))
     }
 
     fn ids(&self, kind: u32, name: &str) -> Vec<u32> {
@@ -391,20 +388,24 @@ impl Btf {
     fn ids_where(&self, name: &str, kind: impl Fn(u32) -> bool) -> Vec<u32> {
         let mut named = self.named.borrow_mut();
         if !named.contains_key(name) {
-            // A pass over all types costs 5 million instructions: the names that most runs ask for are looked for in one.
-            for name in COMMON.into_iter().chain([name]) {
-                named.entry(name.to_owned()).or_default();
-            }
+            // The names that most runs ask for are looked for in one pass over all types.
+            let new = COMMON.into_iter().chain([name]);
+            let new: BTreeSet<&str> = new.filter(|&n| !named.contains_key(n)).collect();
+            let mut found: Vec<_> = new
+                .into_iter()
+                .map(|n| (Wanted::new(n), Vec::new()))
+                .collect();
             for id in self.first..self.count() {
-                let Some(t) = self.get(id).filter(|t| t.name_off != 0) else {
+                let Some(t) = self.get(id).filter(|t| t.name_off() != 0) else {
                     continue;
                 };
-                let bytes = self.str(t.name_off).to_bytes();
-                if let Some((_, ids)) = named.iter_mut().find(|(n, _)| n.as_bytes() == bytes) {
-                    if !ids.contains(&id) {
-                        ids.push(id);
-                    }
+                let string = self.string_from(t.name_off());
+                if let Some((_, ids)) = found.iter_mut().find(|(w, _)| w.begins(string)) {
+                    ids.push(id);
                 }
+            }
+            for (wanted, ids) in found {
+                named.insert(wanted.name.to_owned(), ids);
             }
         }
         let ids = named.get(name).into_iter().flatten().copied();
@@ -412,26 +413,31 @@ impl Btf {
             .collect()
     }
 
-    fn count(&self) -> u32 {
-        // SAFETY: the BTF is valid as long as self.
-        unsafe { sys::btf__type_cnt(self.raw.as_ptr()) }
+    /// One more than the last type id.
+    pub(super) fn count(&self) -> u32 {
+        self.first + self.own.len()
     }
 
-    fn get(&self, id: u32) -> Option<&Type> {
-        // SAFETY: the BTF is valid; libbpf gives NULL for an id that is not there, else a pointer into memory that lives as long as
-        // the BTF. `struct btf_type` begins with the three words of Type, in this order.
-        unsafe {
-            sys::btf__type_by_id(self.raw.as_ptr(), id)
-                .cast::<Type>()
-                .as_ref()
+    pub(super) fn get(&self, id: u32) -> Option<Type<'_>> {
+        match (id.checked_sub(self.first), &self.base) {
+            (Some(index), _) => self.own.get(index),
+            (None, Some(base)) => base.get(id.checked_sub(1)?),
+            (None, None) => None,
         }
     }
 
-    fn str(&self, offset: u32) -> &CStr {
-        // SAFETY: as above; libbpf gives NULL for an offset out of bounds, else a NUL-terminated string of the BTF.
-        unsafe {
-            let s = sys::btf__str_by_offset(self.raw.as_ptr(), offset);
-            if s.is_null() { c"" } else { CStr::from_ptr(s) }
+    pub(super) fn str(&self, offset: u32) -> &CStr {
+        CStr::from_bytes_until_nul(self.string_from(offset)).unwrap_or(c"")
+    }
+
+    /// The string at this offset, with its NUL and whatever follows.
+    fn string_from(&self, offset: u32) -> &[u8] {
+        match &self.base {
+            None => self.own.string_from(offset),
+            Some(base) => match offset.checked_sub(base.string_bytes()) {
+                None => base.string_from(offset),
+                Some(own) => self.own.string_from(own),
+            },
         }
     }
 
@@ -439,15 +445,59 @@ impl Btf {
         self.str(offset).to_string_lossy().into_owned()
     }
 
-    fn name(&self, t: &Type) -> String {
-        self.string(t.name_off)
+    fn name(&self, t: Type<'_>) -> String {
+        self.string(t.name_off())
     }
 }
 
-impl Drop for Btf {
-    fn drop(&mut self) {
-        // SAFETY: owned, freed once. A split BTF does not own its base.
-        unsafe { sys::btf__free(self.raw.as_ptr()) };
+/// A name that is looked for among many: its first four bytes tell it from most.
+struct Wanted<'a> {
+    name: &'a str,
+    /// none of a name so short that what follows it would be in it
+    head: Option<[u8; 4]>,
+}
+
+impl<'a> Wanted<'a> {
+    fn new(name: &'a str) -> Self {
+        let head = name.as_bytes().first_chunk().copied();
+        Self { name, head }
+    }
+
+    /// It is the string that `bytes` begin with.
+    fn begins(&self, bytes: &[u8]) -> bool {
+        (self.head.is_none() || self.head.as_ref() == bytes.first_chunk())
+            && bytes
+                .strip_prefix(self.name.as_bytes())
+                .is_some_and(|rest| rest.first() == Some(&0))
+    }
+}
+
+/// The BTF of a file (ELF, or the section alone), or the running kernel's where libbpf finds it (/boot/vmlinux-RELEASE and its like).
+fn by_libbpf(file: Option<&Path>) -> Result<Vec<u8>> {
+    let raw = match file {
+        None => {
+            // SAFETY: takes no argument.
+            unsafe { sys::btf__load_vmlinux_btf() }
+        }
+        Some(path) => {
+            let c = CString::new(path.as_os_str().as_encoded_bytes())
+                .context("a path with a NUL byte")?;
+            // SAFETY: `c` is a NUL-terminated string that outlives the call.
+            unsafe { sys::btf__parse(c.as_ptr(), std::ptr::null_mut()) }
+        }
+    };
+    let raw = NonNull::new(raw).ok_or_else(std::io::Error::last_os_error)?;
+    let mut size = 0;
+    // SAFETY: the BTF is valid; what is given lives as long as it, and is copied before it is freed, once.
+    unsafe {
+        let data = sys::btf__raw_data(raw.as_ptr(), &mut size);
+        let bytes = if data.is_null() {
+            Vec::new()
+        } else {
+            std::slice::from_raw_parts(data.cast::<u8>(), size as usize).to_vec()
+        };
+        sys::btf__free(raw.as_ptr());
+        Ok(bytes)
     }
 }
 
@@ -471,44 +521,6 @@ pub enum Shape {
         signed: bool,
     },
     Other,
-}
-
-/// `struct btf_type`: what follows it in memory depends on its kind.
-#[repr(C)]
-struct Type {
-    name_off: u32,
-    info: u32,
-    size_or_type: u32,
-}
-
-impl Type {
-    fn kind(&self) -> u32 {
-        (self.info >> 24) & 0x1f
-    }
-
-    fn vlen(&self) -> usize {
-        (self.info & 0xffff) as usize
-    }
-
-    /// What it means depends on the kind: of a struct, that members' offsets have a bit field's size in the upper byte; of
-    /// an enum, that it is signed.
-    fn kind_flag(&self) -> bool {
-        self.info >> 31 != 0
-    }
-
-    /// The `i`th 32-bit word behind the type.
-    fn word(&self, i: usize) -> u32 {
-        let words = match self.kind() {
-            KIND_INT => 1,
-            KIND_ARRAY => 3,
-            KIND_STRUCT | KIND_UNION | KIND_ENUM64 => 3 * self.vlen(),
-            _ => 2 * self.vlen(),
-        };
-        debug_assert!(i < words);
-        // SAFETY: callers ask for words that a type of this kind has behind it (see the assertion); libbpf checked that they
-        // are within the BTF when it loaded it.
-        unsafe { std::ptr::from_ref(self).add(1).cast::<u32>().add(i).read() }
-    }
 }
 
 /// Loaded modules that have BTF.

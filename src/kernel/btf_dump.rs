@@ -28,37 +28,50 @@ pub struct Dumper {
     /// where the callback puts the text; by pointer only, since libbpf has it too. Owned.
     text: NonNull<Vec<u8>>,
     id: u32,
-    // Behind `dump`, which uses it.
-    _btf: Btf,
+    /// what `dump` uses; owned
+    btf: NonNull<sys::btf>,
 }
 
 impl Dumper {
     /// For `struct NAME` of the running kernel.
-    pub fn new(btf: Btf, name: &str) -> Result<Self> {
+    pub fn new(btf: &Btf, name: &str) -> Result<Self> {
         let id = btf
             .struct_named(name)
             .with_context(|| format!("the kernel's BTF has no struct {name}"))?;
+        let bytes = btf.bytes();
+        // SAFETY: libbpf copies the bytes, and gives NULL where it does not like them.
+        let raw = unsafe { sys::btf__new(bytes.as_ptr().cast(), bytes.len() as _) };
+        let failed = || {
+            anyhow!(
+                "failed to print BTF types: {}",
+                std::io::Error::last_os_error()
+            )
+        };
+        let raw = NonNull::new(raw).ok_or_else(failed)?;
         let text = NonNull::from(Box::leak(Box::<Vec<u8>>::default()));
-        // SAFETY: the BTF is valid and moves into the result; the context lives as long; opts may be NULL.
+        // SAFETY: the BTF is valid and goes into the result; the context lives as long; opts may be NULL.
         let dump = unsafe {
             sys::btf_dump__new(
-                btf.raw(),
+                raw.as_ptr(),
                 Some(print),
                 text.as_ptr().cast(),
                 std::ptr::null(),
             )
         };
         let Some(dump) = NonNull::new(dump) else {
-            let e = std::io::Error::last_os_error();
-            // SAFETY: made from a box above, and nothing else has it.
-            drop(unsafe { Box::from_raw(text.as_ptr()) });
-            return Err(anyhow!("failed to print BTF types: {e}"));
+            let e = failed();
+            // SAFETY: made above, and nothing else has them.
+            unsafe {
+                drop(Box::from_raw(text.as_ptr()));
+                sys::btf__free(raw.as_ptr());
+            }
+            return Err(e);
         };
         Ok(Self {
             dump,
             text,
             id,
-            _btf: btf,
+            btf: raw,
         })
     }
 
@@ -97,6 +110,8 @@ impl Drop for Dumper {
     fn drop(&mut self) {
         // SAFETY: made by btf_dump__new, freed once, before the BTF that it uses.
         unsafe { sys::btf_dump__free(self.dump.as_ptr()) };
+        // SAFETY: made by btf__new, freed once.
+        unsafe { sys::btf__free(self.btf.as_ptr()) };
         // SAFETY: made from a box, freed once; libbpf has it no more.
         drop(unsafe { Box::from_raw(self.text.as_ptr()) });
     }
@@ -123,7 +138,7 @@ mod tests {
             println!("skipped: this kernel has no BTF");
             return;
         };
-        let mut dumper = Dumper::new(btf, "sk_buff").unwrap();
+        let mut dumper = Dumper::new(&btf, "sk_buff").unwrap();
         for (byte, value) in [(1, 0x0101_0101), (0, 0)] {
             let text = dumper.text(&[byte; 512]).unwrap();
             for member in [
@@ -137,7 +152,7 @@ mod tests {
                 );
             }
         }
-        let e = Dumper::new(Btf::vmlinux(None).unwrap(), "no_such_struct");
+        let e = Dumper::new(&btf, "no_such_struct");
         assert!(e.is_err());
     }
 }

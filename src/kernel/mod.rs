@@ -2,6 +2,8 @@
 
 pub mod attach;
 pub mod btf;
+pub mod btf_core;
+mod btf_data;
 pub mod btf_dump;
 pub mod cgroup;
 pub mod clock;

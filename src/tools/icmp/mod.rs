@@ -19,9 +19,9 @@ use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags};
 
-use crate::bpf::bytes_of;
 use crate::bpf::icmp::{IcmpSkel, IcmpSkelBuilder};
 use crate::bpf::skb::types::np_config;
+use crate::bpf::{self, bytes_of};
 use crate::engine::drain::Drain;
 use crate::engine::loss::Loss;
 use crate::engine::pins::Pins;
@@ -29,6 +29,7 @@ use crate::engine::session;
 use crate::engine::{log, signals};
 use crate::filter::Filters;
 use crate::kernel::btf::Btf;
+use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
 use crate::output::{self, Output};
@@ -43,18 +44,24 @@ pub fn run(args: &Args) -> Result<()> {
     args.transport.check(&args.engine)?;
     let filters = args.expression.filters()?;
     log::init(args.engine.verbose);
-    let features = Features::detect();
+    let btf = Btf::vmlinux(None);
+    let features = Features::with(btf.as_ref().ok());
     features.require_tracing("icmp")?;
+    let btf = btf?;
     let reasons = if args.sent {
-        Btf::vmlinux(None)?.enum_values("skb_drop_reason")
+        btf.enum_values("skb_drop_reason")
     } else {
         Vec::new()
     };
+    let core = CoreBtf::new(&btf, bpf::ICMP_TYPES)?;
+    // Some 7 MB.
+    drop(btf);
 
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
-    let mut skel = load(args, &features, &filters, &mut storage)?;
+    let mut skel = load(args, &features, &filters, &core, &mut storage)?;
+    drop(core);
     let pins = Pins::create("icmp");
     if let Some(pins) = &pins {
         pins.pin(&mut skel.maps.data_config, "config")?;
@@ -99,9 +106,12 @@ fn load<'a>(
     args: &Args,
     features: &Features,
     filters: &Filters,
+    core: &CoreBtf,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<IcmpSkel<'a>> {
-    let mut open = IcmpSkelBuilder::default()
+    let mut builder = IcmpSkelBuilder::default();
+    builder.obj_builder.btf_custom_path(core.path())?;
+    let mut open = builder
         .open(storage)
         .context("failed to open the BPF object")?;
     let rodata = open

@@ -34,7 +34,7 @@ impl Extras {
     pub fn new(args: &Args) -> Result<Self> {
         let dumper = |wanted: bool, name| {
             wanted
-                .then(|| Dumper::new(Btf::vmlinux(args.kernel_btf.as_deref())?, name))
+                .then(|| Dumper::new(&Btf::vmlinux(args.kernel_btf.as_deref())?, name))
                 .transpose()
         };
         Ok(Self {

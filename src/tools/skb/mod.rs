@@ -22,6 +22,7 @@ use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, OpenMapMut};
 
+use crate::bpf;
 use crate::bpf::skb::{SkbSkel, SkbSkelBuilder, types};
 use crate::engine::drain::Drain;
 use crate::engine::loss::Loss;
@@ -31,6 +32,7 @@ use crate::engine::session::{self, Consumer, Flow};
 use crate::engine::{log, signals, usage};
 use crate::filter::Filters;
 use crate::kernel::btf::Btf;
+use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
@@ -87,7 +89,11 @@ pub fn run(args: &Args) -> Result<()> {
     let xdp_shown = Members::parse(&args.output_xdp_metadata, ("xdp", "xdp_buff"), &btf)
         .map_err(|e| usage(format!("--output-xdp-metadata: {e:#}")))?;
     let reasons = DropReasons::load(&btf);
-    // Some 10 MB, which only a few need any longer.
+    // nft's types are those of a module, if it is one: libbpf has to look for them itself. So it has in the user's file.
+    let core = (args.kernel_btf.is_none() && !wants.nft)
+        .then(|| CoreBtf::new(&btf, bpf::SKB_TYPES))
+        .transpose()?;
+    // Some 7 MB, which only a few need any longer.
     let btf = args.filter_track_bpf_helpers.then_some(btf);
 
     let stop = signals::stop_channel()?;
@@ -97,8 +103,10 @@ pub fn run(args: &Args) -> Result<()> {
         args,
         &features,
         (&plan, &filters, &members, &reasons),
+        core.as_ref(),
         &mut storage,
     )?;
+    drop(core);
     let pins = Pins::create("skb");
     if let Some(pins) = &pins {
         pins.pin(&mut skel.maps.data_config, "config")?;
@@ -182,10 +190,11 @@ fn load<'a>(
     args: &Args,
     features: &Features,
     (plan, filters, members, reasons): (&Plan, &Filters, &Members, &DropReasons),
+    core: Option<&CoreBtf>,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<SkbSkel<'a>> {
     let mut builder = SkbSkelBuilder::default();
-    if let Some(file) = &args.kernel_btf {
+    if let Some(file) = args.kernel_btf.clone().or(core.map(CoreBtf::path)) {
         builder
             .obj_builder
             .btf_custom_path(file)

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapFlags};
 
+use crate::bpf;
 use crate::bpf::tcpconnect::TcpconnectSkel;
 use crate::engine::drain::Drain;
 use crate::engine::loss::{CpuStats, Loss};
@@ -23,6 +24,7 @@ use crate::engine::merge::Record;
 use crate::engine::session::{self, Consumer, Flow, Received};
 use crate::engine::{UsageError, log, signals};
 use crate::kernel::btf::Btf;
+use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 use crate::output::{self, Output};
 
@@ -45,7 +47,8 @@ pub fn run(args: &Args) -> Result<()> {
     let reasons = btf.enum_values("skb_drop_reason");
     let recv_args = btf.argument_count("udp_recvmsg");
     let mut pairs = probes::pairs(&features, &btf).into_iter().peekable();
-    // Libbpf reads it again to load the programs: not two of some 6 MB at a time.
+    let core = CoreBtf::new(&btf, bpf::TCPCONNECT_TYPES)?;
+    // Libbpf may read it again to load the programs: not two of some 6 MB at a time.
     drop(btf);
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
@@ -55,7 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
         let (Some(pair), Some(storage)) = (pairs.next(), storages.next()) else {
             bail!("no way to see the return of connect");
         };
-        match start(args, &filter, &features, recv_args, pair, storage) {
+        match start(args, &filter, &features, (&core, recv_args), pair, storage) {
             Ok(started) => break started,
             Err(e) if e.is::<UsageError>() || pairs.peek().is_none() => return Err(e),
             // DNS needs fexit programs in any case: the last way would hide why there are none.
@@ -64,6 +67,7 @@ pub fn run(args: &Args) -> Result<()> {
             Err(_) => {}
         }
     };
+    drop(core);
     let mut presenter = Presenter::new(args, reasons)?;
     eprintln!("Tracing connect ... Hit Ctrl-C to end");
     if !args.count {
@@ -106,11 +110,11 @@ fn start<'a>(
     args: &Args,
     filter: &Filter,
     features: &Features,
-    recv_args: Option<usize>,
+    kernel: (&CoreBtf, Option<usize>),
     pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<(TcpconnectSkel<'a>, Drain, Attached)> {
-    let skel = probes::load(args, filter, features, recv_args, pair, storage)?;
+    let skel = probes::load(args, filter, features, kernel, pair, storage)?;
     let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
     let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
     let attached = probes::attach(args, pair, &skel)?;

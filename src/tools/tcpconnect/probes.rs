@@ -11,6 +11,7 @@ use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramMut};
 use crate::bpf::tcpconnect::{OpenTcpconnectSkel, TcpconnectSkel, TcpconnectSkelBuilder, types};
 use crate::engine::{log, loss, usage};
 use crate::kernel::btf::Btf;
+use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 
 use super::args::{Args, Filter, FilterArgs};
@@ -51,11 +52,13 @@ pub fn load<'a>(
     args: &Args,
     filter: &Filter,
     features: &Features,
-    recv_args: Option<usize>,
+    (core, recv_args): (&CoreBtf, Option<usize>),
     pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<TcpconnectSkel<'a>> {
-    let mut open = TcpconnectSkelBuilder::default()
+    let mut builder = TcpconnectSkelBuilder::default();
+    builder.obj_builder.btf_custom_path(core.path())?;
+    let mut open = builder
         .open(storage)
         .context("failed to open the BPF object")?;
     let rodata = open
@@ -63,7 +66,6 @@ pub fn load<'a>(
         .rodata_data
         .as_mut()
         .context("the BPF object has no .rodata")?;
-    rodata.use_cast = u8::from(features.rdonly_cast);
     rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
     rodata.has_drop_reason = u8::from(features.drop_reasons);
     rodata.mode = args.mode();
