@@ -59,6 +59,7 @@ pub fn run(
     consumer: &mut dyn Consumer,
     pause: impl FnOnce(),
 ) -> Result<Received> {
+    give_back_memory();
     let mut state = Loop {
         merge: Merge::new(drain.groups()),
         received: Received::default(),
@@ -77,6 +78,15 @@ pub fn run(
     let joined = drain.join();
     state.received.late = state.merge.late;
     result.and(joined).map(|()| state.received)
+}
+
+/// What only the start needed (the kernel's types and symbols, several MB), which the allocator keeps.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes a number; any thread may call it.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 struct Loop {

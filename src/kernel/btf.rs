@@ -13,9 +13,9 @@ use anyhow::{Context, Result, anyhow};
 use libbpf_sys as sys;
 
 use super::btf_data::{
-    Data, KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FUNC, KIND_FUNC_PROTO, KIND_FWD,
-    KIND_INT, KIND_PTR, KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF, KIND_UNION,
-    KIND_VOLATILE, Type,
+    Data, Heads, KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FUNC, KIND_FUNC_PROTO,
+    KIND_FWD, KIND_INT, KIND_PTR, KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF,
+    KIND_UNION, KIND_VOLATILE, Type,
 };
 use super::members::Member;
 
@@ -26,10 +26,14 @@ const INT_SIGNED: u32 = 1 << 24;
 const SYSFS: &str = "/sys/kernel/btf";
 
 /// Names that are asked for at almost every start.
-const COMMON: [&str; 7] = [
+const COMMON: [&str; 11] = [
     "__kernel_sockaddr_storage",
+    "bpf_iter_ksym",
     "bpf_rdonly_cast",
+    "dyn_ftrace",
     "fprobe",
+    "ftrace_page",
+    "kallsym_iter",
     "sk_buff",
     "skb_drop_reason",
     "skb_drop_reason_subsys",
@@ -298,6 +302,11 @@ impl Btf {
         !self.ids(KIND_FUNC, name).is_empty()
     }
 
+    /// The number of a function of vmlinux.
+    pub(super) fn function_id(&self, name: &str) -> Option<u32> {
+        self.ids(KIND_FUNC, name).first().copied()
+    }
+
     /// How many arguments a function of vmlinux or of this module takes; `None` where it is not there.
     pub fn argument_count(&self, name: &str) -> Option<usize> {
         let func = self.get(*self.ids(KIND_FUNC, name).first()?)?;
@@ -391,21 +400,21 @@ impl Btf {
             // The names that most runs ask for are looked for in one pass over all types.
             let new = COMMON.into_iter().chain([name]);
             let new: BTreeSet<&str> = new.filter(|&n| !named.contains_key(n)).collect();
-            let mut found: Vec<_> = new
-                .into_iter()
-                .map(|n| (Wanted::new(n), Vec::new()))
-                .collect();
+            let heads = Heads::new(new.iter().copied());
+            for name in &new {
+                named.insert((*name).to_owned(), Vec::new());
+            }
             for id in self.first..self.count() {
                 let Some(t) = self.get(id).filter(|t| t.name_off() != 0) else {
                     continue;
                 };
-                let string = self.string_from(t.name_off());
-                if let Some((_, ids)) = found.iter_mut().find(|(w, _)| w.begins(string)) {
-                    ids.push(id);
+                if !heads.may_begin(self.string_from(t.name_off())) {
+                    continue;
                 }
-            }
-            for (wanted, ids) in found {
-                named.insert(wanted.name.to_owned(), ids);
+                let string = self.str(t.name_off()).to_str().unwrap_or_default();
+                if new.contains(string) {
+                    named.entry(string.to_owned()).or_default().push(id);
+                }
             }
         }
         let ids = named.get(name).into_iter().flatten().copied();
@@ -447,28 +456,6 @@ impl Btf {
 
     fn name(&self, t: Type<'_>) -> String {
         self.string(t.name_off())
-    }
-}
-
-/// A name that is looked for among many: its first four bytes tell it from most.
-struct Wanted<'a> {
-    name: &'a str,
-    /// none of a name so short that what follows it would be in it
-    head: Option<[u8; 4]>,
-}
-
-impl<'a> Wanted<'a> {
-    fn new(name: &'a str) -> Self {
-        let head = name.as_bytes().first_chunk().copied();
-        Self { name, head }
-    }
-
-    /// It is the string that `bytes` begin with.
-    fn begins(&self, bytes: &[u8]) -> bool {
-        (self.head.is_none() || self.head.as_ref() == bytes.first_chunk())
-            && bytes
-                .strip_prefix(self.name.as_bytes())
-                .is_some_and(|rest| rest.first() == Some(&0))
     }
 }
 

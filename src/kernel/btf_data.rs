@@ -102,6 +102,44 @@ impl Data {
     }
 }
 
+/// Which strings may be one of some names, told by their first four bytes: of a hundred that are none, one or two pass.
+pub(super) struct Heads {
+    bits: [u64; 64],
+    /// a name is shorter than that
+    short: bool,
+}
+
+impl Heads {
+    pub fn new<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+        let mut heads = Self {
+            bits: [0; 64],
+            short: false,
+        };
+        for name in names {
+            match name.as_bytes().first_chunk() {
+                Some(head) => {
+                    let (word, bit) = Self::place(*head);
+                    heads.bits[word] |= bit;
+                }
+                None => heads.short = true,
+            }
+        }
+        heads
+    }
+
+    /// `bytes` begin with a string that may be one of them.
+    pub fn may_begin(&self, bytes: &[u8]) -> bool {
+        let head = bytes.first_chunk().map(|head| Self::place(*head));
+        self.short || head.is_some_and(|(word, bit)| self.bits[word] & bit != 0)
+    }
+
+    fn place(head: [u8; 4]) -> (usize, u64) {
+        // Fibonacci hashing to 12 bits.
+        let hash = u32::from_ne_bytes(head).wrapping_mul(0x9e37_79b9) >> 20;
+        ((hash >> 6) as usize, 1 << (hash & 63))
+    }
+}
+
 /// A BTF of these types and strings.
 pub(super) fn encode(types: &[u32], strings: &[u8]) -> Vec<u8> {
     let length = 4 * types.len() as u32;

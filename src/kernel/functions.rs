@@ -1,8 +1,14 @@
-//! Which functions a kprobe can be put on, and at which address: tracefs where it can be read, else kallsyms.
+//! Which functions a kprobe can be put on, and at which address: from ftrace's own records where they can be had, else from tracefs, else
+//! kallsyms.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::hash::{BuildHasherDefault, Hasher};
+
+use anyhow::Result;
+
+use super::btf::Btf;
+use super::ftrace;
 
 /// A map from addresses of the kernel, which nobody chooses in order to make them collide: a look-up is 20 instructions in place
 /// of the 100 of the standard hash, and it happens once an event.
@@ -31,7 +37,7 @@ impl Hasher for AddressHasher {
 }
 
 /// A traceable function.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Traceable {
     /// 0 where the kernel does not tell
     pub addr: u64,
@@ -49,8 +55,26 @@ pub struct TraceableSet {
 const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 impl TraceableSet {
-    /// Reads the list; keeps only the names that `wanted` says yes to.
-    pub fn load(wanted: impl Fn(&str) -> bool) -> Self {
+    /// Reads the list; keeps only the functions of these names.
+    pub fn load(btf: &Btf, names: &HashSet<&str>) -> Self {
+        Self::of_ftrace(btf, names).unwrap_or_else(|_| Self::printed(names))
+    }
+
+    /// Out of ftrace's own records. An error: this kernel does not let it be done so.
+    pub fn of_ftrace(btf: &Btf, names: &HashSet<&str>) -> Result<Self> {
+        let mut set = Self {
+            exact: true,
+            ..Self::default()
+        };
+        for found in ftrace::traceable(btf, names)? {
+            set.add(&found.name, found.addr, found.module.as_deref());
+        }
+        Ok(set)
+    }
+
+    /// As the kernel prints it.
+    pub fn printed(names: &HashSet<&str>) -> Self {
+        let wanted = |name: &str| names.contains(name);
         // available_filter_functions_addrs: kernels from 6.5.
         for file in [
             "available_filter_functions_addrs",

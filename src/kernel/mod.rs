@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod drop_reason;
 pub mod features;
+mod ftrace;
 pub mod functions;
 pub mod ksyms;
 pub mod members;

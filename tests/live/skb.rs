@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use netprobe::kernel::btf::{self, Btf};
+use netprobe::kernel::functions::TraceableSet;
 
 use crate::common::{Case, Finished, Netns, Netprobe, Pair, SHORT, case, deadline};
 
@@ -36,6 +38,9 @@ pub fn cases() -> Vec<Case> {
         case("skb_filter_ifname", filter_ifname).trace(),
         case("skb_backend_kprobe", || backend("kprobe")).trace(),
         case("skb_backend_kprobe_multi", || backend("kprobe-multi")).kprobe_multi(),
+        case("skb_functions_as_printed", functions_as_printed)
+            .kprobe_multi()
+            .kernel(6, 5),
         case("skb_backend_refused", backend_refused)
             .trace()
             .when(|e| {
@@ -48,6 +53,25 @@ pub fn cases() -> Vec<Case> {
         case("skb_relative_time_and_order", relative_time).trace(),
         case("skb_config_is_pinned", config_is_pinned).trace(),
     ]
+}
+
+/// What is read out of ftrace's own records is what the kernel prints of them, of each function with an skb.
+fn functions_as_printed() -> Result<()> {
+    let btf = Btf::vmlinux(None)?;
+    let functions = btf.functions_taking("sk_buff", &btf::modules())?;
+    let names: HashSet<&str> = functions.iter().map(|f| f.name.as_str()).collect();
+    let read = TraceableSet::of_ftrace(&btf, &names)?;
+    let printed = TraceableSet::printed(&names);
+    let mut places = 0;
+    for name in names {
+        let [mut read, mut printed] = [&read, &printed].map(|s| s.everywhere(name).to_vec());
+        read.sort();
+        printed.sort();
+        ensure!(read == printed, "{name}: {read:x?}, printed {printed:x?}");
+        places += read.len();
+    }
+    ensure!(places > 1000, "{places} functions");
+    Ok(())
 }
 
 /// `netprobe skb` on [`FUNCS`], inside the client's namespace.

@@ -80,7 +80,7 @@ pub fn run(args: &Args) -> Result<()> {
         probes::require_nft(&btf)?;
     }
     let plan = if args.drops {
-        Plan::drops(&features, args.backend, wants)?
+        Plan::drops(&btf, &features, args.backend, wants)?
     } else {
         Plan::make(&btf, &features, args, pattern.as_ref(), wants)?
     };

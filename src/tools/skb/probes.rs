@@ -132,7 +132,7 @@ impl Plan {
             .chain(hooks.iter().map(|(_, f)| *f))
             .chain(args.filter_non_skb_funcs.iter().map(String::as_str))
             .collect();
-        let traceable = TraceableSet::load(|n| names.contains(n));
+        let traceable = plan.traceable(btf, &names);
         for name in &args.filter_non_skb_funcs {
             plan.add_near(name, &traceable)?;
         }
@@ -150,12 +150,17 @@ impl Plan {
     }
 
     /// The tracepoint of drops alone, with what `wants` says beside it.
-    pub fn drops(features: &Features, backend: Option<Backend>, wants: Wants) -> Result<Self> {
+    pub fn drops(
+        btf: &Btf,
+        features: &Features,
+        backend: Option<Backend>,
+        wants: Wants,
+    ) -> Result<Self> {
         let mut plan = Self::empty(choose(features, backend)?, wants);
         let hooks = plan.hooks_wanted(wants);
         if !hooks.is_empty() {
             let names: HashSet<&str> = hooks.iter().map(|(_, f)| *f).collect();
-            let traceable = TraceableSet::load(|n| names.contains(n));
+            let traceable = plan.traceable(btf, &names);
             plan.add_hooks(&hooks, &traceable);
         }
         Ok(plan)
@@ -182,6 +187,14 @@ impl Plan {
         let nft = wants.nft.then_some(&hooks::NFT[..]);
         let tables = [track, owner, xdp, nft].into_iter().flatten();
         tables.flatten().copied().collect()
+    }
+
+    /// Of these functions, those that can be traced. A single kprobe goes to a name, and the kernel's list without addresses does.
+    fn traceable(&self, btf: &Btf, names: &HashSet<&str>) -> TraceableSet {
+        match self.backend {
+            Backend::KprobeMulti => TraceableSet::load(btf, names),
+            Backend::Kprobe => TraceableSet::printed(names),
+        }
     }
 
     /// A function without an skb.
