@@ -48,10 +48,33 @@ fn wrong_values_of_skb() {
         (&["--timestamp", "yesterday"], "yesterday"),
         (&["--output-limit-lines", "-1"], "-1"),
         (&["--no-such-flag"], "--no-such-flag"),
+        // One tracepoint is no function: nothing to attach to in batches or in modules, and no caller.
+        (&["--drops", "--output-caller"], "--output-caller"),
+        (&["--drops", "--kmods", "veth"], "--kmods"),
+        (&["--drops", "--all-kmods"], "--all-kmods"),
+        (
+            &["--drops", "--filter-kprobe-batch", "5"],
+            "--filter-kprobe-batch",
+        ),
     ] {
         let mut all = vec!["skb"];
         all.extend(args);
         refused(&all, names);
+    }
+}
+
+/// What looks at the stages has nothing to show without them.
+#[test]
+fn icmp_without_stages() {
+    for flags in [
+        &["--min-us", "5"][..],
+        &["--histogram"],
+        &["--culprit"],
+        &["--histogram", "-i", "1"],
+    ] {
+        let mut all = vec!["icmp", "--stages=false"];
+        all.extend(flags);
+        refused(&all, flags[0]);
     }
 }
 

@@ -23,6 +23,13 @@
 #include "filter.bpf.h"
 #include "packet.bpf.h"
 #include "icmp_packet.bpf.h"
+
+/* The run is at its end: what is sent now nobody reads. */
+static __always_inline bool paused(void)
+{
+	return np_config_get()->fields & NP_PAUSED;
+}
+
 #include "icmp_softirq.bpf.h"
 
 /* Look at the stages of a request (else only at who handles it). */
@@ -255,7 +262,8 @@ int receive(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-static __noinline int sent_echo(struct bpf_raw_tracepoint_args *ctx)
+/* As sent_xmit() */
+static __noinline __u64 sent_echo(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
 	struct net_device *dev = NP_CAST(struct net_device, ctx->args[1]);
@@ -263,9 +271,7 @@ static __noinline int sent_echo(struct bpf_raw_tracepoint_args *ctx)
 	int echo = read_sent(skb, &e.key);
 
 	if (with_sent) {
-		if (echo == ECHO_REQUEST)
-			sent_xmit(ctx, &e, skb, dev);
-		return 0;
+		return echo == ECHO_REQUEST ? sent_xmit(ctx, &e, skb, dev) : 0;
 	}
 	if (echo != ECHO_REPLY)
 		return 0;
@@ -273,6 +279,8 @@ static __noinline int sent_echo(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	if (!bpf_map_delete_elem(&answering, &e.key))
 		__sync_fetch_and_add(&answers_due, -1);
+	if (paused())
+		return 0;
 	np_head_fill(&e.head, ICMP_KIND_REPLY);
 	read_dev(&e, dev);
 	e.len = l3_len(skb);
@@ -284,8 +292,15 @@ static __noinline int sent_echo(struct bpf_raw_tracepoint_args *ctx)
 SEC("raw_tp/net_dev_start_xmit")
 int xmit(struct bpf_raw_tracepoint_args *ctx)
 {
-	if ((with_sent || answers_due) && may_echo_sent((void *)ctx->args[0]))
-		sent_echo(ctx);
+	__u64 start;
+
+	if ((!with_sent && !answers_due) ||
+	    !may_echo_sent((void *)ctx->args[0]))
+		return 0;
+	/* Not from within: with the filter's own stack that would be too much. */
+	start = sent_echo(ctx);
+	if (with_sent && start && np_filter_skb((void *)ctx->args[0]))
+		sent_own(ctx, start);
 	return 0;
 }
 

@@ -106,6 +106,16 @@ static __always_inline void ask(const struct icmp_event *e, __u8 xmitted)
 		count->hits++;
 }
 
+/* Is this request one of those that are shown? (np_filter_skb() beside it) */
+static __always_inline bool sent_match(const struct icmp_event *e,
+				       struct sk_buff *skb,
+				       struct net_device *dev)
+{
+	if (want_cpu >= 0 && bpf_get_smp_processor_id() != want_cpu)
+		return false;
+	return match(np_config_get(), skb, &e->key, dev);
+}
+
 /* A request with its headers, before netfilter: skb->protocol is not set. */
 static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 				__u16 proto)
@@ -113,7 +123,6 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
 	struct net *net = NP_CAST(struct net, net_ptr);
 	const void *l3 = NP_READ(skb, head) + NP_READ(skb, network_header);
-	const struct np_config *cfg;
 	struct dst_entry *dst;
 	struct net_device *dev;
 	struct icmp_event e = {};
@@ -121,16 +130,13 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 	if (read_echo(l3, proto, &e.key) != ECHO_REQUEST)
 		return 0;
 	e.start = sender_take();
-	cfg = np_config_get();
 	if (!e.start)
 		return 0;
 	e.key.netns = NP_READ(net, ns.inum);
 	/* Bit 0 of the address says that no reference is held. */
 	dst = NP_CAST(struct dst_entry, NP_READ(skb, _skb_refdst) & ~1ULL);
 	dev = NP_READ(dst, dev);
-	if (want_cpu >= 0 && bpf_get_smp_processor_id() != want_cpu)
-		return 0;
-	if (!match(cfg, skb, &e.key, dev) || !np_filter_skb(skb_ptr))
+	if (!sent_match(&e, skb, dev) || !np_filter_skb(skb_ptr))
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_SEND);
 	read_dev(&e, dev);
@@ -152,33 +158,50 @@ int BPF_KPROBE(sent_6, void *net, void *sk, void *skb)
 	return sent(ctx, net, skb, bpf_htons(ETH_P_IPV6));
 }
 
-/* A request is handed to a driver: `e` has its key. */
-static __always_inline void sent_xmit(void *ctx, struct icmp_event *e,
-				      struct sk_buff *skb,
-				      struct net_device *dev)
+/*
+ * A request is handed to a driver: `e` has its key. Since when its sender has
+ * been sending, where that made the IP header too (IP_HDRINCL), else 0: such a
+ * request is not known yet (sent_own).
+ */
+static __always_inline __u64 sent_xmit(void *ctx, struct icmp_event *e,
+				       struct sk_buff *skb,
+				       struct net_device *dev)
 {
 	__u32 netns = e->key.netns;
 	struct asked *asked = asked_find(&e->key);
-	const struct np_config *cfg;
 
+	if (paused())
+		return 0;
+	if (!asked)
+		return sender_take();
+	/* The first device of its own namespace. */
+	if (asked->netns != netns || asked->xmitted)
+		return 0;
+	asked->xmitted = 1;
 	e->key.netns = netns;
 	np_head_fill(&e->head, ICMP_KIND_XMIT);
 	read_dev(e, dev);
 	e->len = l3_len(skb);
-	if (asked) {
-		/* The first device of its own namespace. */
-		if (asked->netns != netns || asked->xmitted)
-			return;
-		asked->xmitted = 1;
-	} else {
-		/* Its sender made the IP header too (IP_HDRINCL). */
-		e->start = sender_take();
-		cfg = np_config_get();
-		if (!e->start || !match(cfg, skb, &e->key, dev))
-			return;
-		ask(e, 1);
-	}
 	np_output(ctx, &e->head, sizeof(*e));
+	return 0;
+}
+
+/* A request with its sender's IP header, which np_filter_skb() lets pass. */
+static __noinline int sent_own(struct bpf_raw_tracepoint_args *ctx, __u64 start)
+{
+	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct net_device *dev = NP_CAST(struct net_device, ctx->args[1]);
+	struct icmp_event e = {};
+
+	if (read_sent(skb, &e.key) != ECHO_REQUEST || !sent_match(&e, skb, dev))
+		return 0;
+	e.start = start;
+	np_head_fill(&e.head, ICMP_KIND_XMIT);
+	read_dev(&e, dev);
+	e.len = l3_len(skb);
+	ask(&e, 1);
+	np_output(ctx, &e.head, sizeof(e));
+	return 0;
 }
 
 /* A reply is received: `key` is that of its request. */
@@ -189,7 +212,7 @@ static __always_inline void sent_return(void *ctx, struct icmp_key *key,
 	struct asked *asked = asked_find(key);
 	struct icmp_event e = {};
 
-	if (!asked || asked->netns != netns || asked->returned)
+	if (!asked || asked->netns != netns || asked->returned || paused())
 		return;
 	asked->returned = 1;
 	e.key = *key;
@@ -211,7 +234,7 @@ static __noinline int delivered_echo(void *ctx, void *skb_ptr)
 	netns = e.key.netns;
 	asked = asked_find(&e.key);
 	if (!asked || asked->netns != netns || !asked->returned ||
-	    asked->delivered)
+	    asked->delivered || paused())
 		return 0;
 	asked->delivered = 1;
 	e.key.netns = netns;
@@ -242,7 +265,7 @@ static __noinline int read_by_socket(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_READ);
 	/* Every raw socket gets the reply: only its sender's own counts. */
-	if (asked->tgid != e.head.tgid || !asked->returned)
+	if (asked->tgid != e.head.tgid || !asked->returned || paused())
 		return 0;
 	e.key.netns = asked->netns;
 	np_output(ctx, &e.head, sizeof(e));
@@ -270,7 +293,7 @@ static __noinline int dropped_echo(struct bpf_raw_tracepoint_args *ctx)
 	if (echo == ECHO_NONE)
 		return 0;
 	asked = asked_find(&e.key);
-	if (!asked)
+	if (!asked || paused())
 		return 0;
 	e.key.netns = asked->netns;
 	e.reply = echo == ECHO_REPLY;

@@ -78,14 +78,14 @@ static __always_inline void gap_run(struct softirq_cpu *cpu, __u64 now)
 	cpu->gap.runs = n + 1;
 }
 
-/* NET_RX is entered: the gap is over, and told if it was long. */
+/* NET_RX, raised at `raise`, is entered: the gap is over, and told if it was long. */
 static __always_inline void gap_end(void *ctx, struct softirq_cpu *cpu,
-				    __u64 now)
+				    __u64 raise, __u64 now)
 {
-	if (now - cpu->pending.raise < gap_min_ns)
+	if (now - raise < gap_min_ns || paused())
 		return;
 	gap_run(cpu, now);
-	cpu->gap.raise = cpu->pending.raise;
+	cpu->gap.raise = raise;
 	cpu->gap.entry = now;
 	np_head_fill(&cpu->gap.head, ICMP_KIND_GAP);
 	np_output(ctx, &cpu->gap.head, sizeof(cpu->gap));
@@ -118,7 +118,7 @@ int sample(struct bpf_perf_event_data *ctx)
 	__u32 zero = 0;
 	long len;
 
-	if (!cpu || !cpu->pending.raise)
+	if (!cpu || !cpu->pending.raise || paused())
 		return 0;
 	s = bpf_map_lookup_elem(&samples, &zero);
 	if (!s)
@@ -180,19 +180,23 @@ SEC("raw_tp/softirq_entry")
 int softirq_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct softirq_cpu *cpu;
+	__u64 irq, raise;
 
 	if ((__u32)ctx->args[0] != NP_NET_RX)
 		return 0;
 	cpu = softirq_cpu();
 	if (!cpu)
 		return 0;
-	cpu->running.irq = cpu->pending.irq;
-	cpu->running.raise = cpu->pending.raise;
+	irq = cpu->pending.irq;
+	raise = cpu->pending.raise;
+	/* An interrupt may raise it again from here on. */
+	if (raise)
+		cpu->pending.raise = 0;
+	cpu->running.irq = raise ? irq : 0;
+	cpu->running.raise = raise;
 	cpu->running.entry = bpf_ktime_get_ns();
-	if (with_culprit && cpu->pending.raise)
-		gap_end(ctx, cpu, cpu->running.entry);
-	cpu->pending.irq = 0;
-	cpu->pending.raise = 0;
+	if (with_culprit && raise)
+		gap_end(ctx, cpu, raise, cpu->running.entry);
 	return 0;
 }
 

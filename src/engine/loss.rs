@@ -1,6 +1,7 @@
 //! What a run lost, by cause. Told on stderr at the end whenever any of it is not 0, and as a record in JSON output.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
@@ -113,10 +114,10 @@ impl Loss {
         lines
     }
 
-    /// Writes [`Loss::lines`] to stderr.
+    /// Writes [`Loss::lines`] to stderr. Its reader may be the one that closed stdout (`2>&1 | head`), which is no reason to fail.
     pub fn tell(&self) {
         for line in self.lines() {
-            eprintln!("netprobe: {line}");
+            let _ = writeln!(std::io::stderr(), "netprobe: {line}");
         }
     }
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, select};
 use nix::sys::signal::Signal;
 
-use super::drain::Drain;
+use super::drain::{Batch, Drain};
 use super::merge::{Merge, Record};
 
 /// The longest time between two calls of [`Consumer::tick`].
@@ -51,14 +51,15 @@ impl From<anyhow::Error> for End {
 }
 
 /// Hands events to `consumer` until `stop` has a message, `deadline` has passed, the consumer stops or an error ends it. Then calls
-/// `pause` (which keeps the programs from sending more), hands out what is still in the buffers and returns.
+/// `pause` (which keeps the programs from sending more), hands out what is still in the buffers and returns. What was counted comes
+/// back after an error too.
 pub fn run(
     drain: Drain,
     stop: &Receiver<Signal>,
     deadline: Option<Instant>,
     consumer: &mut dyn Consumer,
     pause: impl FnOnce(),
-) -> Result<Received> {
+) -> (Received, Result<()>) {
     give_back_memory();
     let mut state = Loop {
         merge: Merge::new(drain.groups()),
@@ -70,14 +71,16 @@ pub fn run(
     let result = match end {
         End::Error(e) => {
             // Let the threads finish; what they bring cannot be shown any more.
-            while drain.batches.recv().is_ok() {}
+            while let Ok(batch) = drain.batches.recv() {
+                state.count(&batch);
+            }
             Err(e)
         }
         End::Stop => state.rest(&drain, consumer),
     };
     let joined = drain.join();
     state.received.late = state.merge.late;
-    result.and(joined).map(|()| state.received)
+    (state.received, result.and(joined))
 }
 
 /// What only the start needed (the kernel's types and symbols, several MB), which the allocator keeps.
@@ -128,14 +131,18 @@ impl Loop {
         }
     }
 
+    fn count(&mut self, batch: &Batch) {
+        self.received.events += batch.records.len() as u64;
+        self.received.short += batch.short;
+    }
+
     fn take(
         &mut self,
         drain: &Drain,
-        batch: super::drain::Batch,
+        batch: Batch,
         consumer: &mut dyn Consumer,
     ) -> Result<(), End> {
-        self.received.events += batch.records.len() as u64;
-        self.received.short += batch.short;
+        self.count(&batch);
         self.merge.push(batch);
         let result = self.merge.drain(|record| match consumer.event(record)? {
             Flow::Continue => Ok(()),
@@ -152,8 +159,7 @@ impl Loop {
     fn rest(&mut self, drain: &Drain, consumer: &mut dyn Consumer) -> Result<()> {
         let mut stopped = false;
         while let Ok(batch) = drain.batches.recv() {
-            self.received.events += batch.records.len() as u64;
-            self.received.short += batch.short;
+            self.count(&batch);
             if stopped {
                 continue;
             }

@@ -96,7 +96,7 @@ impl TraceableSet {
     }
 
     /// `[ADDRESS ]NAME[ [MODULE]]`
-    fn parse(text: &str, addrs: bool, wanted: &impl Fn(&str) -> bool) -> Self {
+    pub(crate) fn parse(text: &str, addrs: bool, wanted: &impl Fn(&str) -> bool) -> Self {
         let mut set = Self {
             exact: true,
             ..Self::default()

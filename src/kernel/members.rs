@@ -1,7 +1,7 @@
 //! Members of kernel structs by their path in C (`skb->dev->ifindex`), from BTF: through pointers, embedded structs,
 //! unions without a name, arrays; and the constants of enums. Must not know what is done with them.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::btf::{Btf, Shape};
 
@@ -94,7 +94,7 @@ pub fn resolve(btf: &Btf, name: &str, path: &[Step]) -> Result<Access> {
                         suggest(btf, current, wanted)
                     );
                 };
-                access.bit_offset += offset;
+                access.advance(offset)?;
                 access.bits = member.bits;
                 member.type_id
             }
@@ -102,12 +102,12 @@ pub fn resolve(btf: &Btf, name: &str, path: &[Step]) -> Result<Access> {
                 if *n >= count {
                     bail!("element {n} of an array of {count}");
                 }
-                access.bit_offset += n * 8 * btf.size(element);
+                access.element(*n, btf.size(element))?;
                 element
             }
             (Step::Element(n), Shape::Pointer(target)) => {
                 access.follow();
-                access.bit_offset += n * 8 * btf.size(target);
+                access.element(*n, btf.size(target))?;
                 target
             }
             (Step::Member(wanted), _) => {
@@ -131,6 +131,20 @@ impl Place {
         self.pointers.push(self.bit_offset / 8);
         self.bit_offset = 0;
         self.bits = 0;
+    }
+
+    /// Goes on to element `n` of `size` bytes.
+    fn element(&mut self, n: u32, size: u32) -> Result<()> {
+        match n.checked_mul(size).and_then(|bytes| bytes.checked_mul(8)) {
+            Some(bits) => self.advance(bits),
+            None => bail!("element {n} of {size} bytes each is out of reach"),
+        }
+    }
+
+    fn advance(&mut self, bits: u32) -> Result<()> {
+        let sum = self.bit_offset.checked_add(bits);
+        self.bit_offset = sum.context("this is out of reach of what is before it")?;
+        Ok(())
     }
 
     /// The number here, if it is one.
@@ -293,6 +307,9 @@ mod tests {
         assert!(error("mark.x").contains("no struct"), "{}", error("mark.x"));
         assert!(error("cb").contains("[0]"), "{}", error("cb"));
         assert!(error("cb.48").contains("array of 48"), "{}", error("cb.48"));
+        for far in ["dev.536870912.ifindex", "dev.4294967295.ifindex"] {
+            assert!(error(far).contains("out of reach"), "{}", error(far));
+        }
         assert!(
             error("users").contains("is not a number"),
             "{}",

@@ -150,7 +150,7 @@ impl Rotating {
                     .and_then(|m| m.modified())
                     .is_ok_and(|t| t.elapsed().is_ok_and(|e| e > age));
             if surplus || old {
-                fs::remove_file(path)?;
+                remove(path)?;
             }
         }
         Ok(())
@@ -207,6 +207,11 @@ fn compress(path: &Path) -> io::Result<()> {
     io::copy(&mut from, &mut to)?;
     to.finish()?;
     fs::rename(&part, &packed)?;
+    remove(path)
+}
+
+/// Compression and clean-up may both come to a file: the later one finds nothing.
+fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
@@ -315,6 +320,15 @@ mod tests {
             .read_to_string(&mut text)
             .unwrap();
         assert_eq!(text, "line 0\n");
+    }
+
+    /// Between the list and the removal the thread that compresses may have taken a file away.
+    #[test]
+    fn a_file_that_is_gone_already() {
+        let dir = tempfile::tempdir().unwrap();
+        let gone = dir.path().join("trace-2020-01-01T00-00-00.000.log");
+        assert!(remove(&gone).is_ok());
+        assert!(remove(dir.path()).is_err(), "other errors are told");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The flags of a packet expression, shared by tools that see an sk_buff: what was typed in, `Filters` out.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
 
 use crate::engine::usage;
 use crate::filter::Filters;
@@ -33,8 +35,8 @@ pub struct ExpressionArgs {
 }
 
 impl ExpressionArgs {
-    /// Compiles everything; an error is the user's. Notes go to stderr.
-    pub fn filters(&self) -> Result<Filters> {
+    /// Compiles everything; an error is the user's. Notes go to stderr. `kernel_btf`: the file in place of the kernel's own types.
+    pub fn filters(&self, kernel_btf: Option<&Path>) -> Result<Filters> {
         let expression = match expr::join(&self.expression) {
             Some(text) => Some(Compiled::new(&text).map_err(|e| usage(format!("{e:#}")))?),
             None => None,
@@ -54,15 +56,19 @@ impl ExpressionArgs {
                 &self.filter_tunnel_pcap_l3,
                 Linktype::RAW_IP,
             )?,
-            members: self.members()?,
+            members: self.members(kernel_btf)?,
         })
     }
 
-    fn members(&self) -> Result<Option<Condition>> {
+    fn members(&self, kernel_btf: Option<&Path>) -> Result<Option<Condition>> {
         let Some(text) = &self.filter_skb_expr else {
             return Ok(None);
         };
-        let btf = Btf::vmlinux(None)?;
+        let mut btf = Btf::vmlinux(kernel_btf);
+        if kernel_btf.is_some() {
+            btf = btf.context("--kernel-btf");
+        }
+        let btf = btf?;
         Condition::parse(text, ("skb", "sk_buff"), &btf)
             .map(Some)
             .map_err(|e| usage(format!("--filter-skb-expr '{text}': {e:#}")))

@@ -367,6 +367,13 @@ impl Finished {
         Ok(())
     }
 
+    /// The records of one type: there is one of loss too where an event came late, on a machine that stood still for a moment.
+    pub fn json_of(&self, kind: &str) -> Result<Vec<serde_json::Value>> {
+        let mut rows = self.json()?;
+        rows.retain(|row| row["type"] == kind);
+        Ok(rows)
+    }
+
     /// Each line of stdout as JSON; an error when one is not.
     pub fn json(&self) -> Result<Vec<serde_json::Value>> {
         let parse =

@@ -38,6 +38,9 @@ pub fn cases() -> Vec<Case> {
             .program("ping")
             .program("iptables")
             .limit(400),
+        case("icmp_sent_with_their_own_header", sent_hdrincl)
+            .trace()
+            .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned())),
         case("icmp_sent_flood", sent_flood)
             .trace()
             .program("ping")
@@ -146,15 +149,15 @@ fn culprit() -> Result<()> {
                     .as_str()
                     .is_some_and(|n| n.starts_with("ipt_do_table"))
             });
-            (c["pid"] == hog.0.id() && in_rules).then_some(e)
+            // Where the wait was longer than --min-us, and not the whole way alone.
+            let waited = e["stages_ns"]["wait"].as_u64() >= Some(1_000_000);
+            (c["pid"] == hog.0.id() && in_rules && waited).then_some(e)
         };
         // The last line may not be whole.
         Ok(text.lines().find_map(held_up))
     })?;
-    let wait = found["stages_ns"]["wait"].as_u64();
     let c = &found["culprit"];
     ensure!(found["cpu"] == 1 && c["cpu"] == 1, "{found}");
-    ensure!(wait >= Some(1_000_000), "the delay is not in WAIT: {found}");
     ensure!(c["comm"] == "ping" && c["tgid"] == hog.0.id(), "{found}");
     ensure!(c["cgroup"] == "/np-live-hog", "{found}");
     ensure!(c["ran_ns"].as_u64() <= c["waited_ns"].as_u64(), "{found}");
@@ -393,6 +396,63 @@ fn sent_lost() -> Result<()> {
     Ok(())
 }
 
+/// The Internet checksum.
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let words = bytes
+        .chunks(2)
+        .map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
+    let sum: u32 = words.sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    (!((sum + (sum >> 16)) as u16)).to_be_bytes()
+}
+
+/// An echo request with the IP header that its sender made (IP_HDRINCL), sent on a CPU.
+fn send_with_header(netns: &Netns, cpu: usize, id: u8) -> Result<()> {
+    let mut echo = [8, 0, 0, 0, 0, id, 0, 1];
+    let sum = checksum(&echo);
+    echo[2..4].copy_from_slice(&sum);
+    // The kernel fills in length and checksum.
+    let mut packet = vec![
+        0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 77, 0, 1, 10, 77, 0, 2,
+    ];
+    packet.extend(echo);
+    netns.enter(|| -> Result<()> {
+        let mut set = nix::sched::CpuSet::new();
+        set.set(cpu)?;
+        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)?;
+        // SAFETY: plain numbers; gives an fd or a negative number.
+        let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW) };
+        ensure!(fd >= 0, "socket: {}", std::io::Error::last_os_error());
+        // SAFETY: a fresh fd that nothing else owns. send_to and the like are the same for each kind of socket.
+        let socket: std::net::UdpSocket = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
+        socket.send_to(&packet, "10.77.0.2:0")?;
+        Ok(())
+    })?
+}
+
+/// Requests of which the kernel makes no header come past the hook of the others: the filters hold for them too.
+fn sent_hdrincl() -> Result<()> {
+    let net = pair()?;
+    let probe = Netprobe::new("icmp")
+        .args(["--sent", "--timeout", "1", "--output-json"])
+        .args(["--filter-cpu", "1", "icmp[4:2] != 7"])
+        .start()?;
+    for (cpu, id) in [(1, 7), (0, 8), (1, 9)] {
+        send_with_header(&net.client, cpu, id)?;
+    }
+    // Nobody reads the replies.
+    let (done, all) = collect(probe, "request", 1)?;
+    let requests = records(&all, "request");
+    ensure!(requests.len() == 1, "{done}");
+    let r = requests[0];
+    ensure!(r["id"] == 9 && r["cpu"] == 1, "{done}");
+    ensure!(
+        r["saddr"] == "10.77.0.1" && r["daddr"] == "10.77.0.2",
+        "{done}"
+    );
+    Ok(())
+}
+
 fn sent_flood() -> Result<()> {
     const COUNT: u64 = 1000;
     let net = pair()?;
@@ -419,6 +479,9 @@ fn sent_flood() -> Result<()> {
         told.contains(&format!("{} received", n("replies"))),
         "{summary}\n{told}"
     );
-    ensure!(records(&all, "loss").is_empty(), "{}", done.stderr);
+    // What came late is there all the same.
+    for loss in records(&all, "loss") {
+        ensure!(loss["lost"] == 0 && loss["missed"] == 0, "{loss}");
+    }
     Ok(())
 }

@@ -26,6 +26,9 @@ mod xdpdump;
 mod xdpdump_trace;
 
 fn main() {
+    // Whoever starts the tests may ignore it (nohup); netprobe would inherit that.
+    // SAFETY: the default action runs no code of ours.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
     let mut cases = Vec::new();
     cases.extend(harness::cases());
     cases.extend(icmp::cases());
@@ -44,5 +47,6 @@ fn main() {
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_more::cases());
+    cases.extend(skb_ends::last());
     common::run(cases)
 }

@@ -519,7 +519,7 @@ fn relative_time() -> Result<()> {
         (text.matches("dev_hard_start_xmit").count() >= 40).then_some(())
     })?;
     let done = run.stop()?;
-    let rows = done.json()?;
+    let rows = done.json_of("event")?;
     let mut last = 0;
     let mut seen = HashSet::new();
     for row in &rows {

@@ -34,7 +34,7 @@ pub fn cases() -> Vec<Case> {
             .program("nft")
             .kernel(5, 17),
         case("skb_output_const_parameters", const_parameters).trace(),
-        case("skb_output_kernel_btf", kernel_btf).trace(),
+        case("skb_output_kernel_btf", kernel_btf).trace().fentry(),
         case("skb_output_nft_legacy", nft_legacy)
             .trace()
             .kernel(5, 17)
@@ -165,25 +165,21 @@ fn rotates() -> Result<()> {
         .arg("--output-file")
         .arg(&file)
         .args(["--output-file-max-size", "1", "--output-file-compress"])
-        .args([
-            "--output-file-max-age",
-            "1",
-            "--output-file-max-backups",
-            "1",
-        ])
-        .args([
-            "--filter-proto",
-            "udp",
-            "--filter-func",
-            "ip_rcv|ip_output|udp_rcv",
-        ])
+        .args(["--output-file-max-age=1", "--output-file-max-backups=1"])
+        .args(["--filter-proto", "udp", "--filter-func", "ip_rcv"])
         .args(["--output-skb", "--output-skb-shared-info", "--output-json"])
         .start()?;
     // Of three that were put aside the last one stays.
     let mut seen = std::collections::BTreeSet::new();
+    let mut before = None;
     wait_for("compressed files", || {
-        for _ in 0..50 {
-            net.client.udp_send(net.server.v4(9), b"x")?;
+        // More when the last ones have been written: what waits in the buffers holds up the end.
+        let now = Some((seen.len(), fs::metadata(&file)?.len()));
+        if before != now {
+            before = now;
+            for _ in 0..50 {
+                net.client.udp_send(net.server.v4(9), b"x")?;
+            }
         }
         seen.extend(aside(dir.path())?);
         Ok((seen.len() >= 3).then_some(()))
@@ -637,8 +633,9 @@ fn kernel_btf() -> Result<()> {
     let probe = Netprobe::new("skb")
         .arg("--kernel-btf")
         .arg(&file)
-        .args(["--filter-func", "ip_rcv", "--filter-dst-port", "9"])
+        .args(["--filter-func", "ip_rcv", "--filter-dst-port=9"])
         .args(["--output-skb-metadata", "skb->len", "--output-skb"])
+        .arg("--filter-trace-tc")
         .start()?;
     net.client.udp_send(net.server.v4(9), b"0123456789")?;
     let line = probe.wait_line(" ip_rcv")?;

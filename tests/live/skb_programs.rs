@@ -222,7 +222,7 @@ fn json(net: &Pair, program: &Loaded) -> Result<()> {
     run.wait_line("\"func\":\"ip_local_deliver\"")?;
     let done = run.stop()?;
     done.expect_success()?;
-    let rows = done.json()?;
+    let rows = done.json_of("event")?;
     let of = |at: &str| {
         rows.iter()
             .find(|r| r["program"]["id"] == program.id && r["program"]["at"] == at)

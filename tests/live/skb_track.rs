@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::common::{Case, Env, Finished, Netns, Netprobe, Pair, case, deadline};
+use crate::icmp::{cpus, pinned_ping, steer};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -16,6 +17,10 @@ pub fn cases() -> Vec<Case> {
         case("skb_track_fragments", fragments).trace(),
         case("skb_track_dnat", dnat).trace().program("nft"),
         case("skb_track_clones", clones).trace(),
+        case("skb_track_sweep_blinds_nobody", sweep_blinds_nobody)
+            .trace()
+            .program("ping")
+            .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned())),
         case("skb_track_entries_go", entries_go).trace(),
         case("skb_track_stack_ends", stack_ends)
             .trace()
@@ -319,6 +324,34 @@ fn clones() -> Result<()> {
 }
 
 /// Thousands of packets through a map of a few: read by a socket, dropped, and TCP's with their clones. None stays in the map.
+/// The look for entries that are to go must not keep probes on its CPU from being seen: each request that is handled there is.
+fn sweep_blinds_nobody() -> Result<()> {
+    const REQUESTS: usize = 200;
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    steer(&net.server, "2")?;
+    // A large table, so that a look takes long.
+    let probe = Netprobe::new("skb")
+        .args(["--filter-track-skb", "--track-entries", "500000"])
+        .args(["--filter-func", "icmp_rcv", "--output-meta=false"])
+        .args(["--filter-netns", net.server.name()])
+        .start()?;
+    let mut cpu = nix::sched::CpuSet::new();
+    cpu.set(1)?;
+    for thread in std::fs::read_dir(format!("/proc/{}/task", probe.pid()))? {
+        let id = thread?.file_name().to_string_lossy().parse()?;
+        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(id), &cpu)?;
+    }
+    let count = REQUESTS.to_string();
+    net.client
+        .output(&mut pinned_ping(&["-i", "0.01", "-c", &count])?)?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    let seen = done.lines_with(" icmp_rcv").len();
+    ensure!(seen == REQUESTS, "{seen} of {REQUESTS}\n{}", done.stderr);
+    Ok(())
+}
+
 fn entries_go() -> Result<()> {
     const TIMES: usize = 1500;
     let net = Pair::new()?;

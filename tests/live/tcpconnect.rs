@@ -136,7 +136,7 @@ fn json() -> Result<()> {
     run.wait_line("connect")?;
     let done = run.stop()?;
     done.expect_success()?;
-    let rows = done.json()?;
+    let rows = done.json_of("connect")?;
     ensure!(rows.len() == 1, "{done}");
     let row = &rows[0];
     for (key, value) in [
@@ -529,7 +529,8 @@ fn count() -> Result<()> {
     let b = connect(&net.client, v4.address())?;
     let done = run.stop()?;
     done.expect_success()?;
-    let mut got: Vec<Value> = done.json()?.iter().map(|r| r["lport"].clone()).collect();
+    let rows = done.json_of("count")?;
+    let mut got: Vec<Value> = rows.iter().map(|r| r["lport"].clone()).collect();
     let mut ports: Vec<Value> = Vec::new();
     for s in [a, b] {
         ports.push(s.local_addr()?.port().into());

@@ -44,7 +44,7 @@ fn outcome<T>(
     let line = run.wait_line(&format!("\"dport\":{port},"))?;
     let done = run.stop()?;
     done.expect_success()?;
-    ensure!(done.json()?.len() == 1, "{done}");
+    ensure!(done.json_of("connect")?.len() == 1, "{done}");
     Ok(serde_json::from_str(&line)?)
 }
 
@@ -103,7 +103,7 @@ fn outcomes() -> Result<()> {
     reset(&net, || run.stdout().contains("\"outcome\":\"reset\""))?;
     let done = run.stop()?;
     done.expect_success()?;
-    let rows = done.json()?;
+    let rows = done.json_of("connect")?;
     let row = |port: u16, ip: u8| {
         rows.iter()
             .find(|r| r["dport"] == port && r["ip"] == ip)

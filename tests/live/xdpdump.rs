@@ -135,6 +135,7 @@ fn pcapng() -> Result<()> {
 fn pcap() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let net = Pair::new()?;
+    net.fix_neighbours()?;
     let (ours, theirs) = (dir.path().join("ours.pcap"), dir.path().join("theirs.pcap"));
     let far = tcpdump(&net.client, &theirs)?;
     let probe = dump(&net).args(["--use-pcap", "-w"]).arg(&ours).start()?;
@@ -361,6 +362,13 @@ fn errors() -> Result<()> {
     probe.signal(nix::sys::signal::Signal::SIGTERM)?;
     probe.wait()?.expect_success()?;
     ensure!(program_id(&net.server)? == 0, "SIGTERM left a program");
+    let probe = dump(&net).start()?;
+    // The kernel tells a process of a terminal that has gone, and then its shell does.
+    for _ in 0..2 {
+        probe.signal(nix::sys::signal::Signal::SIGHUP)?;
+    }
+    probe.wait()?.expect_success()?;
+    ensure!(program_id(&net.server)? == 0, "SIGHUP left a program");
     nothing_is_pinned(&net)
 }
 

@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::bpf::skb::types::np_config;
+use crate::engine::usage;
 use crate::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
@@ -160,6 +161,24 @@ impl IcmpFilterArgs {
 const GAP_US: u64 = 1000;
 
 impl Args {
+    /// Refuses what has nothing to show without the stages.
+    pub fn check_stages(&self) -> Result<()> {
+        if self.stages {
+            return Ok(());
+        }
+        let without = [
+            ("--min-us", self.min_us.is_some()),
+            ("--histogram", self.histogram),
+            ("--culprit", self.culprit),
+        ];
+        match without.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(usage(format!(
+                "{flag}: --stages=false measures nothing that it could look at; leave one of them out"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// ns that a softirq must have waited, for its culprit to be told.
     pub fn gap_ns(&self) -> u64 {
         self.min_us.unwrap_or(GAP_US).saturating_mul(1000)

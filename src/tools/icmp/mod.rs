@@ -42,7 +42,8 @@ pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
     let config = args.filter.config()?;
     args.transport.check(&args.engine)?;
-    let filters = args.expression.filters()?;
+    args.check_stages()?;
+    let filters = args.expression.filters(None)?;
     log::init(args.engine.verbose);
     let btf = Btf::vmlinux(None);
     let features = Features::with(btf.as_ref().ok());
@@ -76,7 +77,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut session = Session::new(args, reasons, &mut out)?;
     output::ready(args.output.ready_file.as_deref())?;
 
-    let ended = session::run(drain, &stop, None, &mut session, || {
+    let (received, ended) = session::run(drain, &stop, None, &mut session, || {
         // From here on no probe sends anything; the links go when this function returns.
         let paused = np_config {
             fields: config.fields | fields::PAUSED,
@@ -86,7 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
             eprintln!("netprobe: {e:#}");
         }
     });
-    let received = ended?;
+    ended?;
     session.finish()?;
     let mut loss = Loss {
         received: received.events,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use regex::Regex;
 
@@ -147,7 +147,7 @@ pub struct Args {
     pub track_entries: u32,
 
     /// One line for each dropped packet, with its reason and where: by one tracepoint, without function probes
-    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "output_retval"])]
+    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "filter_kprobe_batch", "kmods", "all_kmods", "output_retval", "output_caller"])]
     pub drops: bool,
 
     /// Show netns, mark, interface, protocol, MTU and length (on; =false switches it off)
@@ -288,7 +288,11 @@ impl Args {
         let Some(text) = &self.filter_xdp_expr else {
             return Ok(None);
         };
-        let btf = Btf::vmlinux(self.kernel_btf.as_deref())?;
+        let mut btf = Btf::vmlinux(self.kernel_btf.as_deref());
+        if self.kernel_btf.is_some() {
+            btf = btf.context("--kernel-btf");
+        }
+        let btf = btf?;
         Condition::parse(text, ("xdp", "xdp_buff"), &btf)
             .map(Some)
             .map_err(|e| usage(format!("--filter-xdp-expr '{text}': {e:#}")))

@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
     let config = args.fields.config()?;
     args.transport.check(&args.engine)?;
     let pattern = args.function_pattern()?;
-    let filters = args.expression.filters()?;
+    let filters = args.expression.filters(args.kernel_btf.as_deref())?;
     let xdp_members = args.xdp_members()?;
     log::init(args.engine.verbose);
     let mut btf = Btf::vmlinux(args.kernel_btf.as_deref());
@@ -98,6 +98,10 @@ pub fn run(args: &Args) -> Result<()> {
 
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
+    let capture = args.write.as_deref();
+    let capture = capture
+        .map(|path| Capture::create(path, args.snaplen))
+        .transpose()?;
     let mut storage = MaybeUninit::uninit();
     let mut skel = load(
         args,
@@ -116,43 +120,8 @@ pub fn run(args: &Args) -> Result<()> {
 
     let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
     let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
-    let attached = plan.attach(&skel, &stop)?;
-    eprintln!("netprobe: {}", attached.summary());
-    let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
-    let watched = Watched {
-        filters: &filters,
-        xdp_filter: xdp_members.as_ref(),
-        members: &members,
-        xdp_members: &xdp_shown,
-    };
-    let helpers = match btf {
-        Some(btf) => Some(Helpers::new(args, attached.backend(), &btf, &skel)?),
-        None => None,
-    };
-    let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
-    let names = attached.names().clone();
-    let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
-    if let Some(programs) = &mut programs {
-        presenter.programs(programs.start()?);
-    }
-    presenter.header(&mut out)?;
-    output::ready(args.output.ready_file.as_deref())?;
-
-    let mut consumer = Lines {
-        presenter: &mut presenter,
-        capture: args
-            .write
-            .as_deref()
-            .map(|path| Capture::create(path, args.snaplen))
-            .transpose()?,
-        out: &mut out,
-        sweeper: wants.track.then(|| Sweeper::new(&skel.maps.tracked)),
-        snap_len: args.snap_len() as usize,
-        programs,
-        undecodable: 0,
-    };
-    let ended = session::run(drain, &stop, None, &mut consumer, || {
-        // From here on no probe sends anything; the links go when this function returns.
+    let pause = || {
+        // From here on no probe sends anything; the links go later.
         let paused = types::np_config {
             fields: config.fields | fields::PAUSED,
             ..config
@@ -160,29 +129,64 @@ pub fn run(args: &Args) -> Result<()> {
         if let Err(e) = set_config(&skel, &paused) {
             eprintln!("netprobe: {e:#}");
         }
-    });
-    let Lines {
-        capture,
-        programs,
-        undecodable,
-        ..
-    } = consumer;
-    let received = ended?;
-    let mut loss = Loss {
-        received: received.events,
-        late: received.late,
-        undecodable: undecodable + received.short,
-        missed: attached.missed() + programs.as_ref().map_or(0, Programs::missed),
-        ..Loss::default()
     };
-    loss.add_stats(&skel.maps.stats)?;
-    if let Some(capture) = capture {
-        capture.finish(loss.lost)?;
+    let shown = plan.attach(&skel, &stop).and_then(|attached| {
+        eprintln!("netprobe: {}", attached.summary());
+        let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
+        let watched = Watched {
+            filters: &filters,
+            xdp_filter: xdp_members.as_ref(),
+            members: &members,
+            xdp_members: &xdp_shown,
+        };
+        let helpers = match btf {
+            Some(btf) => Some(Helpers::new(args, attached.backend(), &btf, &skel)?),
+            None => None,
+        };
+        let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
+        let names = attached.names().clone();
+        let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
+        if let Some(programs) = &mut programs {
+            presenter.programs(programs.start()?);
+        }
+        presenter.header(&mut out)?;
+        output::ready(args.output.ready_file.as_deref())?;
+
+        let mut consumer = Lines {
+            presenter: &mut presenter,
+            capture,
+            out: &mut out,
+            sweeper: wants.track.then(|| Sweeper::new(&skel.maps.tracked)),
+            snap_len: args.snap_len() as usize,
+            programs,
+            undecodable: 0,
+        };
+        let (received, ended) = session::run(drain, &stop, None, &mut consumer, pause);
+        drop(pins);
+        let Lines {
+            capture,
+            programs,
+            undecodable,
+            ..
+        } = consumer;
+        let mut loss = Loss {
+            received: received.events,
+            late: received.late,
+            undecodable: undecodable + received.short,
+            missed: attached.missed() + programs.as_ref().map_or(0, Programs::missed),
+            ..Loss::default()
+        };
+        // After an error too, as far as it goes: the first error is the one that is told.
+        let counted = loss.add_stats(&skel.maps.stats);
+        let captured = capture.map_or(Ok(()), |capture| capture.finish(loss.lost));
+        let told = presenter.loss(&mut out, &loss);
+        ended.and(counted).and(captured).and(told)
+    });
+    if shown.is_err() {
+        // It may have ended before the session began; the kernel may still be busy removing single kprobes.
+        pause();
     }
-    presenter.loss(&mut out, &loss)?;
-    drop(pins);
-    attached.detach();
-    Ok(())
+    shown
 }
 
 /// Opens, configures and loads the programs: those that the plan needs, as kprobe or kprobe.multi.

@@ -244,9 +244,12 @@ impl Plan {
             })
             .collect();
         // A name that several functions share cannot be attached to by name; by address it can, many at once.
+        // The kernel proper comes first: its function is the one that a name stands for which a module has too.
+        let by_name =
+            found.len() == 1 && (f.module.is_none() || traceable.everywhere(&f.name).len() == 1);
         let usable = match self.backend {
             Backend::KprobeMulti if by_addr => found,
-            _ if found.len() == 1 => found,
+            _ if by_name => found,
             _ => Vec::new(),
         };
         if usable.is_empty() {
@@ -338,7 +341,7 @@ impl Plan {
             bail!(
                 "the kernel refused a probe on each of the {} functions ({})",
                 self.count,
-                attached.refusal.unwrap_or_default()
+                attached.refusal.as_deref().unwrap_or_default()
             );
         }
         Ok(attached)
@@ -573,12 +576,14 @@ impl Attached {
         self.progs.iter().map(|&fd| loss::missed(fd)).sum::<u64>()
             + self.links.iter().map(by_link).sum::<u64>()
     }
+}
 
-    /// Detaches. Single kprobes take the kernel up to 100 ms each: where there are many, a child process that holds the last
-    /// reference to them does the waiting, and the user does not. Nothing is traced any more: the programs are paused.
-    pub fn detach(self) {
+/// Detaches, however the run ends. Single kprobes take the kernel up to 100 ms each: where there are many, a child process that
+/// holds the last reference to them does the waiting, and the user does not. The run pauses the programs.
+impl Drop for Attached {
+    fn drop(&mut self) {
         if self.backend == Backend::Kprobe && self.links.len() > 16 {
-            attach::close_in_child(self.links);
+            attach::close_in_child(std::mem::take(&mut self.links));
         }
     }
 }
@@ -598,5 +603,36 @@ trait RawProgramFd {
 impl RawProgramFd for ProgramMut<'_> {
     fn as_fd_raw(&self) -> i32 {
         self.as_fd().as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By its name alone a function is the kernel proper's, where that has one of this name.
+    #[test]
+    fn a_name_that_the_kernel_and_a_module_share() {
+        let list = "0f rcv\n1f rcv [m]\n2f of_m [m]\n3f twice\n4f twice\n";
+        let traceable = TraceableSet::parse(list, true, &|_| true);
+        let count = |backend, name: &str, module: Option<&str>| {
+            let mut plan = Plan::empty(backend, Wants::default());
+            let function = Function {
+                name: name.to_string(),
+                module: module.map(str::to_string),
+                arg: 1,
+                reason_arg: None,
+                returns_number: false,
+                sock_first: false,
+            };
+            plan.add(&function, &traceable, Wants::default());
+            (plan.count, plan.untraceable)
+        };
+        assert_eq!(count(Backend::Kprobe, "rcv", None), (1, 0));
+        assert_eq!(count(Backend::Kprobe, "rcv", Some("m")), (0, 1));
+        assert_eq!(count(Backend::Kprobe, "of_m", Some("m")), (1, 0));
+        assert_eq!(count(Backend::Kprobe, "twice", None), (0, 1));
+        assert_eq!(count(Backend::KprobeMulti, "rcv", Some("m")), (1, 0));
+        assert_eq!(count(Backend::KprobeMulti, "twice", None), (2, 0));
     }
 }

@@ -275,7 +275,14 @@ impl<'a> Watcher<'a> {
         main: &SkbSkel<'_>,
         storage: &'a mut MaybeUninit<OpenObject>,
     ) -> Result<Self> {
-        let mut open = SkbProgSkelBuilder::default()
+        let mut builder = SkbProgSkelBuilder::default();
+        if let Some(file) = &args.kernel_btf {
+            builder
+                .obj_builder
+                .btf_custom_path(file)
+                .context("--kernel-btf")?;
+        }
+        let mut open = builder
             .open(storage)
             .context("failed to open the BPF object")?;
         let rodata = open

@@ -2,26 +2,42 @@
 //!
 //! Most entries go in the kernel, with kfree_skbmem. An skb that goes into napi's cache, or is freed in bulk, stays marked as dying
 //! (src/bpf/skb_track.bpf.h); this keeps such entries from filling the map.
+//!
+//! Key by key, and not in batches: while the kernel puts a batch together (over all empty buckets, without a pause) it skips every
+//! probe that is hit on that CPU.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use libbpf_rs::{MapCore, MapFlags, MapMut};
+use libbpf_rs::{MapCore, MapFlags, MapKeyIter, MapMut};
 
 use crate::bpf::read;
 use crate::bpf::skb::types::skb_track;
 
-/// Twice this long an entry stays at most once it is marked.
+/// The shortest time between two looks.
 const EVERY: Duration = Duration::from_millis(500);
-/// Entries read by one system call.
-const BATCH: u32 = 4096;
+/// The longest that a tick is held up; the look goes on with the next one.
+const SLICE: Duration = Duration::from_millis(5);
+/// A look is followed by this many times its own length without one: it takes 5% of a CPU at most.
+const PAUSE: u32 = 20;
 
 /// Looks through the map now and then.
 pub struct Sweeper<'a> {
     map: &'a MapMut<'a>,
-    last: Instant,
+    /// the look in progress
+    look: Option<Look<'a>>,
+    next: Instant,
     /// entries that were marked at the last look: skb and packet
+    marked: HashMap<u64, u64>,
+}
+
+/// One pass over the map.
+struct Look<'a> {
+    keys: MapKeyIter<'a>,
+    /// The kernel begins anew where the key that it was to go on from has gone: no look is longer than the map.
+    left: u32,
+    spent: Duration,
     marked: HashMap<u64, u64>,
 }
 
@@ -29,35 +45,71 @@ impl<'a> Sweeper<'a> {
     pub fn new(map: &'a MapMut<'a>) -> Self {
         Self {
             map,
-            last: Instant::now(),
+            look: None,
+            next: Instant::now() + EVERY,
             marked: HashMap::new(),
         }
     }
 
     /// Sweeps, when it is time to. An entry goes when two looks find it marked: nothing is being freed for that long.
     pub fn tick(&mut self) -> Result<()> {
-        if self.last.elapsed() < EVERY {
-            return Ok(());
+        let now = Instant::now();
+        let mut look = match self.look.take() {
+            Some(look) => look,
+            None if now < self.next => return Ok(()),
+            None => Look {
+                keys: self.map.keys(),
+                left: self.map.max_entries(),
+                spent: Duration::ZERO,
+                marked: HashMap::new(),
+            },
+        };
+        let done = self.sweep(&mut look, now)?;
+        let spent = now.elapsed();
+        look.spent += spent;
+        if done {
+            self.marked = look.marked;
+            self.next = Instant::now() + EVERY.max(look.spent * PAUSE);
+        } else {
+            self.look = Some(look);
         }
-        self.last = Instant::now();
-        let mut marked = HashMap::new();
-        let entries = self
-            .map
-            .lookup_batch(BATCH, MapFlags::ANY, MapFlags::ANY)
-            .context("failed to read the map of tracked skbs")?;
-        for (key, value) in entries {
-            let Some((skb, packet)) = dying(&key, &value) else {
-                continue;
-            };
-            if self.marked.get(&skb) == Some(&packet) {
+        Ok(())
+    }
+
+    /// Goes on with a look; true: it is over.
+    fn sweep(&self, look: &mut Look<'_>, start: Instant) -> Result<bool> {
+        // Removed when the kernel has told the key behind it: from a key that is not there it begins anew.
+        let mut goes: Option<Vec<u8>> = None;
+        while look.left > 0 {
+            look.left -= 1;
+            let key = look.keys.next();
+            if let Some(key) = goes.take() {
                 // Gone already, where the kernel was faster.
                 let _ = self.map.delete(&key);
-            } else {
-                marked.insert(skb, packet);
+            }
+            let Some(key) = key else {
+                return Ok(true);
+            };
+            let value = self
+                .map
+                .lookup(&key, MapFlags::ANY)
+                .context("failed to read the map of tracked skbs")?;
+            let late = start.elapsed() >= SLICE;
+            if let Some((skb, packet)) = value.and_then(|value| dying(&key, &value)) {
+                if self.marked.get(&skb) == Some(&packet) && !late {
+                    goes = Some(key);
+                } else {
+                    look.marked.insert(skb, packet);
+                }
+            }
+            if late {
+                return Ok(false);
             }
         }
-        self.marked = marked;
-        Ok(())
+        if let Some(key) = goes {
+            let _ = self.map.delete(&key);
+        }
+        Ok(true)
     }
 }
 

@@ -87,9 +87,9 @@ pub fn run(args: &Args) -> Result<()> {
             .map(|s| Instant::now() + Duration::from_secs(s)),
         undecodable: 0,
     };
-    let ended = session::run(drain, &stop, None, &mut consumer, || attached.detach());
+    let (received, ended) = session::run(drain, &stop, None, &mut consumer, || attached.detach());
     let undecodable = consumer.undecodable;
-    let received = ended?;
+    ended?;
     if args.count {
         let counts = counts::read(&skel.maps.counts)?;
         counts::print(&mut out, &counts, args.top, args.lport)?;

@@ -160,7 +160,7 @@ fn capture(args: &Args) -> Result<()> {
     };
     let deadline = args.duration().map(|duration| Instant::now() + duration);
     let mut taken_away = Ok(());
-    let ended = session::run(drain, &stop, deadline, &mut consumer, || {
+    let (received, ended) = session::run(drain, &stop, deadline, &mut consumer, || {
         if let Some(errors) = &mut errors {
             errors.end();
         }
@@ -173,7 +173,7 @@ fn capture(args: &Args) -> Result<()> {
         xdp::settle();
     });
     let (captured, undecodable) = (consumer.captured, consumer.undecodable);
-    let received = ended?;
+    ended?;
     let mut loss = Loss {
         received: received.events,
         late: received.late,
