@@ -144,6 +144,14 @@ impl Tool {
         Ok((peak, buffers))
     }
 
+    /// Memory of it that is its program's and its libraries' files, KB: pages that the kernel has anyway.
+    pub fn file_memory(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        // The guest's files are in a tmpfs.
+        let files = ["RssFile:", "RssShmem:"].map(|name| field(&status, name).unwrap_or(0));
+        Ok(files.iter().sum::<u64>().saturating_sub(self.memory()?.1))
+    }
+
     /// Counts the system calls of its threads from now on.
     pub fn count_syscalls(&self) -> Result<Syscalls> {
         let id = fs::read_to_string("/sys/kernel/tracing/events/raw_syscalls/sys_enter/id")?;

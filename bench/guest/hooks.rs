@@ -153,6 +153,44 @@ pub fn empty_tracepoints(names: &[&CStr]) -> Result<Vec<OwnedFd>> {
     Ok(held)
 }
 
+/// Time to attach an empty program to the entry and one to the return of each of these functions of vmlinux by trampolines, ns.
+pub fn empty_trampolines(functions: &[&CStr]) -> Result<u64> {
+    let insns = returns(0);
+    let mut programs = Vec::new();
+    for kind in [sys::BPF_TRACE_FEXIT, sys::BPF_TRACE_FENTRY] {
+        for name in functions {
+            // SAFETY: the name ends in NUL.
+            let id = unsafe { sys::libbpf_find_vmlinux_btf_id(name.as_ptr(), kind) };
+            let mut opts = sys::bpf_prog_load_opts {
+                sz: size_of::<sys::bpf_prog_load_opts>() as _,
+                expected_attach_type: kind,
+                attach_btf_id: u32::try_from(id).with_context(|| format!("no {name:?}"))?,
+                ..Default::default()
+            };
+            // SAFETY: all pointers are valid for the call, the count is that of `insns`.
+            let program = own(unsafe {
+                sys::bpf_prog_load(
+                    sys::BPF_PROG_TYPE_TRACING,
+                    c"empty".as_ptr(),
+                    c"GPL".as_ptr(),
+                    insns.as_ptr(),
+                    insns.len() as _,
+                    &mut opts,
+                )
+            })?;
+            programs.push(program);
+        }
+    }
+    let start = monotonic_ns()?;
+    let mut links = Vec::new();
+    for program in &programs {
+        // SAFETY: no name, and an open program: an attach to the function that it was loaded for.
+        let link = unsafe { sys::bpf_raw_tracepoint_open(std::ptr::null(), program.as_raw_fd()) };
+        links.push(own(link).context("failed to attach an empty program")?);
+    }
+    Ok(monotonic_ns()? - start)
+}
+
 /// Run count and run time of a program.
 pub fn runs(program: RawFd) -> (u64, u64) {
     let mut info = sys::bpf_prog_info::default();

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use netprobe::engine::drain::monotonic_ns;
+use netprobe::kernel::functions::address;
 use netprobe::kernel::xdp::Mode;
 
 use child::Tool;
@@ -300,6 +301,8 @@ impl Bench {
 
     /// What `netprobe tcpconnect` adds to a connect; its start and memory.
     fn tcpconnect(&mut self) -> Result<()> {
+        let functions = [c"tcp_v4_connect", c"tcp_v6_connect"];
+        say("limit.tcpconnect", hooks::empty_trampolines(&functions)?);
         let before = last_program();
         let tool = Tool::with_ready_file(&format!("{NETPROBE} tcpconnect"), LIMIT)?;
         say("start.tcpconnect", tool.ready_ns);
@@ -307,6 +310,9 @@ impl Bench {
         say("tcp.tcpconnect", self.connect()?);
         self.idle("tcpconnect", &tool)?;
         say("memory.tcpconnect", tool.memory()?.0);
+        say("memory.tcpconnect.file", tool.file_memory()?);
+        let btf = fs::metadata("/sys/kernel/btf/vmlinux")?.len();
+        say("memory.btf", btf / 1024);
         say("stop.tcpconnect", tool.stop()?.stop_ns);
         all_removed()?;
         Ok(())
@@ -327,7 +333,12 @@ impl Bench {
 
     /// What `netprobe icmp` costs where no echo arrives; its start and memory.
     fn icmp(&mut self) -> Result<()> {
+        let kprobes = ["icmp_echo", "icmpv6_echo_reply"].map(address).to_vec();
+        let start = monotonic_ns()?;
         let empty = hooks::empty_tracepoints(&ICMP_TRACEPOINTS)?;
+        let kprobes = Empty::attach(&Hooks::Single(kprobes))?;
+        say("limit.icmp", monotonic_ns()? - start);
+        kprobes.detach()?;
         say("udp.icmp-empty", self.packet()?);
         drop(empty);
         let before = last_program();
@@ -338,6 +349,7 @@ impl Bench {
         say("tcp.icmp", self.connect()?);
         self.idle("icmp", &tool)?;
         say("memory.icmp", tool.memory()?.0);
+        say("memory.icmp.file", tool.file_memory()?);
         end(tool)?;
         Ok(())
     }
