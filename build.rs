@@ -65,7 +65,8 @@ fn types(object: &Path, cast: &BTreeSet<String>) -> Result<String> {
             names.insert(name.to_owned() + "\n");
         }
     }
-    if btf.type_by_name::<BtfType<'_>>("bpf_rdonly_cast").is_some() {
+    // Objects that cast have the constant that says whether they do.
+    if btf.type_by_name::<BtfType<'_>>("use_cast").is_some() {
         names.extend(cast.iter().map(|name| format!("={name}\n")));
     }
     Ok(names.into_iter().collect())

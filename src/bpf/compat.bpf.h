@@ -14,7 +14,7 @@
 
 /*
  * bpf_rdonly_cast exists (kernels from 6.2). A tool that defines NP_NO_CAST does
- * without: libbpf reads all of the kernel's BTF for a function of the kernel.
+ * without.
  */
 #ifdef NP_NO_CAST
 static const __u8 use_cast = 0;
@@ -22,12 +22,18 @@ static const __u8 use_cast = 0;
 const volatile __u8 use_cast = 0;
 #endif
 
-extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
+/*
+ * A call that user space replaces by one of the kernel's function, whose number
+ * it knows (src/filter/inject.rs): for an extern __ksym libbpf reads all of the
+ * kernel's BTF. Where it is not replaced the verifier removes it (use_cast).
+ */
+static void *(*const np_rdonly_cast)(const void *obj,
+				     __u32 btf_id) = (void *)0x4e504341;
 
 /* The pointer p as a `type`, fit for NP_READ. */
-#define NP_CAST(type, p)                                                    \
-	((type *)(use_cast ? bpf_rdonly_cast((const void *)(p),             \
-					     bpf_core_type_id_kernel(type)) \
+#define NP_CAST(type, p)                                                   \
+	((type *)(use_cast ? np_rdonly_cast((const void *)(p),             \
+					    bpf_core_type_id_kernel(type)) \
 			   : (void *)(p)))
 
 /*
@@ -39,7 +45,7 @@ extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
  */
 #define NP_CAST_BYTES(p)                                                       \
 	((void *)(use_cast                                                     \
-			  ? bpf_rdonly_cast(                                   \
+			  ? np_rdonly_cast(                                    \
 				    (const void *)(p),                         \
 				    bpf_core_type_id_kernel(                   \
 					    struct __kernel_sockaddr_storage)) \
@@ -61,7 +67,7 @@ extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
  */
 static __always_inline void np_load_16(__u64 *to, const void *from)
 {
-	const struct timespec64 *words = bpf_rdonly_cast(
+	const struct timespec64 *words = np_rdonly_cast(
 		from, bpf_core_type_id_kernel(struct timespec64));
 
 	to[0] = words->tv_sec;

@@ -27,10 +27,10 @@
  * In Rust:
  *
  *	let filters = Filters { expression: Some(Compiled::new(text)?), ..Default::default() };
- *	rodata.np_filter_on = filters.on(fields);
+ *	rodata.np_filter_on = filters.on(features.skb_fields);
  *	(and the addresses of kernel::pages::PageVariables, where on() is not 0)
  *	... everything else that is to be configured ...
- *	filters.inject(open.open_object_mut(), fields)?;
+ *	filters.prepare(open.open_object_mut(), &features)?;
  *	let skel = open.load()?;
  *
  * and for XDP `filter::inject_xdp(open.open_object_mut(), &program, frags)`.
@@ -338,7 +338,7 @@ __hidden __noinline __u64 np_filter_fast(const void *address)
 	void *typed;
 
 	asm volatile("%0 = 6" : "=r"(matches) : "r"(address));
-	typed = bpf_rdonly_cast(
+	typed = np_rdonly_cast(
 		address,
 		bpf_core_type_id_kernel(struct __kernel_sockaddr_storage));
 	return matches | (typed != NULL) | np_filter_load(0, 1, 0);

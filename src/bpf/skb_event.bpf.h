@@ -135,7 +135,7 @@ static __always_inline bool match_skb_by(const struct np_config *cfg,
 /* Any memory by typed loads of any width, see np_filter_fast(): what lies at `p` is at NP_BYTES_LEAD. */
 #define NP_BYTES_LEAD 2
 #define NP_BYTES(p)                \
-	bpf_rdonly_cast(           \
+	np_rdonly_cast(            \
 		(p)-NP_BYTES_LEAD, \
 		bpf_core_type_id_kernel(struct __kernel_sockaddr_storage))
 
@@ -152,7 +152,7 @@ static __always_inline __u64 load_8(const void *bytes, int at)
 static __noinline __u64 may_match(const void *skb_ptr)
 {
 	const struct np_config *cfg = np_config_get();
-	const struct sk_buff *skb = bpf_rdonly_cast(
+	const struct sk_buff *skb = np_rdonly_cast(
 		skb_ptr, bpf_core_type_id_kernel(struct sk_buff));
 	const void *l3;
 	__u32 f = cfg->fields, ports, proto, headers;

@@ -14,6 +14,9 @@ use super::ebpf::{CAST_CALL, LOAD_CALL};
 /// The subprogram of `filter.bpf.h` that translated code calls for bytes out of its reach.
 const LOAD_FUNCTION: &str = "np_filter_load";
 
+/// What is called in the place of bpf_rdonly_cast (compat.bpf.h).
+const CAST_PLACE: i32 = 0x4e50_4341;
+
 /// BPF_PSEUDO_FUNC: a 64-bit constant that is the distance to a function (a callback).
 const PSEUDO_FUNCTION: u8 = 4;
 
@@ -23,9 +26,11 @@ pub struct Body {
     pub insns: Vec<Insn>,
 }
 
-/// Prepares the object and replaces the stubs in every program that has them. Read-only data, autoload, pins and
-/// reused maps must be set before this; the skeleton's `load()` comes after it.
-pub fn inject(object: &mut OpenObject, bodies: &[Body]) -> Result<()> {
+/// Prepares the object and replaces the stubs in every program that has them, and calls of bpf_rdonly_cast by those of the kernel's
+/// function of this BTF id (none: the verifier is to remove them). Read-only data, autoload, pins and reused maps must be set
+/// before this; the skeleton's `load()` comes after it.
+pub fn inject(object: &mut OpenObject, bodies: &[Body], cast: Option<u32>) -> Result<()> {
+    let cast = cast.map(i32::try_from).transpose()?.map(Insn::call_kfunc);
     let raw = object.as_libbpf_object();
     // SAFETY: the object is open, and borrowed for as long as this takes.
     let status = unsafe { sys::bpf_object__prepare(raw.as_ptr()) };
@@ -44,6 +49,12 @@ pub fn inject(object: &mut OpenObject, bodies: &[Body]) -> Result<()> {
         // SAFETY: the program belongs to the object.
         if !unsafe { sys::bpf_program__autoload(program) } {
             continue;
+        }
+        if let Some(cast) = cast {
+            let mut code = read(raw, current)?;
+            if code.replace_calls(Insn::call(CAST_PLACE), cast) {
+                write(current, &code)?;
+            }
         }
         for (body, found) in bodies.iter().zip(&mut found) {
             let mut code = read(raw, current)?;
@@ -74,6 +85,12 @@ impl Code {
         self.functions
             .iter()
             .position(|(function, _)| function == name)
+    }
+
+    /// Every call that is the first one becomes the second. False: there is none.
+    fn replace_calls(&mut self, from: Insn, to: Insn) -> bool {
+        let calls = self.insns.iter_mut().filter(|insn| **insn == from);
+        calls.map(|insn| *insn = to).count() > 0
     }
 
     /// A body in place of a function's; what lies behind moves.

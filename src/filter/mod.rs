@@ -33,7 +33,7 @@ use expr::Compiled;
 use inject::Body;
 use members::Condition;
 
-use crate::kernel::features::SkbFields;
+use crate::kernel::features::{Features, SkbFields};
 
 /// Bytes of header that a tracing program copies once, for all loads (NP_FILTER_BLOCK of filter.bpf.h).
 pub const BLOCK: u32 = 96;
@@ -126,17 +126,9 @@ impl Filters {
     }
 
     /// Puts them into an object that is open and configured, and prepares it: the skeleton's `load()` is what may
-    /// follow. Does nothing where there is no filter. `fields`: where typed loads are possible (`Features::skb_fields`).
-    pub fn inject(&self, object: &mut OpenObject, fields: Option<SkbFields>) -> Result<()> {
-        if self.on(fields) == 0 {
-            return Ok(());
-        }
-        self.prepare(object, fields)
-    }
-
-    /// The same, and prepares it also where there is no filter.
-    pub fn prepare(&self, object: &mut OpenObject, fields: Option<SkbFields>) -> Result<()> {
-        inject::inject(object, &self.bodies(fields)?)
+    /// follow. Where the kernel has typed loads, casts become those of the kernel.
+    pub fn prepare(&self, object: &mut OpenObject, features: &Features) -> Result<()> {
+        inject::inject(object, &self.bodies(features.skb_fields)?, features.cast)
     }
 
     /// The value of `np_filter_on` in a program that traces XDP programs; `members`: of the xdp_buff.
@@ -147,7 +139,12 @@ impl Filters {
 
     /// [`Filters::prepare`] for a program that traces XDP programs: it calls np_filter_fields with a link header always, so that
     /// it has no stub for packets without one; it has an xdp_buff and no sk_buff.
-    pub fn prepare_xdp(&self, object: &mut OpenObject, members: Option<&Condition>) -> Result<()> {
+    pub fn prepare_xdp(
+        &self,
+        object: &mut OpenObject,
+        members: Option<&Condition>,
+        features: &Features,
+    ) -> Result<()> {
         let mut bodies = self.bodies(None)?;
         bodies.retain(|body| !matches!(body.stub, "np_filter_l3" | MEMBERS_STUB));
         if let Some(condition) = members {
@@ -156,7 +153,7 @@ impl Filters {
                 insns: condition.translate()?,
             });
         }
-        inject::inject(object, &bodies)
+        inject::inject(object, &bodies, features.cast)
     }
 }
 
@@ -174,6 +171,7 @@ pub fn inject_xdp(object: &mut OpenObject, program: &Program, frags: bool) -> Re
             stub: "np_filter_xdp_stub",
             insns,
         }],
+        None,
     )
 }
 
@@ -191,5 +189,6 @@ pub fn inject_l2(object: &mut OpenObject, program: &Program) -> Result<()> {
             stub: "np_filter_l2",
             insns,
         }],
+        None,
     )
 }

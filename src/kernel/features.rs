@@ -40,6 +40,9 @@ pub struct Features {
     pub tracefs: bool,
     /// kernel function bpf_rdonly_cast (6.2): typed loads without a helper call
     pub rdonly_cast: bool,
+    /// its BTF id
+    #[serde(skip)]
+    pub cast: Option<u32>,
     /// with it, an sk_buff whose fields lie as src/filter/ebpf/typed.rs reads them: all kernels so far
     pub typed_filter: bool,
     /// where they lie then
@@ -115,6 +118,7 @@ impl Features {
                 .iter()
                 .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
             rdonly_cast: has("bpf_rdonly_cast"),
+            cast: btf.and_then(|b| b.function_id("bpf_rdonly_cast")),
             typed_filter: skb_fields.is_some(),
             skb_fields,
             func_ip: helper(sys::BPF_FUNC_get_func_ip),
@@ -305,6 +309,7 @@ mod tests {
             lockdown: Some("none".into()),
             tracefs: true,
             rdonly_cast: true,
+            cast: None,
             typed_filter: true,
             skb_fields: None,
             func_ip: true,

@@ -23,7 +23,11 @@ fn load(filters: &Filters, fields: Option<SkbFields>) -> Result<()> {
     rodata.np_filter_on = filters.on(fields);
     rodata.np_filter_vmemmap_base = pages.vmemmap_base;
     rodata.np_filter_page_offset_base = pages.page_offset_base;
-    filters.inject(open.open_object_mut(), fields)?;
+    let features = Features {
+        skb_fields: fields,
+        ..Features::detect()
+    };
+    filters.prepare(open.open_object_mut(), &features)?;
     open.load()?;
     Ok(())
 }

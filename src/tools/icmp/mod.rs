@@ -138,7 +138,7 @@ fn load<'a>(
     }
     args.transport.prepare(&mut open.maps.rings)?;
     probes::prepare(&mut open, args);
-    filters.inject(open.open_object_mut(), fields)?;
+    filters.prepare(open.open_object_mut(), features)?;
     open.load().map_err(|e| {
         let log = log::take();
         anyhow!("failed to load the BPF programs: {e:?}\n{log}")

@@ -330,12 +330,12 @@ impl<'a> Watcher<'a> {
             p.set_autoload(name == enter || name == leave);
         }
         match kind {
-            Kind::Tc => watched
-                .filters
-                .prepare(open.open_object_mut(), features.skb_fields)?,
-            Kind::Xdp => watched
-                .filters
-                .prepare_xdp(open.open_object_mut(), watched.xdp_filter)?,
+            Kind::Tc => watched.filters.prepare(open.open_object_mut(), features)?,
+            Kind::Xdp => {
+                watched
+                    .filters
+                    .prepare_xdp(open.open_object_mut(), watched.xdp_filter, features)?
+            }
         }
         Ok(Self { kind, open })
     }
