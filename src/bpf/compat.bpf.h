@@ -74,6 +74,14 @@ static __always_inline void np_load_16(__u64 *to, const void *from)
 	to[1] = words->tv_nsec;
 }
 
+/* How fields of the sk_buff lie to its head: constants when a program is loaded. */
+#define NP_BEFORE_HEAD(field, bytes)                               \
+	(bpf_core_field_offset(struct sk_buff, field) + (bytes) == \
+	 bpf_core_field_offset(struct sk_buff, head))
+#define NP_DATA_BEHIND_HEAD                                 \
+	(bpf_core_field_offset(struct sk_buff, head) + 8 == \
+	 bpf_core_field_offset(struct sk_buff, data))
+
 /* A kernel address; skb->dev may hold something else (see np_read_netns). */
 static __always_inline bool np_is_pointer(const void *p)
 {

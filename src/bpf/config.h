@@ -21,7 +21,8 @@
 /* Nothing matches: the session has ended and is detaching. */
 #define NP_PAUSED (1U << 31)
 
-/* The fields that are read from the packet, and those from the sk_buff. */
+/* The fields that are read from the device, and those from the packet. */
+#define NP_FIELDS_DEVICE (NP_FIELD_NETNS | NP_FIELD_IFINDEX)
 #define NP_FIELDS_PACKET                                                     \
 	(NP_FIELD_PROTO | NP_FIELD_SADDR | NP_FIELD_DADDR | NP_FIELD_SPORT | \
 	 NP_FIELD_DPORT)

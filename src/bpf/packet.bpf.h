@@ -205,6 +205,12 @@ np_netns_of_route(struct sk_buff *skb)
 	return net ? NP_READ(net, ns.inum) : 0;
 }
 
+/* So it is in every kernel's sk_buff; a constant when it is loaded. */
+#define NP_SK_BEHIND_DEV                                       \
+	(bpf_core_field_offset(struct sk_buff, sk) -           \
+		 bpf_core_field_offset(struct sk_buff, dev) == \
+	 sizeof(void *))
+
 /*
  * Inode of the network namespace: of the socket that the function has beside the
  * skb (`sk`, may be NULL), else of the device, else of the skb's own socket, else
@@ -215,12 +221,21 @@ static __always_inline __u32 np_read_netns_by(struct sk_buff *skb,
 					      struct sock *sk,
 					      const bool use_cast)
 {
-	struct net_device *dev = NP_READ(skb, dev);
+	struct net_device *dev;
 	struct net *net = NULL;
+	void *both[2];
 
 	if (sk) {
 		net = NP_READ(sk, __sk_common.skc_net.net);
 		return net ? NP_READ(net, ns.inum) : 0;
+	}
+	if (!use_cast && NP_SK_BEHIND_DEV) {
+		/* One call of some 80 instructions in place of two. */
+		bpf_probe_read_kernel(both, sizeof(both), &skb->dev);
+		dev = both[0];
+		sk = both[1];
+	} else {
+		dev = NP_READ(skb, dev);
 	}
 	/*
 	 * skb->dev shares its place with dev_scratch (UDP): not a pointer then, and a
@@ -229,7 +244,8 @@ static __always_inline __u32 np_read_netns_by(struct sk_buff *skb,
 	if (np_is_pointer(dev))
 		net = NP_READ(dev, nd_net.net);
 	if (!net) {
-		sk = NP_READ(skb, sk);
+		if (use_cast || !NP_SK_BEHIND_DEV)
+			sk = NP_READ(skb, sk);
 		if (!sk)
 			return np_netns_of_route(skb);
 		net = NP_READ(sk, __sk_common.skc_net.net);

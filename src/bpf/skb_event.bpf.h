@@ -102,23 +102,19 @@ static __always_inline __u32 fields_again(const struct np_config *cfg)
 	return *(const volatile __u32 *)&cfg->fields;
 }
 
-/*
- * `sk_ptr`: the socket that the function has beside the skb, or NULL.
- * `use_cast` hides the variable of this name: a constant here, so that no
- * instruction asks for it.
- */
-static __always_inline bool match_skb_by(const struct np_config *cfg,
-					 const void *skb_ptr,
-					 const void *sk_ptr,
+static __always_inline bool match_mark(const struct np_config *cfg,
+				       struct sk_buff *skb, const bool use_cast)
+{
+	return (NP_READ(skb, mark) & cfg->mark_mask) == cfg->mark;
+}
+
+/* The filters that the device decides, or the socket `sk` that the function has beside the skb. */
+static __always_inline bool match_device(const struct np_config *cfg,
+					 struct sk_buff *skb, struct sock *sk,
 					 const bool use_cast)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
-	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
 	__u32 f = fields_again(cfg);
 
-	if ((f & NP_FIELD_MARK) &&
-	    (NP_READ(skb, mark) & cfg->mark_mask) != cfg->mark)
-		return false;
 	if (f & NP_FIELD_IFINDEX) {
 		struct net_device *dev = read_dev(skb, sk, use_cast);
 
@@ -126,10 +122,8 @@ static __always_inline bool match_skb_by(const struct np_config *cfg,
 		    NP_READ(dev, ifindex) != cfg->ifindex)
 			return false;
 	}
-	if ((f & NP_FIELD_NETNS) &&
-	    np_read_netns_by(skb, sk, use_cast) != cfg->netns)
-		return false;
-	return true;
+	return !(f & NP_FIELD_NETNS) ||
+	       np_read_netns_by(skb, sk, use_cast) == cfg->netns;
 }
 
 /* Any memory by typed loads of any width, see np_filter_fast(): what lies at `p` is at NP_BYTES_LEAD. */
@@ -145,25 +139,21 @@ static __always_inline __u64 load_8(const void *bytes, int at)
 }
 
 /*
- * May the packet match the filters of protocol, addresses and ports? Typed loads
- * only, of what they ask for. False is certain; match_tuple() decides about what
- * is left: few packets, or those with IPv6 extension headers and fragments.
+ * May the packet with an IP header at `at` match the filters of protocol,
+ * addresses and ports? By typed loads of what they ask for, else from `read`, its
+ * first 24 bytes. False is certain; match_tuple() decides about what is left: few
+ * packets, or those with IPv6 extension headers and fragments.
  */
-static __noinline __u64 may_match(const void *skb_ptr)
+static __always_inline __u64 may_match_at(const __u8 *at, const __u64 *read,
+					  const bool use_cast)
 {
 	const struct np_config *cfg = np_config_get();
-	const struct sk_buff *skb = np_rdonly_cast(
-		skb_ptr, bpf_core_type_id_kernel(struct sk_buff));
-	const void *l3;
-	__u32 f = cfg->fields, ports, proto, headers;
-	__u16 offset = skb->network_header;
-	__u64 addr[2], first, second;
-	const __u8 *at;
+	const void *l3 = use_cast ? NP_BYTES(at) : NULL;
+	__u64 first = use_cast ? load_8(l3, 0) : read[0];
+	__u64 second = use_cast ? load_8(l3, 8) : read[1];
+	__u32 f = cfg->fields, proto, headers;
+	__u64 addr[2], ports;
 
-	at = offset && offset != NP_NO_HEADER ? skb->head + offset : skb->data;
-	l3 = NP_BYTES(at);
-	first = load_8(l3, 0);
-	second = load_8(l3, 8);
 	if ((first & 0xf0) == 0x60)
 		return 1;
 	if ((first & 0xf0) != 0x40)
@@ -178,7 +168,8 @@ static __noinline __u64 may_match(const void *skb_ptr)
 			return 0;
 	}
 	if (f & NP_FIELD_DADDR) {
-		addr[1] = load_8(l3, 16) << 32 | bpf_htonl(0xffff);
+		addr[1] = (use_cast ? load_8(l3, 16) : read[2]) << 32 |
+			  bpf_htonl(0xffff);
 		if (!match_addr(addr, cfg->daddr_mask, cfg->daddr))
 			return 0;
 	}
@@ -188,11 +179,56 @@ static __noinline __u64 may_match(const void *skb_ptr)
 	    (proto != IPPROTO_TCP && proto != IPPROTO_UDP))
 		return 1;
 	headers = (first & 0xf) * 4;
-	ports = load_8(NP_BYTES(at + headers), 0);
+	if (use_cast)
+		ports = load_8(NP_BYTES(at + headers), 0);
+	else if (headers == sizeof(struct iphdr))
+		ports = read[2] >> 32;
+	else
+		return 1;
 	if ((f & NP_FIELD_SPORT) && bpf_ntohs((__u16)ports) != cfg->sport)
 		return 0;
 	return !(f & NP_FIELD_DPORT) ||
 	       bpf_ntohs((__u16)(ports >> 16)) == cfg->dport;
+}
+
+/* By typed loads. */
+static __noinline __u64 may_match(const void *skb_ptr)
+{
+	const struct sk_buff *skb = np_rdonly_cast(
+		skb_ptr, bpf_core_type_id_kernel(struct sk_buff));
+	__u16 offset = skb->network_header;
+
+	return may_match_at(offset && offset != NP_NO_HEADER
+				    ? skb->head + offset
+				    : skb->data,
+			    NULL, true);
+}
+
+/* By two reads: the sk_buff's fields that lie together, then the IP header and the ports. */
+static __noinline __u64 may_match_read(const void *skb_ptr)
+{
+	const struct sk_buff *skb = skb_ptr;
+	__u64 fields[4], read[3];
+	__u16 offset;
+	__u8 *at;
+
+	/* What lies before the head, the head, data; for offset constants the verifier leaves one of these. */
+	if (!NP_DATA_BEHIND_HEAD ||
+	    bpf_probe_read_kernel(fields, sizeof(fields),
+				  (void *)&skb->head - 16))
+		return 1;
+	if (NP_BEFORE_HEAD(network_header, 16))
+		offset = ((__u16 *)fields)[0];
+	else if (NP_BEFORE_HEAD(network_header, 12))
+		offset = ((__u16 *)fields)[2];
+	else
+		return 1;
+	at = (__u8 *)fields[offset && offset != NP_NO_HEADER ? 2 : 3];
+	if (offset != NP_NO_HEADER)
+		at += offset;
+	if (bpf_probe_read_kernel(read, sizeof(read), at))
+		return 1;
+	return may_match_at(at, read, false);
 }
 
 static __always_inline void read_meta(struct sk_buff *skb, struct sock *sk,
@@ -444,36 +480,62 @@ static __always_inline bool wants_tuple(const struct np_config *cfg)
 	       (sections & (SKB_SECTION_TUPLE | SKB_SECTION_TUNNEL));
 }
 
-/* The field filters without typed loads: a function of its own, for its stack and registers. */
-static __noinline __u64 match_fields(const void *skb_ptr, const void *sk_ptr)
+/* The gates by typed loads. */
+static __always_inline bool match_typed(const struct np_config *cfg,
+					const void *skb_ptr, const void *sk_ptr)
 {
-	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+	__u32 f = fields_again(cfg);
 
-	return match_skb_by(cfg, skb_ptr, sk_ptr, false);
+	if ((f & NP_FIELD_MARK) && !match_mark(cfg, skb, true))
+		return false;
+	if ((f & NP_FIELDS_DEVICE) && !match_device(cfg, skb, sk, true))
+		return false;
+	return !(fields_again(cfg) & NP_FIELDS_PACKET) || may_match(skb_ptr);
+}
+
+/* The gates without them: functions of their own, for their stack and registers. */
+static __noinline __u64 match_mark_read(const void *skb_ptr)
+{
+	return match_mark(np_config_get(), (void *)skb_ptr, false);
+}
+
+static __noinline __u64 match_device_read(const void *skb_ptr,
+					  const void *sk_ptr)
+{
+	return match_device(np_config_get(), (void *)skb_ptr, (void *)sk_ptr,
+			    false);
+}
+
+static __always_inline bool match_read(const struct np_config *cfg,
+				       const void *skb_ptr, const void *sk_ptr)
+{
+	__u32 f = fields_again(cfg);
+
+	if ((f & NP_FIELD_MARK) && !match_mark_read(skb_ptr))
+		return false;
+	if ((fields_again(cfg) & NP_FIELDS_DEVICE) &&
+	    !match_device_read(skb_ptr, sk_ptr))
+		return false;
+	return !(fields_again(cfg) & NP_FIELDS_PACKET) ||
+	       may_match_read(skb_ptr);
 }
 
 /*
  * The gates that cost little: the field filters, then the expression. This is
- * what a packet that does not match costs.
+ * what a packet that does not match costs: that the session has ended is asked
+ * behind them.
  */
 static __always_inline bool passes_gates(const struct np_config *cfg,
 					 const void *skb_ptr,
 					 const void *sk_ptr)
 {
-	if (fields_again(cfg)) {
-		if (fields_again(cfg) & NP_PAUSED)
-			return false;
-		if (!use_cast) {
-			if (!match_fields(skb_ptr, sk_ptr))
-				return false;
-		} else {
-			if (!match_skb_by(cfg, skb_ptr, sk_ptr, true))
-				return false;
-			if ((fields_again(cfg) & NP_FIELDS_PACKET) &&
-			    !may_match(skb_ptr))
-				return false;
-		}
-	}
+	if (fields_again(cfg) &&
+	    (!(use_cast ? match_typed(cfg, skb_ptr, sk_ptr)
+			: match_read(cfg, skb_ptr, sk_ptr)) ||
+	     (fields_again(cfg) & NP_PAUSED)))
+		return false;
 	return np_filter_skb(skb_ptr);
 }
 

@@ -11,17 +11,19 @@
 //! them, without any check of bounds, then for shorter ones, where every load has its own check. No guard is ever
 //! shared between instructions in any other way. `typed` has the whole filter of an sk_buff by typed loads.
 
+mod copied;
+mod flow;
+mod slow;
 mod typed;
 
 use anyhow::Result;
 
+pub use copied::translate_copied;
 pub use typed::translate_typed;
 
-use super::asm::{
-    Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, HELPER_SKB_LOAD_BYTES, HELPER_XDP_LOAD_BYTES,
-    Insn, Label, Reg, Size,
-};
+use super::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
 use super::cbpf::{self, Acc, Offset, Op, Operand, Operand2, Program, Value};
+use flow::Flow;
 
 /// How packet bytes are loaded, and with it what the arguments of the subprogram are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub enum LoadMode {
     Packet { beyond: Beyond },
     /// As `translate_typed` has it; what lies beyond by `Beyond::Subprogram`. `data_len`: where an sk_buff has it.
     Typed { data_len: u32 },
+    /// As `translate_copied` has it. `base`: where the program's packet begins in the copy.
+    Copied { base: u32 },
 }
 
 impl LoadMode {
@@ -66,8 +70,10 @@ pub const LOAD_CALL: i32 = i32::MIN;
 pub const CAST_CALL: i32 = i32::MIN + 1;
 /// Bytes of the struct that lie before its array of bytes.
 pub const TYPED_LEAD: u32 = 2;
-/// Bytes in that array.
-const TYPED_SIZE: u32 = 126;
+/// Bytes of the struct.
+const TYPED_SIZE: u32 = 128;
+/// The length of an IPv4 header without options, as most are.
+const IP_HEADER: u32 = 20;
 
 const A: Reg = Reg::R0;
 const X: Reg = Reg::R5;
@@ -75,6 +81,9 @@ const DATA: Reg = Reg::R1;
 const END: Reg = Reg::R2;
 const T: Reg = Reg::R3;
 const T2: Reg = Reg::R4;
+
+/// The offset of an sk_buff's header that is not set.
+const UNSET: u32 = 0xffff;
 
 const SLOT_SOURCE: i16 = -8;
 const SLOT_LENGTH: i16 = -16;
@@ -130,6 +139,21 @@ struct Load {
     offset: Offset,
     /// `ldxb 4*([k]&0xf)`: X gets it, and A stays.
     header_length: bool,
+    /// It stays in network order.
+    network: bool,
+    /// At an offset from the end of an IPv4 header (X is its length).
+    header: bool,
+}
+
+impl Load {
+    /// Where it ends; behind a header that this is one without options. None where that is beyond every packet.
+    fn usual_end(&self) -> Option<u32> {
+        let k = match self.offset {
+            Offset::Absolute(k) => k,
+            Offset::Indexed(k) => k.wrapping_add(IP_HEADER),
+        };
+        k.checked_add(self.size)
+    }
 }
 
 /// What a load of so many bytes is called.
@@ -146,6 +170,7 @@ struct Slow {
     entry: Label,
     back: Label,
     load: Load,
+    checked: bool,
 }
 
 /// The right side of a comparison of whole registers.
@@ -160,6 +185,7 @@ struct Writer {
     mode: LoadMode,
     ops: Vec<Op>,
     reachable: Vec<bool>,
+    flow: Flow,
     short: bool,
     /// Where each operation of the version being written begins.
     labels: Vec<Label>,
@@ -168,21 +194,26 @@ struct Writer {
     /// The `return 0` behind the version being written, once something goes there.
     zero: Option<Label>,
     slow: Vec<Slow>,
+    /// Where the program goes in the end; none: it returns its value.
+    exits: Option<copied::Exits>,
 }
 
 impl Writer {
     fn new(program: &Program, mode: LoadMode, asm: Assembler) -> Self {
         let ops: Vec<Op> = program.ops().collect();
+        let reachable = reachable(&ops);
         Writer {
             asm,
             mode,
-            reachable: reachable(&ops),
+            flow: Flow::of(&ops, &reachable),
+            reachable,
             short: ops.len() <= SHORT,
             ops,
             labels: Vec::new(),
             unchecked: 0,
             zero: None,
             slow: Vec::new(),
+            exits: None,
         }
     }
 
@@ -190,29 +221,30 @@ impl Writer {
         match self.mode {
             LoadMode::Block { beyond, .. } | LoadMode::Packet { beyond } => beyond,
             LoadMode::Typed { .. } => Beyond::Subprogram,
+            LoadMode::Copied { .. } => Beyond::Nothing,
         }
+    }
+
+    /// The load that is at this place.
+    fn load_at(&self, at: usize) -> Option<Load> {
+        let (size, offset, header_length) = match self.ops[at] {
+            Op::Load { size, offset } => (size, offset, false),
+            Op::HeaderLength { k } => (1, Offset::Absolute(k), true),
+            _ => return None,
+        };
+        Some(Load {
+            size,
+            offset,
+            header_length,
+            network: self.flow.network[at].is_some(),
+            header: self.flow.header[at] && matches!(offset, Offset::Indexed(_)),
+        })
     }
 
     /// The loads that can be reached.
     fn loads(&self) -> impl Iterator<Item = Load> + '_ {
-        let reached = self
-            .ops
-            .iter()
-            .zip(&self.reachable)
-            .filter(|(_, reached)| **reached);
-        reached.filter_map(|(op, _)| match *op {
-            Op::Load { size, offset } => Some(Load {
-                size,
-                offset,
-                header_length: false,
-            }),
-            Op::HeaderLength { k } => Some(Load {
-                size: 1,
-                offset: Offset::Absolute(k),
-                header_length: true,
-            }),
-            _ => None,
-        })
+        let reached = (0..self.ops.len()).filter(|at| self.reachable[*at]);
+        reached.filter_map(|at| self.load_at(at))
     }
 
     fn program(&mut self) {
@@ -247,14 +279,17 @@ impl Writer {
     fn unchecked_reach(&self) -> u32 {
         let limit = match self.mode {
             LoadMode::Block { size, .. } => size.min(UNCHECKED_REACH),
-            LoadMode::Packet { .. } | LoadMode::Typed { .. } => UNCHECKED_REACH,
+            LoadMode::Packet { .. } | LoadMode::Typed { .. } | LoadMode::Copied { .. } => {
+                UNCHECKED_REACH
+            }
         };
         let ends: Vec<u32> = self
             .loads()
-            .filter_map(|load| match load.offset {
-                Offset::Absolute(k) => k.checked_add(load.size).filter(|end| *end <= limit),
-                Offset::Indexed(_) => None,
+            .filter(|load| match load.offset {
+                Offset::Absolute(_) => true,
+                Offset::Indexed(_) => load.header && matches!(self.mode, LoadMode::Typed { .. }),
             })
+            .filter_map(|load| load.usual_end().filter(|end| *end <= limit))
             .collect();
         match ends.iter().max() {
             Some(reach) if self.short && ends.len() > 1 => *reach,
@@ -275,7 +310,7 @@ impl Writer {
         }
         for slow in std::mem::take(&mut self.slow) {
             self.asm.place(slow.entry);
-            self.slow_load(slow.load, true);
+            self.slow_load(slow.load, slow.checked);
             self.asm.jump(slow.back);
         }
         if let Some(zero) = self.zero {
@@ -285,6 +320,9 @@ impl Writer {
     }
 
     fn return_zero(&mut self) {
+        if let Some(exits) = self.exits {
+            return self.leave(exits.fails);
+        }
         self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R0, 0));
         self.asm.push(Insn::exit());
     }
@@ -327,16 +365,10 @@ impl Writer {
         };
         let word = |word: u32| SLOT_WORDS - 4 * word as i16;
         match op {
-            Op::Load { size, offset } => self.load(Load {
-                size,
-                offset,
-                header_length: false,
-            }),
-            Op::HeaderLength { k } => self.load(Load {
-                size: 1,
-                offset: Offset::Absolute(k),
-                header_length: true,
-            }),
+            Op::Load { .. } | Op::HeaderLength { .. } => {
+                let load = self.load_at(at);
+                self.load(load.expect("it is a load"));
+            }
             Op::Set { to, value } => self.asm.push(match value {
                 Value::Constant(k) => Insn::alu32_imm(Alu::Mov, register(to), k),
                 Value::Word(k) => Insn::load(Size::W, register(to), Reg::Fp, word(k)),
@@ -360,14 +392,26 @@ impl Writer {
             } => {
                 let jt = (jt > 0).then(|| self.labels[at + 1 + usize::from(jt)]);
                 let jf = (jf > 0).then(|| self.labels[at + 1 + usize::from(jf)]);
+                let operand = match (operand, self.flow.network[at]) {
+                    (Operand::K(k), Some(2)) => Operand::K(
+                        // Equal to no load otherwise.
+                        u16::try_from(k).map_or(k, |k| k.swap_bytes().into()),
+                    ),
+                    (Operand::K(k), Some(_)) => Operand::K(k.swap_bytes()),
+                    (operand, _) => operand,
+                };
                 self.branch(cond, operand, jt, jf);
             }
-            Op::Return(value) => {
-                if let Operand2::K(k) = value {
-                    self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R0, k));
+            Op::Return(value) => match (self.exits, value) {
+                (Some(exits), Operand2::K(k)) => self.leave_with(exits, k),
+                (Some(exits), Operand2::A) => self.leave_with_a(exits),
+                (None, value) => {
+                    if let Operand2::K(k) = value {
+                        self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R0, k));
+                    }
+                    self.asm.push(Insn::exit());
                 }
-                self.asm.push(Insn::exit());
-            }
+            },
         }
     }
 
@@ -435,10 +479,13 @@ impl Writer {
 
     /// Bytes of the packet to A or X, the fast way where it reaches.
     fn load(&mut self, load: Load) {
+        if let Some(exits) = self.exits {
+            return self.copied_load(load, exits);
+        }
         let slow = self.asm.label();
         if let (LoadMode::Typed { .. }, Offset::Indexed(k)) = (self.mode, load.offset) {
-            self.typed_load(k, load, slow);
-            self.rejoin(load, slow);
+            let checked = self.typed_load(k, load, slow);
+            self.rejoin(load, slow, checked);
             return;
         }
         let Some((base, off)) = self.fast_address(load, slow) else {
@@ -450,15 +497,18 @@ impl Writer {
             }
             return;
         };
-        let size = width(load.size);
-        let to = if load.header_length { X } else { A };
-        self.asm.push(Insn::load(size, to, base, off));
-        self.finish_load(load, to, true);
-        self.rejoin(load, slow);
+        if matches!(self.mode, LoadMode::Typed { .. }) && typed::is_split(load) {
+            self.load_bytes(base, off, load);
+        } else {
+            let to = if load.header_length { X } else { A };
+            self.asm.push(Insn::load(width(load.size), to, base, off));
+            self.finish_load(load, to, true);
+        }
+        self.rejoin(load, slow, true);
     }
 
-    /// Behind a load the fast way: the slow one, if anything goes there, and back.
-    fn rejoin(&mut self, load: Load, slow: Label) {
+    /// Behind a load the fast way: the slow one, if anything goes there, and back. `checked`: as for `slow_load`.
+    fn rejoin(&mut self, load: Load, slow: Label, checked: bool) {
         if !self.asm.is_used(slow) {
             return;
         }
@@ -469,11 +519,12 @@ impl Writer {
                 entry: slow,
                 back,
                 load,
+                checked,
             });
         } else {
             self.asm.jump(back);
             self.asm.place(slow);
-            self.slow_load(load, true);
+            self.slow_load(load, checked);
             self.asm.place(back);
         }
     }
@@ -505,10 +556,10 @@ impl Writer {
                 if end > self.unchecked {
                     self.typed_check(end, slow);
                 }
-                Some((DATA, i16::try_from(k + TYPED_LEAD).ok()?))
+                Some((DATA, i16::try_from(k).ok()?))
             }
             // `load` has its own way for it: a cast.
-            (LoadMode::Typed { .. }, Offset::Indexed(_)) => None,
+            (LoadMode::Typed { .. }, Offset::Indexed(_)) | (LoadMode::Copied { .. }, _) => None,
             (LoadMode::Packet { .. }, Offset::Absolute(k)) => {
                 let end = k
                     .checked_add(size)
@@ -559,97 +610,25 @@ impl Writer {
         }
     }
 
-    /// Host order, and for a header length the rest of its arithmetic.
+    /// A load to A, byte by byte, where no wider one is allowed.
+    fn load_bytes(&mut self, base: Reg, off: i16, load: Load) {
+        self.asm.push(Insn::load(Size::B, A, base, off));
+        for more in 1..load.size as i16 {
+            self.asm.push(Insn::alu32_imm(Alu::Lsh, A, 8));
+            self.asm.push(Insn::load(Size::B, T, base, off + more));
+            self.asm.push(Insn::alu32(Alu::Or, A, T));
+        }
+        self.finish_load(load, A, false);
+    }
+
+    /// The order that is asked for, and for a header length the rest of its arithmetic.
     fn finish_load(&mut self, load: Load, to: Reg, network_order: bool) {
-        if network_order && load.size > 1 {
+        if network_order != load.network && load.size > 1 {
             self.asm.push(Insn::from_be(to, 8 * load.size as i32));
         }
         if load.header_length {
             self.asm.push(Insn::alu32_imm(Alu::And, to, 0xf));
             self.asm.push(Insn::alu32_imm(Alu::Lsh, to, 2));
-        }
-    }
-
-    /// A load by a call; what the call destroys is kept on the stack. `checked`: it was seen that the bytes do not lie in one piece
-    /// with the packet's first.
-    fn slow_load(&mut self, load: Load, checked: bool) {
-        let beyond = self.beyond();
-        let mut kept = vec![(X, SLOT_X)];
-        if !matches!(self.mode, LoadMode::Typed { .. }) {
-            kept.push((END, SLOT_END));
-        }
-        if !matches!(self.mode, LoadMode::Block { size: 0, .. }) {
-            kept.push((DATA, SLOT_DATA));
-        }
-        if load.header_length {
-            kept.push((A, SLOT_A));
-        }
-        for (reg, slot) in &kept {
-            self.asm.push(Insn::store(Size::Dw, Reg::Fp, *slot, *reg));
-        }
-        // In a long program the verifier would have too many ways to follow.
-        if let (LoadMode::Typed { data_len }, true) = (self.mode, checked && self.short) {
-            self.fail_without_more(data_len);
-        }
-        match load.offset {
-            Offset::Absolute(k) => self.asm.push(Insn::alu32_imm(Alu::Mov, T, k)),
-            Offset::Indexed(k) => self.index(k),
-        }
-        if beyond == Beyond::ProbeRead {
-            self.end_of(load.size);
-            self.fail_if(T2, Cond::Gt, Right::Reg(END));
-        }
-        let source = |to: Reg| Insn::load(Size::Dw, to, Reg::Fp, SLOT_SOURCE);
-        let bytes = |to: Reg| {
-            [
-                Insn::alu64(Alu::Mov, to, Reg::Fp),
-                Insn::alu64_imm(Alu::Add, to, SLOT_BYTES.into()),
-            ]
-        };
-        match beyond {
-            Beyond::Nothing | Beyond::ProbeRead => {
-                self.asm.push(source(Reg::R1));
-                self.asm.push(Insn::alu64(Alu::Add, Reg::R3, Reg::R1));
-                self.asm.extend(bytes(Reg::R1));
-                self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, load.size));
-                self.asm.push(Insn::call(HELPER_PROBE_READ_KERNEL));
-            }
-            Beyond::XdpLoad | Beyond::SkbLoad => {
-                self.asm.push(Insn::alu64(Alu::Mov, Reg::R2, T));
-                self.asm.push(source(Reg::R1));
-                self.asm.extend(bytes(Reg::R3));
-                self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R4, load.size));
-                self.asm.push(Insn::call(if beyond == Beyond::XdpLoad {
-                    HELPER_XDP_LOAD_BYTES
-                } else {
-                    HELPER_SKB_LOAD_BYTES
-                }));
-            }
-            Beyond::Subprogram => {
-                self.asm.push(Insn::alu64(Alu::Mov, Reg::R1, T));
-                self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, load.size));
-                self.asm.push(source(Reg::R3));
-                self.asm.push(Insn::call_subprogram(LOAD_CALL));
-            }
-        }
-        let to = if load.header_length { X } else { A };
-        let by_value = beyond == Beyond::Subprogram;
-        let failed = if by_value { Cond::Slt } else { Cond::Ne };
-        self.fail_if(Reg::R0, failed, Right::Imm(0));
-        for (reg, slot) in &kept {
-            if *reg != to && *reg != A {
-                self.asm.push(Insn::load(Size::Dw, *reg, Reg::Fp, *slot));
-            }
-        }
-        if by_value {
-            self.asm.push(Insn::alu32(Alu::Mov, to, Reg::R0));
-        } else {
-            let size = width(load.size);
-            self.asm.push(Insn::load(size, to, Reg::Fp, SLOT_BYTES));
-        }
-        self.finish_load(load, to, !by_value);
-        if load.header_length {
-            self.asm.push(Insn::load(Size::Dw, A, Reg::Fp, SLOT_A));
         }
     }
 }

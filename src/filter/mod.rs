@@ -27,6 +27,7 @@ mod tests;
 use anyhow::Result;
 use libbpf_rs::OpenObject;
 
+use asm::Insn;
 use cbpf::Program;
 use ebpf::{Beyond, LoadMode};
 use expr::Compiled;
@@ -44,6 +45,7 @@ const TUNNEL_L2: u32 = 1 << 1;
 const TUNNEL_L3: u32 = 1 << 2;
 const MEMBERS: u32 = 1 << 3;
 const TYPED: u32 = 1 << 4;
+const QUICK: u32 = 1 << 5;
 
 /// The stub of [`Filters::members`].
 const MEMBERS_STUB: &str = "np_filter_members";
@@ -69,6 +71,7 @@ impl Filters {
             | bit(self.tunnel_l3.is_some(), TUNNEL_L3)
             | bit(self.members.is_some(), MEMBERS)
             | bit(self.typed(fields).is_some(), TYPED)
+            | bit(self.copied(fields).is_some(), QUICK)
     }
 
     /// The expression, where typed loads can decide it: all that do not ask for the packet's length.
@@ -76,7 +79,19 @@ impl Filters {
         let asks = |program: &Program| program.ops().any(|op| op.asks_length());
         let expression = self.expression.as_ref()?;
         let length = asks(&expression.l2) || expression.l3.as_ref().is_ok_and(asks);
-        Some((expression, fields?)).filter(|_| !length)
+        let fields = fields.filter(|fields| fields.typed && !length)?;
+        Some((expression, fields))
+    }
+
+    /// The expression over a short copy, where there are no typed loads.
+    fn copied(&self, fields: Option<SkbFields>) -> Option<Vec<Insn>> {
+        let expression = self.expression.as_ref()?;
+        let fields = fields.filter(|fields| !fields.typed)?;
+        let nothing = Program::nothing();
+        let l3 = expression.l3.as_ref().unwrap_or(&nothing);
+        // What cannot be translated is told of by the whole translation.
+        let copied = ebpf::translate_copied(&expression.l2, l3, fields);
+        copied.ok().flatten()
     }
 
     /// The stubs' new bodies.
@@ -104,11 +119,18 @@ impl Filters {
                 Err(_) => add("np_filter_l3", &Program::nothing())?,
             }
         }
+        let quick = self.copied(fields);
         if let Some(program) = &self.tunnel_l2 {
             add("np_filter_tunnel_l2", program)?;
         }
         if let Some(program) = &self.tunnel_l3 {
             add("np_filter_tunnel_l3", program)?;
+        }
+        if let Some(insns) = quick {
+            bodies.push(Body {
+                stub: "np_filter_quick",
+                insns,
+            });
         }
         if let Some(insns) = fast {
             bodies.push(Body {

@@ -137,6 +137,20 @@ impl Memory {
         main
     }
 
+    /// SLOT is set, and r1 is its address: it looks like an sk_buff whose packet begins some bytes behind its head.
+    fn as_sk_buff(&self) -> Vec<Insn> {
+        let mut main = self.begin();
+        let head = std::mem::offset_of!(Slot, head) as i16;
+        main.extend([
+            field(Reg::R1, ADDRESS),
+            Insn::alu64_imm(Alu::Sub, Reg::R1, HEADROOM.into()),
+            Insn::store(Size::Dw, SLOT, head, Reg::R1),
+            field(Reg::R1, ADDRESS),
+            Insn::alu64_imm(Alu::Sub, Reg::R1, BYTES),
+        ]);
+        main
+    }
+
     /// What `Beyond::Subprogram` calls.
     fn load_function(&self) -> Result<Vec<Insn>> {
         let mut asm = Assembler::default();
@@ -171,6 +185,17 @@ impl Memory {
         asm.place(fail);
         asm.extend([Insn::alu64_imm(Alu::Mov, Reg::R0, -1), Insn::exit()]);
         asm.finish()
+    }
+}
+
+/// Where a slot has what an sk_buff has.
+fn fields(typed: bool) -> SkbFields {
+    SkbFields {
+        typed,
+        data_len: std::mem::offset_of!(Slot, data_len) as u32,
+        mac_len: std::mem::offset_of!(Slot, mac_len) as u32,
+        network_header: std::mem::offset_of!(Slot, network_header) as u32,
+        head: std::mem::offset_of!(Slot, head) as u32,
     }
 }
 
@@ -250,13 +275,7 @@ impl Runner {
     /// As the tracing tools have it where typed loads are possible (kernels from 6.2).
     pub fn typed(program: &Program) -> Result<Self> {
         let (cast, bytes) = cast_ids().context("no bpf_rdonly_cast in this kernel")?;
-        let fields = SkbFields {
-            data_len: std::mem::offset_of!(Slot, data_len) as u32,
-            mac_len: std::mem::offset_of!(Slot, mac_len) as u32,
-            network_header: std::mem::offset_of!(Slot, network_header) as u32,
-            head: std::mem::offset_of!(Slot, head) as u32,
-        };
-        let mut body = ebpf::translate_typed(program, program, fields)?;
+        let mut body = ebpf::translate_typed(program, program, fields(true))?;
         let (end, mut loads) = (body.len(), false);
         for at in 0..end {
             if body[at].is_subprogram_call() && body[at].imm == LOAD_CALL {
@@ -272,26 +291,28 @@ impl Runner {
         if loads {
             body.extend(memory.load_function()?);
         }
-        // The slot is made to look like an sk_buff whose packet begins some bytes behind its head.
-        let mut main = memory.begin();
-        main.extend([
-            field(Reg::R1, ADDRESS),
-            Insn::alu64_imm(Alu::Sub, Reg::R1, HEADROOM.into()),
-            Insn::store(
-                Size::Dw,
-                SLOT,
-                std::mem::offset_of!(Slot, head) as i16,
-                Reg::R1,
-            ),
-            field(Reg::R1, ADDRESS),
-            Insn::alu64_imm(Alu::Sub, Reg::R1, BYTES),
-        ]);
+        let main = memory.as_sk_buff();
         let program = load(Kind::Tracing, 0, &main, &body)?;
         Ok(Runner {
             program,
             kind: Kind::Tracing,
             memory: Some(memory),
         })
+    }
+
+    /// As the tracing tools have it where there are no typed loads, before the filter that loads anything: what is known by a copy
+    /// (`ebpf::translate_copied`). Packets of odd length begin with a link header. None where a copy does not help.
+    pub fn copied(l2: &Program, l3: &Program) -> Result<Option<Self>> {
+        let Some(body) = ebpf::translate_copied(l2, l3, fields(false))? else {
+            return Ok(None);
+        };
+        let memory = Memory::new()?;
+        let program = load(Kind::Tracing, 0, &memory.as_sk_buff(), &body)?;
+        Ok(Some(Runner {
+            program,
+            kind: Kind::Tracing,
+            memory: Some(memory),
+        }))
     }
 
     /// As an XDP program has it: between data and data_end, and where `frags` is set in further buffers.
@@ -364,16 +385,18 @@ impl Runner {
                 if packet.len() > MAX_PACKET {
                     bail!("a packet of {} bytes: too long", packet.len());
                 }
+                let link = packet.len() % 2 == 1;
                 // SAFETY: the slot is mapped, the program runs only inside the call below, and the packet fits.
                 unsafe {
                     let slot = memory.slot.as_ptr();
                     (*slot).linear = packet.len() as u64;
                     (*slot).wire_len = u64::from(wire_len);
-                    (*slot).mac_len = packet.len() as u32 & 1;
+                    // What is said of a header that is not set does not count.
+                    (*slot).mac_len = u32::from(link || packet.len() & 4 != 0);
                     // Both ways of a load beyond the end lead to no match.
                     (*slot).data_len = packet.len() as u32 >> 1 & 1;
-                    (*slot).network_header = HEADROOM;
-                    (*slot).mac_header = HEADROOM;
+                    (*slot).network_header = if link { HEADROOM + 14 } else { HEADROOM };
+                    (*slot).mac_header = if link { HEADROOM } else { u16::MAX };
                     (*slot).tail = u32::from(HEADROOM) + packet.len() as u32;
                     std::ptr::copy_nonoverlapping(
                         packet.as_ptr(),

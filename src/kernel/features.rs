@@ -45,7 +45,7 @@ pub struct Features {
     pub cast: Option<u32>,
     /// with it, an sk_buff whose fields lie as src/filter/ebpf/typed.rs reads them: all kernels so far
     pub typed_filter: bool,
-    /// where they lie then
+    /// where they lie, with or without it
     #[serde(skip)]
     pub skb_fields: Option<SkbFields>,
     /// helper bpf_get_func_ip (5.15)
@@ -58,6 +58,8 @@ pub struct Features {
 /// bytes with it, that of the link header and the tail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SkbFields {
+    /// can be read by typed loads
+    pub typed: bool,
     pub data_len: u32,
     pub mac_len: u32,
     pub network_header: u32,
@@ -75,6 +77,7 @@ impl SkbFields {
             Some(resolve(btf, "sk_buff", &path).ok()?.offset)
         };
         let fields = Self {
+            typed: btf.has_function("bpf_rdonly_cast"),
             data_len: at("data_len")?,
             mac_len: at("mac_len")?,
             network_header: at("network_header")?,
@@ -98,9 +101,7 @@ impl Features {
     /// The same for a caller that has read the kernel's BTF (some 25 ms of CPU) already.
     pub fn with(btf: Option<&Btf>) -> Self {
         let has = |f: &str| btf.is_some_and(|b| b.has_function(f));
-        let skb_fields = btf
-            .filter(|b| b.has_function("bpf_rdonly_cast"))
-            .and_then(SkbFields::find);
+        let skb_fields = btf.and_then(SkbFields::find);
         Self {
             release: nix::sys::utsname::uname()
                 .map(|u| u.release().to_string_lossy().into_owned())
@@ -119,7 +120,7 @@ impl Features {
                 .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
             rdonly_cast: has("bpf_rdonly_cast"),
             cast: btf.and_then(|b| b.function_id("bpf_rdonly_cast")),
-            typed_filter: skb_fields.is_some(),
+            typed_filter: skb_fields.is_some_and(|fields| fields.typed),
             skb_fields,
             func_ip: helper(sys::BPF_FUNC_get_func_ip),
             drop_reasons: btf.is_some_and(|b| !b.enum_values("skb_drop_reason").is_empty()),

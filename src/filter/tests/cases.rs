@@ -1,7 +1,7 @@
 //! What a translation must get right, a test for each.
 
 use super::packets::{self, Random};
-use super::{check, privileged};
+use super::{Runner, check, privileged};
 use crate::filter::cbpf::*;
 use crate::filter::ebpf::{Beyond, LoadMode, translate};
 use crate::filter::expr::{self, Compiled};
@@ -545,4 +545,48 @@ fn loads_past_every_reach() {
     }
     checks(&[stmt(LD_W_ABS, 0xffdf_ffff), stmt(RET_K, 1)]);
     checks(&[stmt(LD_H_ABS, 0x7fff_ffff), stmt(RET_K, 1)]);
+}
+
+/// By a short copy the usual packets are decided, with a link header and without.
+#[test]
+fn a_copy_decides_the_usual_packets() {
+    if !privileged() {
+        return;
+    }
+    for text in [
+        "tcp port 80 or icmp",
+        "host 10.0.0.1",
+        "ether src 2:0:0:0:0:a",
+    ] {
+        let compiled = Compiled::new(text).unwrap();
+        let nothing = Program::nothing();
+        let l3 = compiled.l3.as_ref().unwrap_or(&nothing);
+        let mut runner = Runner::copied(&compiled.l2, l3).unwrap().unwrap();
+        for destination in [1u8, 2] {
+            let mut packet = [0; 74];
+            packet[..14].copy_from_slice(&[2, 0, 0, 0, 0, 0xb, 2, 0, 0, 0, 0, 0xc, 8, 0]);
+            packet[14] = 0x45;
+            packet[23] = 17;
+            packet[26..34].copy_from_slice(&[10, 0, 0, 3, 10, 0, 0, destination]);
+            // An odd length: with the link header.
+            for bytes in [&packet[..73], &packet[14..]] {
+                let want = u32::from(text.starts_with("host") && destination == 1);
+                let known = runner.run(bytes, bytes.len() as u32).unwrap();
+                assert_eq!(known, want, "{text}: {bytes:02x?}");
+            }
+        }
+    }
+}
+
+/// With scratch words it would have too long a frame.
+#[test]
+fn no_copy_with_scratch_words() {
+    let program = Program::new(vec![
+        Insn::stmt(LD_B_ABS, 0),
+        Insn::stmt(ST, 3),
+        Insn::stmt(LDX_MEM, 3),
+        Insn::stmt(RET_A, 0),
+    ]);
+    let program = program.unwrap();
+    assert!(Runner::copied(&program, &program).unwrap().is_none());
 }
