@@ -3,7 +3,7 @@
 //! Of vmlinux and, by split BTF, of modules. Read here and not by libbpf, which takes four times as long for it, and twice the memory.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString};
 use std::path::Path;
 use std::ptr::NonNull;
@@ -17,6 +17,7 @@ use super::btf_data::{
     KIND_FWD, KIND_INT, KIND_PTR, KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF,
     KIND_UNION, KIND_VOLATILE, Type,
 };
+use super::functions::ByAddress;
 use super::members::Member;
 
 /// BTF_INT_SIGNED among an integer's encoding bits
@@ -133,14 +134,14 @@ impl Btf {
     }
 
     fn own_functions_taking(&self, wanted: &[u32], reasons: &[u32]) -> Vec<Function> {
-        let mut protos: HashMap<u32, Option<(u8, Option<u8>)>> = HashMap::new();
+        let mut protos: ByAddress<Option<(u8, Option<u8>)>> = ByAddress::default();
         let mut found = Vec::new();
         for id in self.first..self.count() {
             let Some(func) = self.get(id).filter(|t| t.kind() == KIND_FUNC) else {
                 continue;
             };
             let place = *protos
-                .entry(func.size_or_type())
+                .entry(func.size_or_type().into())
                 .or_insert_with(|| self.argument(func.size_or_type(), wanted, reasons));
             if let Some((arg, reason_arg)) = place {
                 found.push(Function {
@@ -440,7 +441,7 @@ impl Btf {
     }
 
     /// The string at this offset, with its NUL and whatever follows.
-    fn string_from(&self, offset: u32) -> &[u8] {
+    pub(super) fn string_from(&self, offset: u32) -> &[u8] {
         match &self.base {
             None => self.own.string_from(offset),
             Some(base) => match offset.checked_sub(base.string_bytes()) {

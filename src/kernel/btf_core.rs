@@ -12,7 +12,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::btf::Btf;
 use super::btf_data::{
-    KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FLOAT, KIND_FUNC_PROTO, KIND_PTR,
+    Heads, KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FLOAT, KIND_FUNC_PROTO, KIND_PTR,
     KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF, KIND_UNION, KIND_VOLATILE, Type,
     encode,
 };
@@ -46,9 +46,10 @@ impl CoreBtf {
 /// (bpf_core_type_id_kernel); all others take the lowest that is free.
 fn reduce(btf: &Btf, types: &str) -> Vec<u8> {
     let wanted: HashSet<&[u8]> = types.lines().map(str::as_bytes).collect();
+    let heads = Heads::new(types.lines());
     let mut kept = vec![false; btf.count() as usize];
     let mut left: Vec<u32> = (1..btf.count())
-        .filter(|&id| btf.get(id).is_some_and(|t| named(btf, t, &wanted)))
+        .filter(|&id| btf.get(id).is_some_and(|t| named(btf, t, &heads, &wanted)))
         .collect();
     while let Some(id) = left.pop() {
         let new = |t: &Type<'_>| t.kind() != KIND_FUNC_PROTO && !kept[id as usize];
@@ -145,10 +146,11 @@ impl Numbers {
 }
 
 /// A type of one of these names, of a kind that relocations begin at.
-fn named(btf: &Btf, t: Type<'_>, wanted: &HashSet<&[u8]>) -> bool {
+fn named(btf: &Btf, t: Type<'_>, heads: &Heads, wanted: &HashSet<&[u8]>) -> bool {
     let kinds = KIND_STRUCT..=KIND_TYPEDEF;
     (kinds.contains(&t.kind()) || t.kind() == KIND_ENUM64)
         && t.name_off() != 0
+        && heads.may_begin(btf.string_from(t.name_off()))
         && wanted.contains(btf.str(t.name_off()).to_bytes())
 }
 
