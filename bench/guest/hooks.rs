@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
-use netprobe::engine::drain::monotonic_ns;
+use netprobe::engine::drain::{BufferOptions, monotonic_ns};
+use netprobe::engine::perf::PerfBuffers;
+use netprobe::filter::asm::{Alu, Insn, Reg, Size};
 use netprobe::kernel::attach::make_room;
 use netprobe::kernel::xdp::{self, Mode};
 
@@ -272,6 +274,65 @@ pub fn empty_xdp(interface: &str, mode: Mode) -> Result<[OwnedFd; 2]> {
     let link = xdp::link(ifindex, program.as_fd(), mode)
         .with_context(|| format!("failed to attach an empty XDP program to {interface}"))?;
     Ok([program, link])
+}
+
+/// A program in generic mode that hands each whole packet to a perf buffer, which nobody reads (it has room for some 5,000), and
+/// does nothing else: the least that a capture at XDP costs.
+pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
+    const BUFFER: BufferOptions = BufferOptions {
+        pages: 2048,
+        threads: 1,
+        wakeup: 0,
+    };
+    const PERF_EVENT_OUTPUT: i32 = 25;
+    // SAFETY: the name outlives the call; opts may be NULL.
+    let map = own(unsafe {
+        sys::bpf_map_create(
+            sys::BPF_MAP_TYPE_PERF_EVENT_ARRAY,
+            c"events".as_ptr(),
+            4,
+            4,
+            1,
+            std::ptr::null(),
+        )
+    })
+    .context("failed to make a perf event array")?;
+    let buffers = PerfBuffers::open(map.as_raw_fd(), BUFFER, vec![0])?;
+    // bpf_perf_event_output(ctx, map, BPF_F_CURRENT_CPU | length << 32, stack, 8)
+    let mut insns = vec![
+        Insn::load(Size::W, Reg::R3, Reg::R1, 4),
+        Insn::load(Size::W, Reg::R2, Reg::R1, 0),
+        Insn::alu64(Alu::Sub, Reg::R3, Reg::R2),
+        Insn::alu64_imm(Alu::Lsh, Reg::R3, 32),
+        Insn::alu32_imm(Alu::Mov, Reg::R2, u32::MAX),
+        Insn::alu64(Alu::Or, Reg::R3, Reg::R2),
+        Insn::store_imm(Size::Dw, Reg::Fp, -8, 0),
+    ];
+    insns.extend(Insn::load_imm64(Reg::R2, 1, map.as_raw_fd(), 0));
+    insns.extend([
+        Insn::alu64(Alu::Mov, Reg::R4, Reg::Fp),
+        Insn::alu64_imm(Alu::Add, Reg::R4, -8),
+        Insn::alu64_imm(Alu::Mov, Reg::R5, 8),
+        Insn::call(PERF_EVENT_OUTPUT),
+        Insn::alu64_imm(Alu::Mov, Reg::R0, XDP_PASS),
+        Insn::exit(),
+    ]);
+    // SAFETY: all pointers are valid for the call, the count is that of `insns`, which have the layout of bpf_insn.
+    let program = own(unsafe {
+        sys::bpf_prog_load(
+            sys::BPF_PROG_TYPE_XDP,
+            c"handing".as_ptr(),
+            c"GPL".as_ptr(),
+            insns.as_ptr().cast(),
+            insns.len() as _,
+            std::ptr::null_mut(),
+        )
+    })
+    .context("failed to load the XDP program that hands packets on")?;
+    let ifindex = nix::net::if_::if_nametoindex(interface)?;
+    let link = xdp::link(ifindex, program.as_fd(), Mode::Generic)
+        .with_context(|| format!("failed to attach an XDP program to {interface}"))?;
+    Ok((buffers, [program, link, map]))
 }
 
 /// A program that returns `value`.

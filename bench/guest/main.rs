@@ -385,6 +385,14 @@ impl Bench {
             }
             self.net.payload(64);
         }
+        let handing = net::inside(net::B, || hooks::handing_xdp("vb"))?;
+        for size in [64, 512, 1500] {
+            self.net.payload(size - net::HEADERS);
+            let name = format!("capture.handing.{size}");
+            say(&name, mean(PACKETS, || self.net.udp())?);
+        }
+        self.net.payload(64);
+        drop(handing);
         let before = last_program();
         let tool = netprobe_capture()?;
         say("start.xdpdump", tool.ready_ns);
