@@ -124,7 +124,7 @@ impl Writer {
 
     /// May a load need to know where the packet is and ends, in the version that does not check up to `reach`?
     fn asks_end(&self, load: Load, reach: u32) -> bool {
-        let usual = matches!(load.offset, Offset::Absolute(_)) || load.header;
+        let usual = matches!(load.offset, Offset::Absolute(_)) || load.header && !is_split(load);
         !usual || load.usual_end().is_none_or(|end| end > reach)
     }
 
@@ -205,7 +205,7 @@ impl Writer {
 
     /// A load at X + k. Gives true where `slow` is for what does not lie in one piece alone.
     pub(super) fn typed_load(&mut self, k: u32, load: Load, slow: Label) -> bool {
-        if !self.asks_end(load, self.unchecked) && !is_split(load) {
+        if !self.asks_end(load, self.unchecked) {
             let header = IP_HEADER as i32;
             self.asm.jump_if_imm(X, Cond::Ne, header, slow);
             let at = k.wrapping_add(IP_HEADER) as i16;

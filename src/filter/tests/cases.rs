@@ -590,3 +590,25 @@ fn no_copy_with_scratch_words() {
     let program = program.unwrap();
     assert!(Runner::copied(&program, &program).unwrap().is_none());
 }
+
+/// X + k below 2^32 wraps: a load before the end of an IP header with options, which lies where one without has its first bytes.
+#[test]
+fn a_negative_offset_behind_a_header_with_options() {
+    if !privileged() {
+        return;
+    }
+    for (before, k) in [(16, 0), (20, 0), (20, 1), (14, 2), (0, 6)] {
+        for words in [&[][..], &[stmt(ST, 0), stmt(ST, 5)]] {
+            let load = [
+                stmt(LDX_MSH, 15),
+                stmt(LD_W_IND, 0u32.wrapping_sub(before) + k),
+                stmt(RET_A, 0),
+            ];
+            let insns = [words, &load].concat();
+            check(
+                &program(&insns),
+                &[vec![0xff; 49], vec![0x45; 49], counting(49), counting(20)],
+            );
+        }
+    }
+}
