@@ -1,6 +1,7 @@
 //! The kernel's own type information: which function takes which argument where, and the names of enum values.
 //!
-//! Of vmlinux and, by split BTF, of modules. Read here and not by libbpf, which takes four times as long for it, and twice the memory.
+//! Of vmlinux and, by split BTF, of modules. Read here and not by libbpf, which holds it twice while it reads it, and looks at each type more than
+//! once.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};

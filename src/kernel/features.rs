@@ -98,9 +98,9 @@ impl Features {
         Self::with(Btf::vmlinux(None).ok().as_ref())
     }
 
-    /// The same for a caller that has read the kernel's BTF (some 25 ms of CPU) already.
+    /// The same for a caller that has read the kernel's BTF already.
     pub fn with(btf: Option<&Btf>) -> Self {
-        let has = |f: &str| btf.is_some_and(|b| b.has_function(f));
+        let cast = btf.and_then(|b| b.function_id("bpf_rdonly_cast"));
         let skb_fields = btf.and_then(SkbFields::find);
         Self {
             release: nix::sys::utsname::uname()
@@ -118,8 +118,8 @@ impl Features {
             tracefs: ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
                 .iter()
                 .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
-            rdonly_cast: has("bpf_rdonly_cast"),
-            cast: btf.and_then(|b| b.function_id("bpf_rdonly_cast")),
+            rdonly_cast: cast.is_some(),
+            cast,
             typed_filter: skb_fields.is_some_and(|fields| fields.typed),
             skb_fields,
             func_ip: helper(sys::BPF_FUNC_get_func_ip),

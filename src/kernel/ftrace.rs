@@ -7,13 +7,14 @@ use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_sys as sys;
 
 use super::btf::Btf;
 use super::btf_data::Heads;
+use super::{check, owned};
 use crate::filter::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Reg, Size};
 
 /// Bytes of a name that are looked at. One as long as this is told from none that begins like it.
@@ -370,19 +371,6 @@ fn load(
         )
     };
     owned(fd).with_context(|| format!("failed to load {name:?}"))
-}
-
-fn check(code: i32) -> io::Result<()> {
-    match code {
-        0.. => Ok(()),
-        _ => Err(io::Error::from_raw_os_error(-code)),
-    }
-}
-
-fn owned(fd: i32) -> io::Result<OwnedFd> {
-    check(fd)?;
-    // SAFETY: the call just returned this fd, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

@@ -21,3 +21,22 @@ pub mod program;
 pub mod trampoline;
 pub mod usyms;
 pub mod xdp;
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+/// Turns libbpf's negative errno into an error.
+fn check(code: i32) -> io::Result<()> {
+    if code < 0 {
+        Err(io::Error::from_raw_os_error(-code))
+    } else {
+        Ok(())
+    }
+}
+
+/// The file that a call of libbpf's has just given.
+fn owned(fd: i32) -> io::Result<OwnedFd> {
+    check(fd)?;
+    // SAFETY: the call just returned this fd, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -2,13 +2,14 @@
 //! there are programs to watch. libbpf itself would open the object anew for each. It knows no tool.
 
 use std::ffi::{CStr, CString};
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_rs::{AsRawLibbpf, OpenObject};
 use libbpf_sys as sys;
+
+use super::owned;
 
 /// BPF_ALU64 | BPF_MOV | BPF_K
 const MOVE_CONSTANT: u8 = 0xb7;
@@ -166,14 +167,6 @@ fn verdict(log: &[u8]) -> Option<String> {
         .map(str::trim)
         .find(|line| !line.is_empty() && !line.starts_with("processed "))
         .map(str::to_owned)
-}
-
-fn owned(fd: i32) -> io::Result<OwnedFd> {
-    if fd < 0 {
-        return Err(io::Error::from_raw_os_error(-fd));
-    }
-    // SAFETY: the call just returned this fd, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

@@ -5,11 +5,13 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use libbpf_sys as sys;
+
+use super::{check, owned};
 
 /// How a program runs at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -443,21 +445,6 @@ pub fn pinned(path: &Path) -> io::Result<OwnedFd> {
 
 fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
-}
-
-/// Turns libbpf's negative errno into an error.
-fn check(code: i32) -> io::Result<()> {
-    if code < 0 {
-        Err(io::Error::from_raw_os_error(-code))
-    } else {
-        Ok(())
-    }
-}
-
-fn owned(fd: i32) -> io::Result<OwnedFd> {
-    check(fd)?;
-    // SAFETY: the call just returned this fd, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Waits until every program that was replaced or detached before has run to its end on all CPUs.
