@@ -112,6 +112,10 @@ unsafe impl Plain for xdpdump::types::np_xdp_event {}
 // SAFETY: see above.
 unsafe impl Plain for xdpdump::types::np_xdp_count {}
 // SAFETY: see above.
+unsafe impl Plain for xdpdump::types::np_xdp_packet {}
+// SAFETY: see above.
+unsafe impl Plain for xdpdump::types::np_xdp_stats {}
+// SAFETY: see above.
 unsafe impl Plain for xdpdump::types::np_chain_state {}
 // SAFETY: see above.
 unsafe impl Plain for xdpdump::types::np_chain_stats {}
@@ -134,4 +138,6 @@ unsafe impl Plain for xdperr::types::np_xdp_error {}
 const _: () = {
     assert!(std::mem::offset_of!(skb::types::np_head, ts) == 0);
     assert!(std::mem::offset_of!(skb::types::np_head, len) == 8);
+    assert!(std::mem::offset_of!(xdpdump::types::np_xdp_packet, ts) == 0);
+    assert!(std::mem::offset_of!(xdpdump::types::np_xdp_packet, len) == 8);
 };

@@ -276,8 +276,8 @@ pub fn empty_xdp(interface: &str, mode: Mode) -> Result<[OwnedFd; 2]> {
     Ok([program, link])
 }
 
-/// A program in generic mode that hands each whole packet to a perf buffer, which nobody reads (it has room for some 5,000), and
-/// does nothing else: the least that a capture at XDP costs.
+/// A program in generic mode that hands each whole packet to a perf buffer (it has room for some 5,000) and does nothing else: the
+/// least that a capture at XDP costs.
 pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
     const BUFFER: BufferOptions = BufferOptions {
         pages: 2048,
@@ -285,6 +285,7 @@ pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
         wakeup: 0,
     };
     const PERF_EVENT_OUTPUT: i32 = 25;
+    let cpus = libbpf_rs::num_possible_cpus()? as u32;
     // SAFETY: the name outlives the call; opts may be NULL.
     let map = own(unsafe {
         sys::bpf_map_create(
@@ -292,12 +293,12 @@ pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
             c"events".as_ptr(),
             4,
             4,
-            1,
+            cpus,
             std::ptr::null(),
         )
     })
     .context("failed to make a perf event array")?;
-    let buffers = PerfBuffers::open(map.as_raw_fd(), BUFFER, vec![0])?;
+    let buffers = PerfBuffers::open(map.as_raw_fd(), BUFFER, (0..cpus as i32).collect())?;
     // bpf_perf_event_output(ctx, map, BPF_F_CURRENT_CPU | length << 32, stack, 8)
     let mut insns = vec![
         Insn::load(Size::W, Reg::R3, Reg::R1, 4),

@@ -12,10 +12,11 @@ mod record;
 
 use std::ffi::CStr;
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use netprobe::engine::drain::monotonic_ns;
+use netprobe::engine::drain::{Batch, monotonic_ns};
 use netprobe::kernel::functions::address;
 use netprobe::kernel::xdp::Mode;
 
@@ -89,6 +90,7 @@ fn run(scenarios: &[String]) -> Result<()> {
             "capture" => bench.capture(),
             "peer-capture" => bench.peer_capture(),
             "rate" => bench.rate("netprobe", netprobe_capture),
+            "rate-limit" => bench.rate_limit(),
             "rate-tcpdump" => bench.rate("tcpdump", || tcpdump("udp")),
             "rate-xdp-tools" => bench.rate("xdp-tools", xdp_tools),
             "quiet" => bench.quiet("perf", ""),
@@ -356,11 +358,16 @@ impl Bench {
 
     /// What a tool that captures on the receiver's side adds to a packet of each size, writer included.
     fn captured(&mut self, name: &str, tool: Tool) -> Result<()> {
+        // What is left of its start.
+        tool.settle()?;
         for size in [64, 512, 1500] {
             self.net.payload(size - net::HEADERS);
+            let cpu = tool.cpu_ns()?;
             let packet = mean(PACKETS, || self.net.udp())?;
             tool.settle()?;
             say(&format!("capture.{name}.{size}"), packet);
+            let cpu = (tool.cpu_ns()? - cpu) / (PACKETS + WARM_UP);
+            say(&format!("capture.{name}.{size}.user"), cpu);
         }
         self.net.payload(64);
         end(tool)?;
@@ -419,6 +426,42 @@ impl Bench {
             say(&format!("rate.{name}.{size}"), format!("{rate:.0}{why}"));
         }
         Ok(())
+    }
+
+    /// The sender's highest rate with nothing attached, and with programs in generic mode that do nothing, or only hand packets
+    /// to perf buffers, whose reader throws them away: what a capture at XDP cannot exceed.
+    fn rate_limit(&self) -> Result<()> {
+        let tell = |name: &str| -> Result<()> {
+            for size in [64, 1500] {
+                // The best of some: everything that happens beside it only makes it slower.
+                let mut rate = 0.0;
+                for _ in 0..5 {
+                    rate = rate::sender(&self.net, size)?.max(rate);
+                }
+                say(&format!("rate.{name}.{size}"), format!("{rate:.0} sender"));
+            }
+            Ok(())
+        };
+        tell("none")?;
+        {
+            let _empty = net::inside(net::B, || hooks::empty_xdp("vb", Mode::Generic))?;
+            tell("empty")?;
+        }
+        let (mut buffers, _programs) = net::inside(net::B, || hooks::handing_xdp("vb"))?;
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut batch = Batch::default();
+                while !done.load(Ordering::Relaxed) && buffers.wait().is_ok() {
+                    batch.data.clear();
+                    batch.records.clear();
+                    buffers.consume(&mut batch);
+                }
+            });
+            let told = tell("handing");
+            done.store(true, Ordering::Relaxed);
+            told
+        })
     }
 
     /// For work on one thing: what the programs of a matching run cost by the kernel's own statistics.

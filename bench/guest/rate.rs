@@ -88,6 +88,11 @@ pub fn highest(
     Ok((low, false))
 }
 
+/// Packets a second of `len` bytes that the sender reaches, with whatever is attached.
+pub fn sender(net: &Net, len: usize) -> Result<f64> {
+    Ok(flood(net, len, None)?.rate)
+}
+
 /// Sends for `FLOOD_NS` to a port of its own, `rate` packets a second evenly spread, or as fast as it goes.
 fn flood(net: &Net, len: usize, rate: Option<f64>) -> Result<Flood> {
     // Nobody reads it: what is too much for its buffer ends there, whoever captures.

@@ -53,11 +53,16 @@ static __always_inline long np_ring_output(void *data, __u64 len)
 }
 #endif
 
+/* A tool with counters of its own defines NP_STATS: a struct that begins with np_stats. */
+#ifndef NP_STATS
+#define NP_STATS struct np_stats
+#endif
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct np_stats);
+	__type(value, NP_STATS);
 } stats SEC(".maps");
 
 /* The counters of this CPU; never NULL in practice, but the verifier asks. */

@@ -21,7 +21,7 @@
  * verifier removes the rest). In an XDP program, after defining
  * NP_FILTER_XDP before the #include:
  *
- *	if (!np_filter_xdp(ctx))
+ *	if (np_filter_on && !np_filter_xdp(ctx))
  *		return XDP_PASS;
  *
  * In Rust:
@@ -54,7 +54,7 @@
 
 /* Is an expression set? */
 const volatile __u32 np_filter_on = 0;
-/* May packets lie in several buffers (bpf_xdp_get_buff_len, Linux 5.18)? */
+/* May packets lie in several buffers (bpf_xdp_get_buff_len, Linux 5.18)? Only those of programs loaded for it do. */
 const volatile __u32 np_filter_xdp_frags = 0;
 
 /*
@@ -73,14 +73,13 @@ __hidden __noinline __u64 np_filter_xdp_stub(void *data, void *data_end,
 	return matches;
 }
 
+/* Only where np_filter_on is set. */
 static __always_inline bool np_filter_xdp(struct xdp_md *ctx)
 {
 	void *data = (void *)(long)ctx->data;
 	void *data_end = (void *)(long)ctx->data_end;
 	__u64 len;
 
-	if (!np_filter_on)
-		return true;
 	len = np_filter_xdp_frags ? bpf_xdp_get_buff_len(ctx)
 				  : (__u64)(data_end - data);
 	return np_filter_xdp_stub(data, data_end, ctx, len) != 0;

@@ -9,24 +9,16 @@
 #include <bpf/bpf_core_read.h>
 
 #define NP_FILTER_XDP
+#define NP_STATS struct np_xdp_stats
 #include "netprobe_chain.h"
+#include "xdpdump.h"
 #include "event.bpf.h"
 #include "filter.bpf.h"
-#include "xdpdump.h"
 
 /* Bytes of each packet to send; at least 1, at most NP_XDP_MAX_CAPTURE. */
 const volatile __u32 snaplen = NP_XDP_MAX_CAPTURE;
 /* Send one matching packet in this many. */
 const volatile __u32 sample_every = 1;
-/* bpf_xdp_get_buff_len exists (kernels from 5.18); packets have one buffer before. */
-const volatile __u8 use_buff_len = 0;
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct np_xdp_count);
-} xdp_count SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -35,13 +27,33 @@ struct {
 	__type(value, struct np_chain_state);
 } chain_state SEC(".maps");
 
+/*
+ * User space knows all slots to be empty: 1. It says so after it has looked, and
+ * takes it back before it puts a program in (src/tools/xdpdump/place.rs).
+ */
+__u32 chain_empty = 0;
+
+/*
+ * By the number in chain_empty: nothing, and xdp_alone. Held by the capturing process
+ * and not pinned: when that dies, the kernel empties it. So what a process
+ * knows ends with it, whatever kills it.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 2);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+} chain_knowledge SEC(".maps");
+
 /* Keeps the types of the contract in the object, for the skeleton. */
+struct np_xdp_packet np_unused_packet SEC(".data");
 struct np_xdp_event np_unused_event SEC(".data");
+struct np_xdp_count np_unused_count SEC(".data");
 struct np_chain_stats np_unused_stats SEC(".data");
 
 static __always_inline __u64 packet_len(struct xdp_md *ctx)
 {
-	if (use_buff_len)
+	if (np_filter_xdp_frags)
 		return bpf_xdp_get_buff_len(ctx);
 	return (long)ctx->data_end - (long)ctx->data;
 }
@@ -52,46 +64,52 @@ static __always_inline __u64 packet_len(struct xdp_md *ctx)
  */
 static __always_inline void capture(struct xdp_md *ctx)
 {
-	struct np_xdp_event event = {};
-	struct np_xdp_count *count;
-	struct np_stats *stats;
-	__u32 zero = 0;
-	__u64 bytes;
+	struct np_xdp_stats *count = (void *)np_stats_get();
+	struct np_xdp_packet packet;
+	__u64 whole, bytes = snaplen;
 
-	count = bpf_map_lookup_elem(&xdp_count, &zero);
 	if (!count)
 		return;
-	count->seen++;
-	if (!np_filter_xdp(ctx))
-		return;
-	count->matched++;
-	if (sample_every > 1 && count->matched % sample_every)
-		return;
+	if (np_filter_on) {
+		count->seen++;
+		if (!np_filter_xdp(ctx))
+			return;
+	}
+	packet.number = ++count->matched;
+	if (sample_every > 1) {
+		if (packet.number % sample_every)
+			return;
+		count->all.sent++;
+	}
 
-	event.head.ts = bpf_ktime_get_ns();
-	event.head.kind = NP_XDP_CHAIN;
-	event.head.cpu = bpf_get_smp_processor_id();
-	event.id = (__u64)event.head.cpu << 48 | count->matched;
-	event.ifindex = ctx->ingress_ifindex;
-	event.queue = ctx->rx_queue_index;
-	event.len = packet_len(ctx);
-	bytes = event.len < snaplen ? event.len : snaplen;
-	event.head.len = sizeof(event) + bytes;
-
-	stats = np_stats_get();
-	if (!stats)
-		return;
-	stats->sent++;
+	packet.ts = bpf_ktime_get_ns();
+	packet.kind = NP_XDP_CHAIN;
+	packet.queue = ctx->rx_queue_index;
+	packet.ifindex = ctx->ingress_ifindex;
+	whole = packet_len(ctx);
+	packet.whole = whole;
+	if (bytes > whole)
+		bytes = whole;
+	packet.len = NP_XDP_PACKET_SENT + bytes;
 	if (bpf_perf_event_output(ctx, &events, BPF_F_CURRENT_CPU | bytes << 32,
-				  &event, sizeof(event)))
-		stats->lost++;
+				  &packet, NP_XDP_PACKET_SENT))
+		count->all.lost++;
 }
 
 SEC("xdp")
 int xdp_dump(struct xdp_md *ctx)
 {
 	capture(ctx);
+	bpf_tail_call(ctx, &chain_knowledge, chain_empty);
+	/* Still here: there may be programs in the chain. */
 	return np_chain_next(ctx);
+}
+
+/* Ends a chain without programs. */
+SEC("xdp")
+int xdp_alone(struct xdp_md *ctx)
+{
+	return XDP_PASS;
 }
 
 SEC("xdp")

@@ -30,7 +30,28 @@
  */
 #define NP_XDP_MAX_CAPTURE 65400
 
-/* One packet; head.len counts the packet's bytes that follow. */
+/*
+ * One packet at the head of the chain; `len` counts the packet's bytes that follow.
+ * The CPU is the buffer's. All but the last two bytes are sent, which are the upper
+ * ones of the number: the kernel's memcpy takes 20 instructions more from 32 on.
+ */
+struct np_xdp_packet {
+	__u64 ts; /* these three as in np_head */
+	__u32 len;
+	__u16 kind;
+	__u16 queue;
+	__u32 ifindex;
+	__u32 whole; /* bytes of the whole packet, all buffers */
+	__u64 number; /* of the CPU's packets that matched, from 1 */
+};
+
+#define NP_XDP_PACKET_SENT 30
+
+_Static_assert(sizeof(struct np_xdp_packet) == 32 &&
+		       __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+	       "np_xdp_packet is part of the contract");
+
+/* One packet at a traced program; head.len counts the packet's bytes that follow. */
 struct np_xdp_event {
 	struct np_head head;
 	__u64 id; /* of the packet: CPU in the upper 16 bits; exit has its entry's */
@@ -62,7 +83,18 @@ struct np_xdp_error {
 _Static_assert(sizeof(struct np_xdp_error) == 80,
 	       "np_xdp_error is part of the contract");
 
-/* Per CPU: packets before and after the filter. */
+/*
+ * Per CPU, in the map `stats` of the chain's program. Each is counted only where
+ * it differs from the one that follows from it: `seen` with a filter (else all
+ * matched), all.sent with sampling (else all that matched were sent).
+ */
+struct np_xdp_stats {
+	struct np_stats all;
+	__u64 seen;
+	__u64 matched;
+};
+
+/* Per CPU, of a traced program: packets before and after the filter. */
 struct np_xdp_count {
 	__u64 seen;
 	__u64 matched;

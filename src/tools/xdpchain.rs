@@ -141,6 +141,7 @@ fn begin(place: &Place, args: &AddArgs, lock: &Lock) -> Result<Chain> {
     let mut storage = MaybeUninit::uninit();
     let mut opened = open(&plan, &mut storage)?;
     opened.progs.xdp_dump.set_autoload(false);
+    opened.progs.xdp_alone.set_autoload(false);
     let skel = opened.load().map_err(|error| {
         anyhow!(
             "failed to load the chain's program: {error:?}\n{}",

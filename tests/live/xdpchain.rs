@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use libbpf_rs::{MapCore, MapFlags, Object, ObjectBuilder, Xdp, XdpFlags};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, Object, ObjectBuilder, Xdp, XdpFlags};
 
 use crate::common::{Case, Netns, Netprobe, Pair, case, wait_for};
 use crate::xdp::*;
@@ -35,6 +36,7 @@ pub fn cases() -> Vec<Case> {
         case("xdpchain_outlives_a_killed_capture", chain_outlives_capture)
             .xdp()
             .program("ping"),
+        case("xdpchain_slots_filled_by_hand", filled_by_hand).xdp(),
     ];
     cases.into_iter().map(|case| case.limit(900)).collect()
 }
@@ -136,6 +138,15 @@ impl Counter {
             }
         }
         program_id(netns)
+    }
+
+    /// Waits until it has counted that many and no more: the kernel may handle the last of a flood after the sender has gone on.
+    fn wait_for(&self, place: &str, packets: u64) -> Result<()> {
+        wait_for(&format!("{packets} packets {place}"), || {
+            Ok((self.packets()? >= packets).then_some(()))
+        })?;
+        ensure!(self.packets()? == packets, "more packets {place}");
+        Ok(())
     }
 
     /// Packets that it counted on all CPUs.
@@ -247,10 +258,7 @@ fn killed_and_restored() -> Result<()> {
         );
         let before = counter.packets()?;
         flood(&net, PORT, 50, 64)?;
-        ensure!(
-            counter.packets()? - before == 50,
-            "the old program does not run behind the dead capture"
-        );
+        counter.wait_for("behind a dead capture", before + 50)?;
         if next == "start" {
             in_front(&net, &counter, id)?;
         } else {
@@ -408,4 +416,68 @@ fn chain_outlives_capture() -> Result<()> {
         nothing_is_pinned(&net)?;
     }
     Ok(())
+}
+
+/// The capture's program passes over slots that netprobe knows to be empty, and never over one that is not: filled by `xdpchain
+/// add`, through the pinned map, or so behind a killed capture.
+fn filled_by_hand() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let count = object(&dir, "xdp_count.o", COUNT)?;
+    let net = quiet_pair()?;
+    let mut counter = Counter::load(has_frags())?;
+    let probe = dump(&net).args(["-w", "/dev/null"]).start()?;
+    ensure!(is_known_empty(&net)?, "not known to be empty at first");
+    put_by_hand(&net, &mut counter, 3)?;
+    wait_for("the program put in by hand", || {
+        flood(&net, PORT, 1, 64)?;
+        Ok((counter.packets()? > 0).then_some(()))
+    })?;
+    ensure!(!is_known_empty(&net)?, "known to be empty, with a program");
+    pinned(&net, "next_prog_map")?.delete(&3u32.to_ne_bytes())?;
+
+    // No packet passes over a program that netprobe itself put in.
+    xdpchain(&net, &format!("add {IFACE} {}", count.display()))?;
+    flood(&net, PORT, 30, 64)?;
+    let list = xdpchain(&net, "list --output-json")?;
+    let chains = list.json()?;
+    let chain = chains.iter().find(|chain| chain["captured_by"].is_u64());
+    let runs = chain.map(|chain| &chain["slots"][0]["runs"]);
+    ensure!(runs.is_some_and(|runs| *runs == 30), "{list}");
+    xdpchain(&net, &format!("remove {IFACE}"))?;
+    ensure!(is_known_empty(&net)?, "not known to be empty again");
+
+    // What the process knew ends with it. The chain's link has been pinned by then.
+    probe.kill9()?;
+    ensure!(program_id(&net.server)? != 0, "the chain went with it");
+    let before = counter.packets()?;
+    put_by_hand(&net, &mut counter, 6)?;
+    flood(&net, PORT, 50, 64)?;
+    counter.wait_for("behind a killed capture", before + 50)?;
+    pinned(&net, "next_prog_map")?.delete(&6u32.to_ne_bytes())?;
+    let restore = Netprobe::new("xdpdump").arg("--restore").run()?;
+    restore.expect_success()?;
+    nothing_is_pinned(&net)
+}
+
+/// A map that netprobe pinned for the interface.
+fn pinned(net: &Pair, name: &str) -> Result<MapHandle> {
+    let base = Path::new("/sys/fs/bpf/netprobe/xdp");
+    let own = base.join(format!("{IFACE}@{}", net.server.inode()?));
+    let dir = if own.exists() { own } else { base.join(IFACE) };
+    Ok(MapHandle::from_pinned_path(dir.join(name))?)
+}
+
+/// As `bpftool map update pinned` does it.
+fn put_by_hand(net: &Pair, counter: &mut Counter, slot: u32) -> Result<()> {
+    let program = counter.object.progs_mut().next().context("no program")?;
+    let fd = program.as_fd().as_raw_fd();
+    let slots = pinned(net, "next_prog_map")?;
+    slots.update(&slot.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)?;
+    Ok(())
+}
+
+/// What the capture's program goes by.
+fn is_known_empty(net: &Pair) -> Result<bool> {
+    let value = pinned(net, "chain_empty")?.lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?;
+    Ok(value == Some(1u32.to_ne_bytes().to_vec()))
 }

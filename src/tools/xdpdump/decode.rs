@@ -1,7 +1,7 @@
 //! Events of src/bpf/xdpdump.h into owned packets. Pure.
 
 use crate::bpf;
-use crate::bpf::xdpdump::types::np_xdp_event;
+use crate::bpf::xdpdump::types::{np_xdp_event, np_xdp_packet};
 
 /// NP_XDP_*: where a packet was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +36,34 @@ pub struct Seen<'a> {
     pub data: &'a [u8],
 }
 
-/// Nothing for bytes that are no event of ours.
-pub fn decode(bytes: &[u8]) -> Option<Seen<'_>> {
+/// NP_XDP_PACKET_SENT: bytes of `np_xdp_packet` in an event.
+const PACKET_SENT: usize = 30;
+
+/// What the buffer of CPU `cpu` held. Nothing for bytes that are no event of ours.
+pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
+    // All events have their kind at this place.
+    let (sent, rest) = bytes.split_first_chunk::<PACKET_SENT>()?;
+    let mut packet = [0; size_of::<np_xdp_packet>()];
+    packet[..PACKET_SENT].copy_from_slice(sent);
+    let (packet, _) = bpf::read::<np_xdp_packet>(&packet)?;
+    if packet.kind == 1 {
+        let captured = (packet.len as usize).checked_sub(PACKET_SENT)?;
+        return Some(Seen {
+            ts: packet.ts,
+            point: Point::Chain,
+            cpu: cpu as u16,
+            id: u64::from(cpu) << 48 | packet.number,
+            ifindex: packet.ifindex,
+            queue: packet.queue.into(),
+            len: packet.whole,
+            verdict: None,
+            program: 0,
+            moved: 0,
+            data: rest.get(..captured)?,
+        });
+    }
     let (event, rest) = bpf::read::<np_xdp_event>(bytes)?;
     let point = match event.head.kind {
-        1 => Point::Chain,
         2 => Point::Entry,
         3 => Point::Exit,
         _ => return None,
@@ -90,25 +113,51 @@ mod tests {
         bytes
     }
 
+    fn chained(len: u32, data: &[u8]) -> Vec<u8> {
+        let packet = np_xdp_packet {
+            ts: 5,
+            len,
+            kind: 1,
+            queue: 2,
+            number: 9,
+            ifindex: 3,
+            whole: 60,
+        };
+        let mut bytes = bpf::bytes_of(&packet)[..PACKET_SENT].to_vec();
+        bytes.extend_from_slice(data);
+        bytes
+    }
+
     #[test]
     fn length_and_padding() {
-        let bytes = sample(1, 75, &[1, 2, 3, 0, 0]);
-        let seen = decode(&bytes).unwrap();
+        let bytes = sample(2, 75, &[1, 2, 3, 0, 0]);
+        let seen = decode(0, &bytes).unwrap();
         assert_eq!(
             (seen.data, seen.len, seen.verdict),
             (&[1u8, 2, 3][..], 60, None)
         );
-        assert_eq!(decode(&sample(3, 72, &[])).unwrap().verdict, Some(1));
-        assert_eq!(decode(&sample(1, 71, &[])), None);
-        assert_eq!(decode(&sample(1, 80, &[1])), None);
-        assert_eq!(decode(&sample(9, 72, &[])), None);
+        assert_eq!(decode(0, &sample(3, 72, &[])).unwrap().verdict, Some(1));
+        assert_eq!(decode(0, &sample(2, 71, &[])), None);
+        assert_eq!(decode(0, &sample(2, 80, &[1])), None);
+        assert_eq!(decode(0, &sample(9, 72, &[])), None);
         assert_eq!(verdict_name(77), "UNKNOWN");
+    }
+
+    #[test]
+    fn a_packet_of_the_chain() {
+        let bytes = chained(33, &[1, 2, 3, 0, 0]);
+        let seen = decode(4, &bytes).unwrap();
+        assert_eq!((seen.point, seen.cpu, seen.ts), (Point::Chain, 4, 5));
+        assert_eq!((seen.id, seen.queue, seen.ifindex), (4 << 48 | 9, 2, 3));
+        assert_eq!((seen.data, seen.len), (&[1u8, 2, 3][..], 60));
+        assert_eq!(decode(4, &chained(29, &[])), None);
+        assert_eq!(decode(4, &chained(40, &[1])), None);
     }
 
     proptest! {
         #[test]
-        fn any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..150)) {
-            let _ = decode(&bytes);
+        fn any_bytes(cpu: u32, bytes in proptest::collection::vec(any::<u8>(), 0..150)) {
+            let _ = decode(cpu, &bytes);
         }
     }
 }

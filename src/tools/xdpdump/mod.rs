@@ -36,7 +36,7 @@ use args::{Args, Mode};
 use decode::Point;
 use diff::Pairs;
 use errors::Errors;
-use place::{Lock, Place};
+use place::{Lock, Place, Watch};
 use probes::{Capture, Counts, Options};
 use sink::{Sink, Source};
 use trace::{Target, Trace};
@@ -157,6 +157,10 @@ fn capture(args: &Args) -> Result<()> {
         pairs: args.diff.then(Pairs::default),
         stats: probes.iter().map(Probe::stats).collect::<Result<_>>()?,
         lost: 0,
+        chains: probes
+            .iter()
+            .filter_map(|probe| probe.watch().transpose())
+            .collect::<Result<_>>()?,
     };
     let deadline = args.duration().map(|duration| Instant::now() + duration);
     let mut taken_away = Ok(());
@@ -357,6 +361,14 @@ impl Probe<'_> {
         }
     }
 
+    /// What has to be looked at while it runs.
+    fn watch(&self) -> Result<Option<Watch>> {
+        match self {
+            Probe::Chain(capture) => Watch::new(&capture.place).map(Some),
+            Probe::Trace { .. } => Ok(None),
+        }
+    }
+
     fn add_loss(&self, loss: &mut Loss) -> Result<()> {
         match self {
             Probe::Chain(capture) => capture.add_loss(loss),
@@ -378,6 +390,8 @@ struct Live<'a> {
     /// The counters of all probes, to tell in the file where packets were lost.
     stats: Vec<MapHandle>,
     lost: u64,
+    /// The chains that packets go on to.
+    chains: Vec<Watch>,
 }
 
 impl Live<'_> {
@@ -404,7 +418,7 @@ impl Consumer for Live<'_> {
             self.sink.problem(&problem, self.clock.wall(problem.ts))?;
             return Ok(Flow::Continue);
         }
-        let Some(seen) = decode::decode(record.bytes) else {
+        let Some(seen) = decode::decode(record.cpu, record.bytes) else {
             self.undecodable += 1;
             return Ok(Flow::Continue);
         };
@@ -429,6 +443,9 @@ impl Consumer for Live<'_> {
     fn tick(&mut self) -> Result<Flow> {
         self.clock.refresh()?;
         self.watch_loss()?;
+        for chain in &mut self.chains {
+            chain.look()?;
+        }
         self.sink.flush()?;
         Ok(Flow::Continue)
     }

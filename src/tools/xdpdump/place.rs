@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
@@ -120,6 +121,67 @@ pub(super) fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
+/// The pin of the number by which a capture's program knows whether it is alone.
+pub const CHAIN_EMPTY: &str = "chain_empty";
+/// The values of that number.
+const UNKNOWN: u32 = 0;
+pub const EMPTY: u32 = 1;
+
+/// Tells the capture in front, if one is there, whether it may go by the slots without a look. The lock is held.
+pub fn note_emptiness(place: &Place) -> Result<()> {
+    let known = if used_slots(place)?.is_empty() {
+        EMPTY
+    } else {
+        UNKNOWN
+    };
+    set_known(place, known)
+}
+
+fn set_known(place: &Place, known: u32) -> Result<()> {
+    if !place.pin(CHAIN_EMPTY).exists() {
+        return Ok(());
+    }
+    write_known(&open(place, CHAIN_EMPTY)?, known)
+}
+
+fn write_known(map: &MapHandle, known: u32) -> Result<()> {
+    map.update(&0u32.to_ne_bytes(), &known.to_ne_bytes(), MapFlags::ANY)
+        .context("failed to tell the capture's program of the chain")
+}
+
+/// Finds programs that others put into the slots of a running capture's chain: bpftool, an older netprobe.
+pub struct Watch {
+    array: MapHandle,
+    known: MapHandle,
+    next: Instant,
+}
+
+impl Watch {
+    /// How long such a program may wait for its first packet.
+    const PERIOD: Duration = Duration::from_millis(100);
+
+    pub fn new(place: &Place) -> Result<Self> {
+        Ok(Self {
+            array: open(place, "next_prog_map")?,
+            known: open(place, CHAIN_EMPTY)?,
+            next: Instant::now(),
+        })
+    }
+
+    /// Never tells that the slots are empty: another process may be about to put a program in.
+    pub fn look(&mut self) -> Result<()> {
+        let now = Instant::now();
+        if now < self.next {
+            return Ok(());
+        }
+        self.next = now + Self::PERIOD;
+        if slots_of(&self.array).is_empty() {
+            return Ok(());
+        }
+        write_known(&self.known, UNKNOWN)
+    }
+}
+
 /// Slots that hold a program.
 pub fn used_slots(place: &Place) -> Result<Vec<u32>> {
     Ok(slots(place)?.into_iter().map(|(slot, _)| slot).collect())
@@ -145,6 +207,7 @@ pub fn slots_of(array: &MapHandle) -> Vec<(u32, u32)> {
 
 /// Puts a program into a slot, live: the next packet runs it.
 pub fn insert(place: &Place, slot: u32, program: BorrowedFd<'_>) -> Result<()> {
+    set_known(place, UNKNOWN)?;
     open(place, "next_prog_map")?
         .update(
             &slot.to_ne_bytes(),
@@ -158,7 +221,8 @@ pub fn insert(place: &Place, slot: u32, program: BorrowedFd<'_>) -> Result<()> {
 pub fn take_out(place: &Place, slot: u32) -> Result<()> {
     open(place, "next_prog_map")?
         .delete(&slot.to_ne_bytes())
-        .with_context(|| format!("failed to empty slot {slot} of {}", place.name))
+        .with_context(|| format!("failed to empty slot {slot} of {}", place.name))?;
+    note_emptiness(place)
 }
 
 pub fn open(place: &Place, map: &str) -> Result<MapHandle> {

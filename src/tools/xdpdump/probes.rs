@@ -1,7 +1,7 @@
 //! The capture programs: loaded as the interface wants them, put in front of its chain, counted and taken away.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -10,15 +10,15 @@ use libbpf_rs::{
 };
 
 use crate::bpf;
-use crate::bpf::xdpdump::types::np_xdp_count;
+use crate::bpf::xdpdump::types::np_xdp_stats;
 use crate::bpf::xdpdump::{OpenXdpdumpSkel, XdpdumpSkel, XdpdumpSkelBuilder};
 use crate::engine::log;
 use crate::engine::loss::Loss;
 use crate::filter::{self, expr::Compiled};
-use crate::kernel::xdp::{self, Mode, Traits};
+use crate::kernel::xdp::{Mode, Traits};
 
 use super::chain::{Chain, Parts, Plan};
-use super::place::{self, Lock, Place};
+use super::place::{self, CHAIN_EMPTY, EMPTY, Lock, Place};
 
 /// What the programs of all interfaces have in common.
 pub struct Options {
@@ -87,6 +87,9 @@ pub fn event_map() -> Result<MapHandle> {
 pub struct Capture<'a> {
     skel: XdpdumpSkel<'a>,
     chain: Option<Chain>,
+    /// What the programs count by itself: see `struct np_xdp_stats`.
+    filtered: bool,
+    sampled: bool,
     pub place: Place,
     pub mode: Mode,
     /// The program that was there before: its id.
@@ -108,6 +111,12 @@ impl<'a> Capture<'a> {
         let plan = Plan::make(place.clone(), &lock)?;
         let before = plan.found.map(|found| found.program);
         let skel = load(&plan, options, events, storage)?;
+        // Not pinned: what we know of the chain has to end with this process.
+        let alone = skel.progs.xdp_alone.as_fd().as_raw_fd();
+        skel.maps
+            .chain_knowledge
+            .update(&EMPTY.to_ne_bytes(), &alone.to_ne_bytes(), MapFlags::ANY)
+            .context("failed to put a program into a program array")?;
         let parts = Parts {
             root: skel.progs.xdp_dump.as_fd(),
             standby: skel.progs.xdp_chain.as_fd(),
@@ -116,15 +125,19 @@ impl<'a> Capture<'a> {
                 ("chain_stats", skel.maps.chain_stats.as_fd()),
                 ("chain_state", skel.maps.chain_state.as_fd()),
                 ("event_map", skel.maps.events.as_fd()),
+                (CHAIN_EMPTY, skel.maps.bss.as_fd()),
             ],
             modes,
             owned: true,
         };
         let chain = Chain::install(plan, &parts, &lock)?;
+        place::note_emptiness(&place)?;
         let mode = chain.mode();
         Ok(Capture {
             skel,
             chain: Some(chain),
+            filtered: options.filter.is_some(),
+            sampled: options.sample > 1,
             place,
             mode,
             before,
@@ -140,20 +153,28 @@ impl<'a> Capture<'a> {
     }
 
     pub fn counts(&self) -> Result<Counts> {
+        let per_cpu = self.per_cpu()?;
+        let counts = per_cpu.iter().map(|count| {
+            let seen = if self.filtered {
+                count.seen
+            } else {
+                count.matched
+            };
+            (seen, count.matched)
+        });
+        Counts::sum(counts, |loss| self.add_loss(loss))
+    }
+
+    fn per_cpu(&self) -> Result<Vec<np_xdp_stats>> {
         let per_cpu = self
             .skel
             .maps
-            .xdp_count
+            .stats
             .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)
             .context("failed to read the packet counters")?
             .unwrap_or_default();
-        let counts = per_cpu
-            .iter()
-            .filter_map(|bytes| bpf::read::<np_xdp_count>(bytes));
-        Counts::sum(
-            counts.map(|(count, _)| (count.seen, count.matched)),
-            |loss| self.add_loss(loss),
-        )
+        let counts = per_cpu.iter().filter_map(|bytes| bpf::read(bytes));
+        Ok(counts.map(|(count, _)| count).collect())
     }
 
     /// The counters of what was sent and lost.
@@ -162,6 +183,10 @@ impl<'a> Capture<'a> {
     }
 
     pub fn add_loss(&self, loss: &mut Loss) -> Result<()> {
+        if !self.sampled {
+            let per_cpu = self.per_cpu()?;
+            loss.sent += per_cpu.iter().map(|count| count.matched).sum::<u64>();
+        }
         loss.add_stats(&self.skel.maps.stats)
     }
 }
@@ -180,7 +205,6 @@ fn load<'a>(
         .context("the BPF object has no .rodata")?;
     rodata.snaplen = options.snaplen;
     rodata.sample_every = options.sample;
-    rodata.use_buff_len = u8::from(xdp::has_frags());
     rodata.np_filter_on = u32::from(options.filter.is_some());
     rodata.np_filter_xdp_frags = u32::from(plan.traits.frags);
     open.maps
@@ -208,6 +232,7 @@ pub fn open<'a>(
         .context("failed to open the BPF object")?;
     set_traits(&mut open.progs.xdp_dump, plan.traits);
     set_traits(&mut open.progs.xdp_chain, plan.traits);
+    set_traits(&mut open.progs.xdp_alone, plan.traits);
     let maps = [
         (&mut open.maps.next_prog_map, "next_prog_map"),
         (&mut open.maps.chain_stats, "chain_stats"),
