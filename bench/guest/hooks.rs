@@ -157,33 +157,32 @@ pub fn empty_tracepoints(names: &[&CStr]) -> Result<Vec<OwnedFd>> {
     Ok(held)
 }
 
-/// Time to attach an empty program to the entry and one to the return of each of these functions of vmlinux by trampolines, ns.
+/// Time to attach an empty program to the return of each of these functions of vmlinux by trampolines, ns.
 pub fn empty_trampolines(functions: &[&CStr]) -> Result<u64> {
+    const KIND: u32 = sys::BPF_TRACE_FEXIT;
     let insns = returns(0);
     let mut programs = Vec::new();
-    for kind in [sys::BPF_TRACE_FEXIT, sys::BPF_TRACE_FENTRY] {
-        for name in functions {
-            // SAFETY: the name ends in NUL.
-            let id = unsafe { sys::libbpf_find_vmlinux_btf_id(name.as_ptr(), kind) };
-            let mut opts = sys::bpf_prog_load_opts {
-                sz: size_of::<sys::bpf_prog_load_opts>() as _,
-                expected_attach_type: kind,
-                attach_btf_id: u32::try_from(id).with_context(|| format!("no {name:?}"))?,
-                ..Default::default()
-            };
-            // SAFETY: all pointers are valid for the call, the count is that of `insns`.
-            let program = own(unsafe {
-                sys::bpf_prog_load(
-                    sys::BPF_PROG_TYPE_TRACING,
-                    c"empty".as_ptr(),
-                    c"GPL".as_ptr(),
-                    insns.as_ptr(),
-                    insns.len() as _,
-                    &mut opts,
-                )
-            })?;
-            programs.push(program);
-        }
+    for name in functions {
+        // SAFETY: the name ends in NUL.
+        let id = unsafe { sys::libbpf_find_vmlinux_btf_id(name.as_ptr(), KIND) };
+        let mut opts = sys::bpf_prog_load_opts {
+            sz: size_of::<sys::bpf_prog_load_opts>() as _,
+            expected_attach_type: KIND,
+            attach_btf_id: u32::try_from(id).with_context(|| format!("no {name:?}"))?,
+            ..Default::default()
+        };
+        // SAFETY: all pointers are valid for the call, the count is that of `insns`.
+        let program = own(unsafe {
+            sys::bpf_prog_load(
+                sys::BPF_PROG_TYPE_TRACING,
+                c"empty".as_ptr(),
+                c"GPL".as_ptr(),
+                insns.as_ptr(),
+                insns.len() as _,
+                &mut opts,
+            )
+        })?;
+        programs.push(program);
     }
     let start = monotonic_ns()?;
     let mut links = Vec::new();

@@ -25,6 +25,7 @@
 #include "tcpconnect_stack.bpf.h"
 
 #define O_NONBLOCK 00004000
+#define AF_INET6 10
 
 /* A thread that is inside of connect. */
 struct inside {
@@ -227,8 +228,37 @@ static __always_inline int leave(void *ctx, int ret, __u8 version)
 }
 
 /*
- * Three ways to see entry and return; user space takes the first that works
- * (probes.rs).
+ * The return alone. All that is told of a connect that succeeded is in its
+ * socket, unless it is followed (--outcome) or its stacks are asked for.
+ */
+static __always_inline int connected(void *ctx, struct sock *sk, int ret,
+				     __u8 version)
+{
+	struct inside in = {.sock = (__u64)sk, .version = version};
+	struct tcp_event e;
+
+	if (ret || !match_process())
+		return 0;
+	if (version == 4)
+		in.mapped = BPF_CORE_READ(sk, __sk_common.skc_family) ==
+			    AF_INET6;
+	fill(&e, &in, false);
+	/* tcp_v6_connect has handed a mapped address on to tcp_v4_connect. */
+	if (version == 6 && !e.daddr[0] &&
+	    (__u32)e.daddr[1] == bpf_htonl(0x0000ffff))
+		return 0;
+	if (!match_socket(&e))
+		return 0;
+	if (mode & TCP_MODE_COUNT)
+		count(&e);
+	else
+		np_output(ctx, &e.head, sizeof(e));
+	return 0;
+}
+
+/*
+ * Ways to see entry and return, or the return alone; user space takes the first
+ * that works (probes.rs).
  *
  * kprobe.multi where its returns are kept by task (6.14): any number of
  * threads can be inside, and no other thread takes the CPU during a program. An
@@ -260,7 +290,22 @@ int BPF_KRETPROBE(v6_multi_return, int ret)
 	return leave(ctx, ret, 6);
 }
 
-/* fentry and fexit: any number of threads, too. */
+/*
+ * fexit and fentry: any number of threads, too. fexit alone is half as much to
+ * attach: a second program at a function makes its trampoline anew.
+ */
+SEC("fexit/tcp_v4_connect")
+int v4_connected(__u64 *ctx)
+{
+	return connected(ctx, (struct sock *)ctx[0], ctx[3], 4);
+}
+
+SEC("fexit/tcp_v6_connect")
+int v6_connected(__u64 *ctx)
+{
+	return connected(ctx, (struct sock *)ctx[0], ctx[3], 6);
+}
+
 SEC("fentry/tcp_v4_connect")
 int v4_fentry(__u64 *ctx)
 {

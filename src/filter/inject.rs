@@ -10,6 +10,7 @@ use libbpf_sys as sys;
 
 use super::asm::Insn;
 use super::ebpf::{CAST_CALL, LOAD_CALL};
+use crate::kernel;
 
 /// The subprogram of `filter.bpf.h` that translated code calls for bytes out of its reach.
 const LOAD_FUNCTION: &str = "np_filter_load";
@@ -31,13 +32,8 @@ pub struct Body {
 /// before this; the skeleton's `load()` comes after it.
 pub fn inject(object: &mut OpenObject, bodies: &[Body], cast: Option<u32>) -> Result<()> {
     let cast = cast.map(i32::try_from).transpose()?.map(Insn::call_kfunc);
+    kernel::prepare(object)?;
     let raw = object.as_libbpf_object();
-    // SAFETY: the object is open, and borrowed for as long as this takes.
-    let status = unsafe { sys::bpf_object__prepare(raw.as_ptr()) };
-    if status != 0 {
-        let error = std::io::Error::from_raw_os_error(-status);
-        return Err(error).context("failed to prepare the BPF object");
-    }
     let mut found = vec![false; bodies.len()];
     let mut program: *mut sys::bpf_program = std::ptr::null_mut();
     loop {

@@ -28,17 +28,21 @@ const INT_SIGNED: u32 = 1 << 24;
 const SYSFS: &str = "/sys/kernel/btf";
 
 /// Names that are asked for at almost every start.
-const COMMON: [&str; 11] = [
+const COMMON: [&str; 15] = [
     "__kernel_sockaddr_storage",
+    "bpf_fentry_test1",
     "bpf_iter_ksym",
     "bpf_rdonly_cast",
     "dyn_ftrace",
     "fprobe",
     "ftrace_page",
     "kallsym_iter",
+    "register_ftrace_direct_cb",
     "sk_buff",
     "skb_drop_reason",
     "skb_drop_reason_subsys",
+    "tcp_v4_connect",
+    "tcp_v6_connect",
     "udp_recvmsg",
 ];
 

@@ -1,27 +1,44 @@
-//! fentry and fexit programs that watch other BPF programs: one object, opened and prepared once, its programs loaded as often as
-//! there are programs to watch. libbpf itself would open the object anew for each. It knows no tool.
+//! fentry and fexit programs, loaded without libbpf: on other BPF programs, one object, opened and prepared once, its programs loaded
+//! as often as there are programs to watch (libbpf would open the object anew for each); on functions of the kernel, by the number that
+//! `btf` knows (libbpf would read all of the kernel's BTF to find it, and hold it twice meanwhile: 9 MB). It knows no tool.
 
-use std::ffi::{CStr, CString};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, OsStr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::mpsc;
+use std::thread;
 
 use anyhow::{Context, Result, anyhow};
-use libbpf_rs::{AsRawLibbpf, OpenObject};
+use libbpf_rs::{AsRawLibbpf, OpenObject, ProgramMut};
 use libbpf_sys as sys;
 
+use super::btf::Btf;
 use super::owned;
 
 /// BPF_ALU64 | BPF_MOV | BPF_K
 const MOVE_CONSTANT: u8 = 0xb7;
+/// BPF_JMP | BPF_EXIT
+const EXIT: u8 = 0x95;
 /// Room for what the verifier says of a program that it refuses.
 const LOG: usize = 64 * 1024;
 
-/// What is watched: a function of a loaded program.
-#[derive(Clone, Copy)]
+/// What is watched: a function of a loaded program, or of the kernel.
+#[derive(Debug, Clone, Copy)]
 pub struct Target<'a> {
-    pub program: BorrowedFd<'a>,
-    /// The function's type in that program's BTF.
+    pub program: Option<BorrowedFd<'a>>,
+    /// The function's type in that program's BTF, or in the kernel's.
     pub btf_id: u32,
+}
+
+impl Target<'_> {
+    /// A function of vmlinux.
+    fn kernel(btf: &Btf, function: &str) -> Option<Self> {
+        Some(Self {
+            program: None,
+            btf_id: btf.function_id(function)?,
+        })
+    }
 }
 
 /// Where a watching program runs.
@@ -63,28 +80,96 @@ impl Watch {
 
 /// Loads the program `name` of a prepared object for a target, and attaches it.
 pub fn watch(
-    object: &OpenObject,
+    object: &impl AsRawLibbpf<LibbpfType = sys::bpf_object>,
     name: &str,
     target: Target<'_>,
     point: Point,
     patch: Patch,
 ) -> Result<Watch> {
-    let program = load(object, name, target, point, patch)?;
-    // SAFETY: the program is open; without a name the kernel takes the target that it was loaded for.
-    let link = unsafe { sys::bpf_raw_tracepoint_open(std::ptr::null(), program.as_raw_fd()) };
-    let link = owned(link).with_context(|| format!("failed to attach {name}"))?;
+    let program = load(object, name, target, point, Some(patch))?;
+    let link = attach(program.as_fd()).with_context(|| format!("failed to attach {name}"))?;
     Ok(Watch {
         program,
         _link: link,
     })
 }
 
+/// Attaches a program to the target that it was loaded for, as long as the result lives.
+pub fn attach(program: BorrowedFd<'_>) -> Result<OwnedFd> {
+    // SAFETY: the program is open; without a name the kernel takes the target that it was loaded for.
+    let link = unsafe { sys::bpf_raw_tracepoint_open(std::ptr::null(), program.as_raw_fd()) };
+    Ok(owned(link)?)
+}
+
+/// Functions of vmlinux, by the names that sections of BPF objects have: `fentry/NAME`, `fexit/NAME`.
+#[derive(Debug)]
+pub struct Targets(BTreeMap<String, Target<'static>>);
+
+impl Targets {
+    /// Those that vmlinux has.
+    pub fn new<'n>(btf: &Btf, names: impl Iterator<Item = &'n &'n str>) -> Self {
+        let target = |name: &&str| Some(((*name).to_owned(), Target::kernel(btf, name)?));
+        Self(names.filter_map(target).collect())
+    }
+
+    /// What a program's section says.
+    fn of(&self, section: &OsStr) -> Option<(Point, Target<'static>)> {
+        let (kind, name) = section.to_str()?.split_once('/')?;
+        let point = match kind {
+            "fentry" => Point::Entry,
+            "fexit" => Point::Exit,
+            _ => return None,
+        };
+        Some((point, *self.0.get(name)?))
+    }
+
+    /// Prepares an object (see [`super::prepare`]); of its programs those at these functions are left to [`Targets::load`], its own load
+    /// passes over them.
+    pub fn prepare(&self, object: &mut OpenObject) -> Result<()> {
+        // To libbpf they are programs on another program, for which it reads no BTF. Any number but 0 is one.
+        const NO_PROGRAM: i32 = i32::MAX;
+        let mut ours = Vec::new();
+        for mut program in object.progs_mut() {
+            if program.autoload() && self.of(program.section()).is_some() {
+                program
+                    .set_attach_target(NO_PROGRAM, None)
+                    .context("failed to prepare a program of a trampoline")?;
+                ours.push(program.name().to_owned());
+            }
+        }
+        super::prepare(object)?;
+        for mut program in object.progs_mut() {
+            if ours.iter().any(|name| name == program.name()) {
+                program.set_autoload(false);
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads a program at one of these functions; none where it is at another.
+    pub fn load(
+        &self,
+        object: &impl AsRawLibbpf<LibbpfType = sys::bpf_object>,
+        program: &ProgramMut<'_>,
+    ) -> Result<Option<OwnedFd>> {
+        let Some((point, target)) = self.of(program.section()) else {
+            return Ok(None);
+        };
+        let name = program.name().to_string_lossy();
+        let loaded = load(object, &name, target, point, None);
+        Ok(Some(loaded.with_context(|| {
+            format!("failed to load the BPF program {name}")
+        })?))
+    }
+}
+
+/// Loads the program `name` of a prepared object for a target.
 fn load(
-    object: &OpenObject,
+    object: &impl AsRawLibbpf<LibbpfType = sys::bpf_object>,
     name: &str,
     target: Target<'_>,
     point: Point,
-    patch: Patch,
+    patch: Option<Patch>,
 ) -> Result<OwnedFd> {
     let c_name = CString::new(name).context("a program name with a NUL byte")?;
     let raw = object.as_libbpf_object();
@@ -101,9 +186,11 @@ fn load(
         )
     }
     .to_vec();
-    for insn in &mut insns {
-        if insn.code == MOVE_CONSTANT && insn.imm == patch.placeholder {
-            insn.imm = patch.value;
+    if let Some(patch) = patch {
+        for insn in &mut insns {
+            if insn.code == MOVE_CONSTANT && insn.imm == patch.placeholder {
+                insn.imm = patch.value;
+            }
         }
     }
     // SAFETY: the program and the object are valid; its BTF is loaded since it was prepared.
@@ -111,7 +198,7 @@ fn load(
         sys::bpf_prog_load_opts {
             sz: size_of::<sys::bpf_prog_load_opts>() as _,
             expected_attach_type: point.attach_type(),
-            attach_prog_fd: target.program.as_raw_fd() as _,
+            attach_prog_fd: target.program.map_or(0, |p| p.as_raw_fd()) as _,
             attach_btf_id: target.btf_id,
             prog_btf_fd: sys::btf__fd(sys::bpf_object__btf(raw.as_ptr())) as u32,
             func_info: sys::bpf_program__func_info(program).cast(),
@@ -158,6 +245,55 @@ fn load_with(
     .map_err(Into::into)
 }
 
+/// Has the kernel make its first trampoline ahead of those that are waited for; it goes when this is dropped.
+///
+/// Up to 6.9 the kernel waits for a grace period of RCU tasks, a tenth of a second and more, whenever a function gets a trampoline and no
+/// other function has one. A thread does that waiting meanwhile, at a function that nothing calls (the kernel's own tests do).
+#[derive(Debug)]
+pub struct Ahead {
+    /// Tells the thread by its end.
+    _done: mpsc::Sender<()>,
+}
+
+impl Ahead {
+    /// Nothing where the kernel does not wait, or where there can be no trampolines.
+    pub fn start(btf: &Btf) -> Option<Self> {
+        // What came in the place of the waiting.
+        if btf.has_function("register_ftrace_direct_cb") {
+            return None;
+        }
+        let target = Target::kernel(btf, "bpf_fentry_test1")?;
+        let (done, wait) = mpsc::channel();
+        let run = move || {
+            let link = load_empty(target).and_then(|program| attach(program.as_fd()));
+            let _ = wait.recv();
+            // Waits again, which keeps others from attaching.
+            drop(link);
+        };
+        thread::Builder::new()
+            .name("trampoline".into())
+            .spawn(run)
+            .ok()?;
+        Some(Self { _done: done })
+    }
+}
+
+/// A program that does nothing.
+fn load_empty(target: Target<'_>) -> Result<OwnedFd> {
+    let insns = [(MOVE_CONSTANT, 0), (EXIT, 0)].map(|(code, imm)| sys::bpf_insn {
+        code,
+        imm,
+        ..Default::default()
+    });
+    let mut opts = sys::bpf_prog_load_opts {
+        sz: size_of::<sys::bpf_prog_load_opts>() as _,
+        expected_attach_type: Point::Entry.attach_type(),
+        attach_btf_id: target.btf_id,
+        ..Default::default()
+    };
+    load_with(c"np_ahead", &insns, &mut opts)
+}
+
 /// The last line of a verifier's log that says something.
 fn verdict(log: &[u8]) -> Option<String> {
     let end = log.iter().position(|b| *b == 0).unwrap_or(log.len());
@@ -172,6 +308,24 @@ fn verdict(log: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_section_says() {
+        let target = Target {
+            program: None,
+            btf_id: 7,
+        };
+        let targets = Targets(BTreeMap::from([("tcp_v4_connect".to_owned(), target)]));
+        let of = |section: &str| {
+            let (point, target) = targets.of(OsStr::new(section))?;
+            Some((point, target.btf_id))
+        };
+        assert_eq!(of("fexit/tcp_v4_connect"), Some((Point::Exit, 7)));
+        assert_eq!(of("fentry/tcp_v4_connect"), Some((Point::Entry, 7)));
+        for other in ["fexit/tcp_v6_connect", "kprobe/tcp_v4_connect", "fexit", ""] {
+            assert_eq!(of(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn the_verifiers_last_word() {

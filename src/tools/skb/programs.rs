@@ -343,7 +343,7 @@ impl<'a> Watcher<'a> {
     fn watch(&self, loaded: &Loaded, main: &Function) -> Result<[Watch; 2]> {
         let object = self.open.open_object();
         let target = Target {
-            program: loaded.fd.as_fd(),
+            program: Some(loaded.fd.as_fd()),
             btf_id: main.btf,
         };
         let patch = Patch {

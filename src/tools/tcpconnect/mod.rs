@@ -26,13 +26,14 @@ use crate::engine::{UsageError, log, signals};
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
+use crate::kernel::trampoline::Ahead;
 use crate::output::{self, Output};
 
 use args::{Args, Filter};
 use decode::Event;
 use names::Names;
 use present::{Presenter, Row};
-use probes::{Attached, Pair};
+use probes::{Attached, Kernel, Pair};
 use stacks::StackTable;
 
 pub fn run(args: &Args) -> Result<()> {
@@ -45,10 +46,15 @@ pub fn run(args: &Args) -> Result<()> {
     features.require_tracing("tcpconnect")?;
     let btf = btf?;
     let reasons = btf.enum_values("skb_drop_reason");
-    let recv_args = btf.argument_count("udp_recvmsg");
-    let mut pairs = probes::pairs(&features, &btf).into_iter().peekable();
+    let pairs = probes::pairs(args, &features, &btf);
+    let ahead = match pairs.first() {
+        Some(Pair::Fexit | Pair::Fentry) => Ahead::start(&btf),
+        _ => None,
+    };
+    let mut pairs = pairs.into_iter().peekable();
+    let kernel = Kernel::new(args, features, &btf);
     let core = CoreBtf::new(&btf, bpf::TCPCONNECT_TYPES)?;
-    // Libbpf may read it again to load the programs: not two of some 6 MB at a time.
+    // 6 MB less while libbpf works.
     drop(btf);
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
@@ -58,16 +64,16 @@ pub fn run(args: &Args) -> Result<()> {
         let (Some(pair), Some(storage)) = (pairs.next(), storages.next()) else {
             bail!("no way to see the return of connect");
         };
-        match start(args, &filter, &features, (&core, recv_args), pair, storage) {
+        match start(args, &filter, &kernel, &core, pair, storage) {
             Ok(started) => break started,
             Err(e) if e.is::<UsageError>() || pairs.peek().is_none() => return Err(e),
             // DNS needs fexit programs in any case: the last way would hide why there are none.
-            Err(e) if args.dns && pair == Pair::Fentry => return Err(e),
+            Err(e) if args.dns && pair != Pair::Multi => return Err(e),
             // Lockdown, an architecture without trampolines, another tracer's hands on the function.
             Err(_) => {}
         }
     };
-    drop(core);
+    drop((core, ahead));
     let mut presenter = Presenter::new(args, reasons)?;
     eprintln!("Tracing connect ... Hit Ctrl-C to end");
     if !args.count {
@@ -109,15 +115,15 @@ pub fn run(args: &Args) -> Result<()> {
 fn start<'a>(
     args: &Args,
     filter: &Filter,
-    features: &Features,
-    kernel: (&CoreBtf, Option<usize>),
+    kernel: &Kernel,
+    core: &CoreBtf,
     pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<(TcpconnectSkel<'a>, Drain, Attached)> {
-    let skel = probes::load(args, filter, features, kernel, pair, storage)?;
+    let skel = probes::load(args, filter, kernel, core, pair, storage)?;
     let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
     let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
-    let attached = probes::attach(args, pair, &skel)?;
+    let attached = probes::attach(args, kernel, pair, &skel)?;
     Ok((skel, drain, attached))
 }
 

@@ -1,11 +1,12 @@
 //! The programs of `netprobe tcpconnect`: which are loaded, how maps and filters are set, where they attach.
 
+use std::any::Any;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramMut};
 
 use crate::bpf::tcpconnect::{OpenTcpconnectSkel, TcpconnectSkel, TcpconnectSkelBuilder, types};
@@ -13,6 +14,7 @@ use crate::engine::{log, loss, usage};
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
+use crate::kernel::trampoline::{self, Targets};
 
 use super::args::{Args, Filter, FilterArgs};
 
@@ -22,19 +24,26 @@ const PENDING: u32 = 65_536;
 /// Threads that wait for a DNS answer at one time; one more is counted as refused by a full map.
 const DNS_CALLS: u32 = 16_384;
 
+/// Where connects are seen.
+const CONNECT: [&str; 2] = ["tcp_v4_connect", "tcp_v6_connect"];
+/// Where answers of DNS servers are.
+const RECEIVE: [&str; 3] = ["udp_recvmsg", "udpv6_recvmsg", "tcp_recvmsg"];
+
 /// How the entry and the return of connect are seen; src/bpf/tcpconnect.bpf.c says what each is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pair {
     /// kprobe.multi: any number of threads can be inside, and none is passed over
     Multi,
-    /// trampolines: any number of threads, but where the kernel preempts some are passed over (and counted)
+    /// trampolines at the return alone: any number of threads, but where the kernel preempts some are passed over (and counted)
+    Fexit,
+    /// trampolines at both
     Fentry,
     /// kprobe and kretprobe: every kernel, but few threads at once
     Kprobe,
 }
 
 /// The ways to try, the best first.
-pub fn pairs(features: &Features, btf: &Btf) -> Vec<Pair> {
+pub fn pairs(args: &Args, features: &Features, btf: &Btf) -> Vec<Pair> {
     let mut pairs = Vec::new();
     // Up to 6.13 returns come from a pool of some ten (`rethook`), from then on they are kept by task.
     let pool = btf
@@ -43,16 +52,39 @@ pub fn pairs(features: &Features, btf: &Btf) -> Vec<Pair> {
     if features.kprobe_multi && !pool {
         pairs.push(Pair::Multi);
     }
-    pairs.extend([Pair::Fentry, Pair::Kprobe]);
+    pairs.push(match args.outcome || args.output_stack {
+        true => Pair::Fentry,
+        false => Pair::Fexit,
+    });
+    pairs.push(Pair::Kprobe);
     pairs
+}
+
+/// What is known of the running kernel.
+pub struct Kernel {
+    pub features: Features,
+    /// arguments of udp_recvmsg
+    recv_args: Option<usize>,
+    targets: Targets,
+}
+
+impl Kernel {
+    pub fn new(args: &Args, features: Features, btf: &Btf) -> Self {
+        let receive = RECEIVE.iter().filter(|_| args.dns);
+        Self {
+            features,
+            recv_args: btf.argument_count("udp_recvmsg"),
+            targets: Targets::new(btf, CONNECT.iter().chain(receive)),
+        }
+    }
 }
 
 /// Opens, configures and loads what this run needs.
 pub fn load<'a>(
     args: &Args,
     filter: &Filter,
-    features: &Features,
-    (core, recv_args): (&CoreBtf, Option<usize>),
+    kernel: &Kernel,
+    core: &CoreBtf,
     pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<TcpconnectSkel<'a>> {
@@ -67,7 +99,7 @@ pub fn load<'a>(
         .as_mut()
         .context("the BPF object has no .rodata")?;
     rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
-    rodata.has_drop_reason = u8::from(features.drop_reasons);
+    rodata.has_drop_reason = u8::from(kernel.features.drop_reasons);
     rodata.mode = args.mode();
     rodata.filter = types::tcp_filter {
         cgroup: filter.cgroup,
@@ -80,14 +112,16 @@ pub fn load<'a>(
         comm: filter.comm,
         version: filter.version,
     };
-    if let Some(n) = recv_args {
+    if let Some(n) = kernel.recv_args {
         rodata.recv_args = n as u32;
     }
     args.transport.prepare(&mut open.maps.rings)?;
     set_programs(args, pair, &mut open);
     let theirs = Theirs::open(&args.filter)?;
     set_maps(args, pair, filter, &theirs, &mut open)?;
-    let skel = open.load().map_err(|e| {
+    let loaded = kernel.targets.prepare(open.open_object_mut());
+    let loaded = loaded.and_then(|()| Ok(open.load()?));
+    let skel = loaded.map_err(|e| {
         let log = log::take();
         anyhow!("failed to load the BPF programs: {e:?}\n{log}")
     })?;
@@ -103,6 +137,9 @@ fn set_programs(args: &Args, pair: Pair, open: &mut OpenTcpconnectSkel<'_>) {
         &mut open.progs.v6_multi_return,
     ] {
         program.set_autoload(pair == Pair::Multi);
+    }
+    for program in [&mut open.progs.v4_connected, &mut open.progs.v6_connected] {
+        program.set_autoload(pair == Pair::Fexit);
     }
     for program in [
         &mut open.progs.v4_fentry,
@@ -154,6 +191,9 @@ fn set_maps(
     open: &mut OpenTcpconnectSkel<'_>,
 ) -> Result<()> {
     let maps = &mut open.maps;
+    if pair == Pair::Fexit {
+        maps.inside.set_max_entries(1)?;
+    }
     if args.count {
         maps.counts.set_max_entries(args.max_flows)?;
     }
@@ -256,23 +296,28 @@ fn fill_filters(filter: &Filter, theirs: &Theirs, skel: &TcpconnectSkel<'_>) -> 
 }
 
 /// What is attached; dropping it detaches.
+#[derive(Default)]
 pub struct Attached {
-    links: Vec<Link>,
-    /// whose misses count: the returns' are seen as connects without one
-    counted: Vec<(i32, i32)>,
+    /// libbpf's, and those of trampolines
+    links: Vec<Box<dyn Any>>,
+    /// programs of trampolines: asked after their links have gone
+    programs: Vec<OwnedFd>,
+    /// programs whose misses count, and their links: the returns' are seen as connects without one where there is an entry
+    counted: Vec<(i32, Option<i32>)>,
     missed: u64,
 }
 
 /// Attaches the programs that were loaded; those that tell what follows before those that start it.
-pub fn attach(args: &Args, pair: Pair, skel: &TcpconnectSkel<'_>) -> Result<Attached> {
+pub fn attach(
+    args: &Args,
+    kernel: &Kernel,
+    pair: Pair,
+    skel: &TcpconnectSkel<'_>,
+) -> Result<Attached> {
     let p = &skel.progs;
-    let mut attached = Attached {
-        links: Vec::new(),
-        counted: Vec::new(),
-        missed: 0,
-    };
+    let mut attached = Attached::default();
     if args.dns {
-        attach_dns(pair, skel, &mut attached)?;
+        attach_dns(kernel, pair, skel, &mut attached)?;
     }
     if args.outcome {
         attached.counted(&p.drop, p.drop.attach(), "the tracepoint kfree_skb")?;
@@ -282,62 +327,74 @@ pub fn attach(args: &Args, pair: Pair, skel: &TcpconnectSkel<'_>) -> Result<Atta
             "the tracepoint inet_sock_set_state",
         )?;
     }
-    let (returns, entries) = match pair {
-        Pair::Multi => (
-            [&p.v4_multi_return, &p.v6_multi_return],
-            [&p.v4_multi_entry, &p.v6_multi_entry],
-        ),
-        Pair::Fentry => ([&p.v4_fexit, &p.v6_fexit], [&p.v4_fentry, &p.v6_fentry]),
-        Pair::Kprobe => ([&p.v4_return, &p.v6_return], [&p.v4_entry, &p.v6_entry]),
+    let syn = |attached: &mut Attached| match args.outcome {
+        true => attached.counted(&p.syn, p.syn.attach(), "tcp_connect"),
+        false => Ok(()),
     };
-    let start = |program: &ProgramMut<'_>, function, returns| match pair {
-        Pair::Multi => program.attach_kprobe_multi(returns, vec![function]),
-        _ => program.attach(),
-    };
-    const FUNCTIONS: [&str; 2] = ["tcp_v4_connect", "tcp_v6_connect"];
-    for (program, function) in returns.into_iter().zip(FUNCTIONS) {
-        attached.add(start(program, function, true), function)?;
-    }
-    if args.outcome {
-        attached.counted(&p.syn, p.syn.attach(), "tcp_connect")?;
-    }
-    for (program, function) in entries.into_iter().zip(FUNCTIONS) {
-        attached.counted(program, start(program, function, false), function)?;
+    match pair {
+        Pair::Fexit => {
+            attached.trampoline(kernel, skel, &p.v4_connected, true)?;
+            attached.trampoline(kernel, skel, &p.v6_connected, true)?;
+        }
+        Pair::Fentry => {
+            attached.trampoline(kernel, skel, &p.v4_fexit, false)?;
+            attached.trampoline(kernel, skel, &p.v6_fexit, false)?;
+            syn(&mut attached)?;
+            attached.trampoline(kernel, skel, &p.v4_fentry, true)?;
+            attached.trampoline(kernel, skel, &p.v6_fentry, true)?;
+        }
+        Pair::Multi => {
+            let multi = |program: &ProgramMut<'_>, function, returns| {
+                program.attach_kprobe_multi(returns, vec![function])
+            };
+            for (program, function) in [&p.v4_multi_return, &p.v6_multi_return]
+                .into_iter()
+                .zip(CONNECT)
+            {
+                attached.add(multi(program, function, true), function)?;
+            }
+            syn(&mut attached)?;
+            for (program, function) in [&p.v4_multi_entry, &p.v6_multi_entry]
+                .into_iter()
+                .zip(CONNECT)
+            {
+                attached.counted(program, multi(program, function, false), function)?;
+            }
+        }
+        Pair::Kprobe => {
+            for (program, function) in [&p.v4_return, &p.v6_return].into_iter().zip(CONNECT) {
+                attached.add(program.attach(), function)?;
+            }
+            syn(&mut attached)?;
+            for (program, function) in [&p.v4_entry, &p.v6_entry].into_iter().zip(CONNECT) {
+                attached.counted(program, program.attach(), function)?;
+            }
+        }
     }
     Ok(attached)
 }
 
 /// What processes receive: by entry and return, or by the return alone.
-fn attach_dns(pair: Pair, skel: &TcpconnectSkel<'_>, attached: &mut Attached) -> Result<()> {
+fn attach_dns(
+    kernel: &Kernel,
+    pair: Pair,
+    skel: &TcpconnectSkel<'_>,
+    attached: &mut Attached,
+) -> Result<()> {
     let p = &skel.progs;
-    for (fexit, entry, returns, function) in [
-        (
-            &p.dns_udp4,
-            &p.dns_udp4_entry,
-            &p.dns_udp4_return,
-            "udp_recvmsg",
-        ),
-        (
-            &p.dns_udp6,
-            &p.dns_udp6_entry,
-            &p.dns_udp6_return,
-            "udpv6_recvmsg",
-        ),
-        (
-            &p.dns_tcp,
-            &p.dns_tcp_entry,
-            &p.dns_tcp_return,
-            "tcp_recvmsg",
-        ),
-    ] {
-        if pair == Pair::Multi {
-            let returns_at = returns.attach_kprobe_multi(true, vec![function]);
-            attached.counted(returns, returns_at, function)?;
-            let enters_at = entry.attach_kprobe_multi(false, vec![function]);
-            attached.counted(entry, enters_at, function)?;
-        } else {
-            attached.counted(fexit, fexit.attach(), function)?;
+    if pair != Pair::Multi {
+        for program in [&p.dns_udp4, &p.dns_udp6, &p.dns_tcp] {
+            attached.trampoline(kernel, skel, program, true)?;
         }
+        return Ok(());
+    }
+    let returns = [&p.dns_udp4_return, &p.dns_udp6_return, &p.dns_tcp_return];
+    let entries = [&p.dns_udp4_entry, &p.dns_udp6_entry, &p.dns_tcp_entry];
+    for ((returns, entry), function) in returns.into_iter().zip(entries).zip(RECEIVE) {
+        let returns_at = returns.attach_kprobe_multi(true, vec![function]);
+        attached.counted(returns, returns_at, function)?;
+        let enters_at = entry.attach_kprobe_multi(false, vec![function]);
+        attached.counted(entry, enters_at, function)?;
     }
     Ok(())
 }
@@ -347,7 +404,7 @@ impl Attached {
     fn add(&mut self, link: libbpf_rs::Result<Link>, to: &str) -> Result<i32> {
         let link = link.map_err(|e| anyhow!("failed to attach to {to}: {e:?}"))?;
         let fd = link.as_fd().as_raw_fd();
-        self.links.push(link);
+        self.links.push(Box::new(link));
         Ok(fd)
     }
 
@@ -358,21 +415,53 @@ impl Attached {
         to: &str,
     ) -> Result<()> {
         let link = self.add(link, to)?;
-        self.counted.push((program.as_fd().as_raw_fd(), link));
+        let program = program.as_fd().as_raw_fd();
+        self.counted.push((program, Some(link)));
+        Ok(())
+    }
+
+    /// Loads a program and attaches it by a trampoline to the function that its section names.
+    fn trampoline(
+        &mut self,
+        kernel: &Kernel,
+        skel: &TcpconnectSkel<'_>,
+        program: &ProgramMut<'_>,
+        counted: bool,
+    ) -> Result<()> {
+        let to = program.section().to_string_lossy();
+        let fd = match kernel.targets.load(skel.object(), program)? {
+            // A module's function (IPv6 may be one): libbpf has loaded it.
+            None => {
+                self.add(program.attach_trace(), &to)?;
+                program.as_fd().as_raw_fd()
+            }
+            Some(loaded) => {
+                let link = trampoline::attach(loaded.as_fd());
+                let link = link.with_context(|| format!("failed to attach to {to}"))?;
+                self.links.push(Box::new(link));
+                let fd = loaded.as_raw_fd();
+                self.programs.push(loaded);
+                fd
+            }
+        };
+        if counted {
+            self.counted.push((fd, None));
+        }
         Ok(())
     }
 
     /// Nothing is sent any more.
     pub fn detach(&mut self) {
         // The programs outlive their links and are asked later; links must be asked now.
-        self.missed = self.counted.iter().map(|l| loss::missed_by_link(l.1)).sum();
+        let links = self.counted.iter().filter_map(|c| c.1);
+        self.missed = links.map(loss::missed_by_link).sum();
         // In the order of attaching backwards: connects that start are not followed, those that return are.
         while self.links.pop().is_some() {}
     }
 
     /// Hits that the kernel passed over, returns apart; to be asked after [`Attached::detach`].
     pub fn missed(&self) -> u64 {
-        let by_program = |l: &(i32, i32)| loss::missed(l.0);
-        self.missed + self.counted.iter().map(by_program).sum::<u64>()
+        let programs = self.counted.iter().map(|c| c.0);
+        self.missed + programs.map(loss::missed).sum::<u64>()
     }
 }
