@@ -282,6 +282,7 @@ pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
         pages: 2048,
         threads: 1,
         wakeup: 0,
+        poll_ms: 50,
     };
     const PERF_EVENT_OUTPUT: i32 = 25;
     let cpus = libbpf_rs::num_possible_cpus()? as u32;
@@ -317,6 +318,7 @@ pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
         Insn::alu64_imm(Alu::Mov, Reg::R0, XDP_PASS),
         Insn::exit(),
     ]);
+    let mut opts = as_netprobe();
     // SAFETY: all pointers are valid for the call, the count is that of `insns`, which have the layout of bpf_insn.
     let program = own(unsafe {
         sys::bpf_prog_load(
@@ -325,7 +327,7 @@ pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
             c"GPL".as_ptr(),
             insns.as_ptr().cast(),
             insns.len() as _,
-            std::ptr::null_mut(),
+            &mut opts,
         )
     })
     .context("failed to load the XDP program that hands packets on")?;
@@ -344,8 +346,18 @@ fn returns(value: i32) -> [sys::bpf_insn; 2] {
     })
 }
 
+/// Loaded as netprobe's own programs are: for one that takes packets of several buffers the kernel copies an sk_buff in another way.
+fn as_netprobe() -> sys::bpf_prog_load_opts {
+    sys::bpf_prog_load_opts {
+        sz: size_of::<sys::bpf_prog_load_opts>() as _,
+        prog_flags: xdp::Traits::of_kernel().flags(),
+        ..Default::default()
+    }
+}
+
 fn load_xdp() -> Result<OwnedFd> {
     let insns = returns(XDP_PASS);
+    let mut opts = as_netprobe();
     // SAFETY: all pointers are valid for the call, the count is that of `insns`.
     own(unsafe {
         sys::bpf_prog_load(
@@ -354,7 +366,7 @@ fn load_xdp() -> Result<OwnedFd> {
             c"GPL".as_ptr(),
             insns.as_ptr(),
             insns.len() as _,
-            std::ptr::null_mut(),
+            &mut opts,
         )
     })
     .context("failed to load the empty XDP program")

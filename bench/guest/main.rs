@@ -29,6 +29,10 @@ const PACKETS: u64 = 500;
 const WARM_UP: u64 = 50;
 /// What a kernel still does by itself after its boot would be in the first figures. Costs nothing: an idle guest's clock leaps.
 const AFTER_BOOT: Duration = Duration::from_secs(30);
+/// Bursts of packets to be captured, each a bit later after the last than the one before: a tool that looks at its buffers now and
+/// then (netprobe four times a second) does so in as many bursts as fall together with that, not in all or none.
+const BURSTS: u32 = 10;
+const STEP: Duration = Duration::from_millis(23);
 const LIMIT: Duration = Duration::from_secs(300);
 /// Programs are found by PATH; files are made in the working directory.
 const NETPROBE: &str = "netprobe";
@@ -356,50 +360,57 @@ impl Bench {
         Ok(())
     }
 
-    /// What a tool that captures on the receiver's side adds to a packet of each size, writer included.
-    fn captured(&mut self, name: &str, tool: Tool) -> Result<()> {
-        // What is left of its start.
-        tool.settle()?;
+    /// A packet of each size while something captures on the receiver's side, in the middle one of some bursts: with a tool's writer
+    /// where its turn comes in most of them. And the tool's own CPU time a packet. `between` bursts, buffers that nobody else reads are emptied.
+    fn bursts(&mut self, name: &str, tool: Option<&Tool>, mut between: impl FnMut()) -> Result<()> {
+        let cpu_ns = || tool.map_or(Ok(0), Tool::cpu_ns);
         for size in [64, 512, 1500] {
             self.net.payload(size - net::HEADERS);
-            let cpu = tool.cpu_ns()?;
-            let packet = mean(PACKETS, || self.net.udp())?;
-            tool.settle()?;
+            let (mut packets, mut cpu) = (Vec::new(), 0);
+            for burst in 0..BURSTS {
+                if let Some(tool) = tool {
+                    tool.settle()?;
+                }
+                between();
+                let start = cpu_ns()?;
+                std::thread::sleep(rate::GATHER + STEP * burst);
+                let quiet = cpu_ns()?;
+                packets.push(mean(PACKETS, || self.net.udp())?);
+                std::thread::sleep(rate::GATHER + STEP * burst);
+                cpu += (cpu_ns()? - quiet).saturating_sub(quiet - start);
+            }
+            packets.sort_unstable();
+            let middle = packets.len() / 2;
+            let packet = (packets[middle - 1] + packets[middle]) / 2;
             say(&format!("capture.{name}.{size}"), packet);
-            let cpu = (tool.cpu_ns()? - cpu) / (PACKETS + WARM_UP);
-            say(&format!("capture.{name}.{size}.user"), cpu);
+            if tool.is_some() {
+                cpu /= u64::from(BURSTS) * (PACKETS + WARM_UP);
+                say(&format!("capture.{name}.{size}.user"), cpu);
+            }
         }
         self.net.payload(64);
-        end(tool)?;
         Ok(())
     }
 
+    fn captured(&mut self, name: &str, tool: Tool) -> Result<()> {
+        self.bursts(name, Some(&tool), || {})?;
+        end(tool)
+    }
+
     fn capture(&mut self) -> Result<()> {
-        for size in [64, 512, 1500] {
-            self.net.payload(size - net::HEADERS);
-            say(
-                &format!("capture.none.{size}"),
-                mean(PACKETS, || self.net.udp())?,
-            );
-        }
-        self.net.payload(64);
+        self.bursts("none", None, || {})?;
         for mode in [Mode::Native, Mode::Generic] {
             let _empty = net::inside(net::B, || hooks::empty_xdp("vb", mode))?;
-            for size in [64, 512, 1500] {
-                self.net.payload(size - net::HEADERS);
-                let name = format!("capture.empty-{}.{size}", mode.name());
-                say(&name, mean(PACKETS, || self.net.udp())?);
-            }
-            self.net.payload(64);
+            self.bursts(&format!("empty-{}", mode.name()), None, || {})?;
         }
-        let handing = net::inside(net::B, || hooks::handing_xdp("vb"))?;
-        for size in [64, 512, 1500] {
-            self.net.payload(size - net::HEADERS);
-            let name = format!("capture.handing.{size}");
-            say(&name, mean(PACKETS, || self.net.udp())?);
-        }
-        self.net.payload(64);
-        drop(handing);
+        let (mut buffers, programs) = net::inside(net::B, || hooks::handing_xdp("vb"))?;
+        let mut batch = Batch::default();
+        self.bursts("handing", None, || {
+            batch.data.clear();
+            batch.records.clear();
+            buffers.consume(&mut batch);
+        })?;
+        drop((buffers, programs));
         let before = last_program();
         let tool = netprobe_capture()?;
         say("start.xdpdump", tool.ready_ns);
@@ -438,7 +449,7 @@ impl Bench {
                 for _ in 0..5 {
                     rate = rate::sender(&self.net, size)?.max(rate);
                 }
-                say(&format!("rate.{name}.{size}"), format!("{rate:.0} sender"));
+                say(&format!("rate.{name}.{size}"), format!("{rate:.0}"));
             }
             Ok(())
         };
@@ -452,7 +463,7 @@ impl Bench {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut batch = Batch::default();
-                while !done.load(Ordering::Relaxed) && buffers.wait().is_ok() {
+                while !done.load(Ordering::Relaxed) && buffers.wait(None).is_ok() {
                     batch.data.clear();
                     batch.records.clear();
                     buffers.consume(&mut batch);

@@ -17,7 +17,7 @@ use crate::net::{self, Net};
 const FLOOD_NS: u64 = 1_000_000_000;
 const TICK_NS: u64 = 1_000_000;
 /// Until every tool has been given what its buffer still holds.
-const GATHER: Duration = Duration::from_secs(2);
+pub const GATHER: Duration = Duration::from_secs(2);
 /// Rates nearer to one another than this are one (a search between a rate that holds and one that does not).
 const NEAR: f64 = 1.1;
 

@@ -6,13 +6,14 @@
 //! counted where it happens, in the BPF program (`np_stats`). How a buffer is read is the business of
 //! [`super::perf`] and [`super::ringbuf`].
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::perf::PerfBuffers;
 use super::ringbuf::RingBuffers;
@@ -93,6 +94,8 @@ pub struct BufferOptions {
     pub threads: usize,
     /// events of a CPU that wake its reader; 0: a quarter of its buffer does
     pub wakeup: u32,
+    /// the longest that what has not woken the reader waits for it (a ring buffer's: POLL_MS)
+    pub poll_ms: u16,
 }
 
 /// The map that a tool's programs write to.
@@ -123,9 +126,9 @@ impl Buffers {
         })
     }
 
-    fn wait(&self) -> Result<()> {
+    fn wait(&self, stop: BorrowedFd<'_>) -> Result<()> {
         match self {
-            Self::Perf(buffers) => buffers.wait(),
+            Self::Perf(buffers) => buffers.wait(Some(stop)),
             Self::Rings(buffers) => buffers.wait(),
         }
     }
@@ -138,11 +141,17 @@ impl Buffers {
     }
 }
 
+/// Asks the threads for a last round: the flag, and what wakes them to see it.
+struct Stop {
+    flag: AtomicBool,
+    awake: EventFd,
+}
+
 /// The drain threads of a session.
 pub struct Drain {
     pub batches: Receiver<Batch>,
     recycle: Vec<Sender<Batch>>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     threads: Vec<JoinHandle<Result<()>>>,
 }
 
@@ -152,7 +161,11 @@ impl Drain {
         let source = source.into();
         let cpus = online_cpus()?;
         let groups = options.threads.clamp(1, cpus.len());
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::new(Stop {
+            flag: AtomicBool::new(false),
+            awake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
+                .context("failed to make an eventfd")?,
+        });
         let (tx, batches) = bounded(CHANNEL);
         let mut drain = Self {
             batches,
@@ -191,7 +204,9 @@ impl Drain {
 
     /// Asks the threads for a last round; then [`Drain::batches`] disconnects.
     pub fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
+        self.stop.flag.store(true, Ordering::Release);
+        // Without it they see the flag a bit later.
+        let _ = self.stop.awake.write(1);
     }
 
     /// The threads' own errors, after the channel has disconnected.
@@ -211,12 +226,12 @@ fn drain_loop(
     group: usize,
     tx: &Sender<Batch>,
     recycled: &Receiver<Batch>,
-    stop: &AtomicBool,
+    stop: &Stop,
 ) -> Result<()> {
     loop {
-        let last = stop.load(Ordering::Acquire);
+        let last = stop.flag.load(Ordering::Acquire);
         if !last {
-            buffer.wait()?;
+            buffer.wait(stop.awake.as_fd())?;
         }
         let mut batch = recycled.try_recv().unwrap_or_default();
         batch.clear();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::drain::{Batch, BufferOptions, POLL_MS, page_size};
+use super::drain::{Batch, BufferOptions, page_size};
 
 /// `struct perf_event_header`: u32 type, u16 misc, u16 size (of the whole record, a multiple of 8).
 const HEADER: usize = 8;
@@ -29,6 +29,7 @@ struct Ring {
 pub struct PerfBuffers {
     pb: NonNull<sys::perf_buffer>,
     rings: Vec<Ring>,
+    poll_ms: u16,
 }
 
 // SAFETY: the perf_buffer and its mappings are used through this value alone, and libbpf ties neither to the thread that made them.
@@ -93,6 +94,7 @@ impl PerfBuffers {
         let mut buffers = Self {
             pb,
             rings: Vec::new(),
+            poll_ms: options.poll_ms,
         };
         // libbpf keeps the order of the CPUs it was given.
         for (i, &cpu) in cpus.iter().enumerate() {
@@ -118,12 +120,13 @@ impl PerfBuffers {
         })
     }
 
-    /// Waits until a buffer has filled to its watermark or the time is up.
-    pub fn wait(&self) -> Result<()> {
+    /// Waits until a buffer has filled to its watermark, the time is up, or `also` can be read.
+    pub fn wait(&self, also: Option<BorrowedFd<'_>>) -> Result<()> {
         // SAFETY: the perf_buffer is valid; its epoll fd lives as long as it does.
         let fd = unsafe { BorrowedFd::borrow_raw(sys::perf_buffer__epoll_fd(self.pb.as_ptr())) };
-        let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-        match nix::poll::poll(&mut fds, PollTimeout::from(POLL_MS)) {
+        let fds = std::iter::once(fd).chain(also);
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match nix::poll::poll(&mut fds, PollTimeout::from(self.poll_ms)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
             Err(e) => Err(e).context("failed to wait for the perf buffers"),
         }

@@ -16,7 +16,7 @@ use std::os::fd::BorrowedFd;
 use anyhow::{Context, Result};
 use libbpf_rs::OpenMapMut;
 
-use crate::engine::drain::{BufferOptions, Source, online_cpus, page_size};
+use crate::engine::drain::{BufferOptions, POLL_MS, Source, online_cpus, page_size};
 use crate::engine::usage;
 
 /// Pages of each CPU's buffer, unless the user asks for others.
@@ -116,16 +116,19 @@ impl EngineArgs {
             pages: self.buffer_pages.unwrap_or(DEFAULT_PAGES),
             threads: self.drain_threads,
             wakeup: self.perf_wakeup.unwrap_or(0),
+            poll_ms: POLL_MS,
         }
     }
 
     /// For events that hold whole packets: a burst fills such a buffer some ten times as fast. 64 MiB over all CPUs by default, 1 to
-    /// 8 MiB for each.
-    pub fn packet_buffer(&self) -> Result<BufferOptions> {
+    /// 8 MiB for each. Nobody waits for those that go `to_file`.
+    pub fn packet_buffer(&self, to_file: bool) -> Result<BufferOptions> {
+        const FILE_POLL_MS: u16 = 250;
         let cpus = online_cpus()?.len();
         let pages = (16_384 / cpus).clamp(DEFAULT_PAGES, 2048);
         Ok(BufferOptions {
             pages: self.buffer_pages.unwrap_or(1 << pages.ilog2()),
+            poll_ms: if to_file { FILE_POLL_MS } else { POLL_MS },
             ..self.buffer()
         })
     }

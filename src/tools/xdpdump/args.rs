@@ -1,6 +1,6 @@
 //! The flags of `netprobe xdpdump`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -279,6 +279,13 @@ impl Args {
         } else {
             Format::Pcapng
         }
+    }
+
+    /// Not to a reader who may be waiting.
+    pub fn is_to_file(&self) -> bool {
+        self.write
+            .as_ref()
+            .is_some_and(|path| path != Path::new("-"))
     }
 
     pub fn duration(&self) -> Option<Duration> {

@@ -116,7 +116,10 @@ fn capture(args: &Args) -> Result<()> {
 
     // The buffers are drained before the first program can write to them.
     let events = probes::event_map()?;
-    let drain = Drain::start(events.as_fd(), args.engine.packet_buffer()?)?;
+    let drain = Drain::start(
+        events.as_fd(),
+        args.engine.packet_buffer(args.is_to_file())?,
+    )?;
     let mut probes: Vec<Probe<'_>> = Vec::new();
     for (planned, storage) in planned.iter().zip(&mut storage) {
         let first = probes.len() as u32;
