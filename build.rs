@@ -22,7 +22,6 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=vmlinux");
     println!("cargo:rerun-if-changed=examples");
     println!("cargo:rerun-if-changed=tests/data");
-    let cast = cast_types(&root.join("src/bpf"))?;
     for (source, name) in bpf_sources(&root.join("src/bpf"))? {
         let object = out.join(format!("{name}.bpf.o"));
         SkeletonBuilder::new()
@@ -31,7 +30,7 @@ fn main() -> Result<()> {
             .clang_args(clang_args(&root, &arch))
             .build_and_generate(out.join(format!("{name}.skel.rs")))
             .with_context(|| format!("failed to build {}", source.display()))?;
-        fs::write(out.join(format!("{name}.types")), types(&object, &cast)?)?;
+        fs::write(out.join(format!("{name}.types")), types(&object)?)?;
     }
     let examples = bpf_sources(&root.join("examples"))?;
     for (source, name) in examples
@@ -48,9 +47,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Names of the structs, unions, enums and typedefs of an object, without what follows `___` (a variant of the same type); behind a
-/// `=` those of types whose number it may tell the kernel.
-fn types(object: &Path, cast: &BTreeSet<String>) -> Result<String> {
+/// Names of the structs, unions, enums and typedefs of an object, without what follows `___` (a variant of the same type).
+fn types(object: &Path) -> Result<String> {
     let btf = Btf::from_path(object).with_context(|| object.display().to_string())?;
     let mut names = BTreeSet::new();
     for id in 1..btf.len() as u32 {
@@ -65,31 +63,7 @@ fn types(object: &Path, cast: &BTreeSet<String>) -> Result<String> {
             names.insert(name.to_owned() + "\n");
         }
     }
-    // Objects that cast have the constant that says whether they do.
-    if btf.type_by_name::<BtfType<'_>>("use_cast").is_some() {
-        names.extend(cast.iter().map(|name| format!("={name}\n")));
-    }
     Ok(names.into_iter().collect())
-}
-
-/// Structs whose numbers the programs in `folder` tell the kernel: `NP_CAST(struct NAME, ...)` and
-/// `bpf_core_type_id_kernel(struct NAME)`, over line ends too.
-fn cast_types(folder: &Path) -> Result<BTreeSet<String>> {
-    let mut names = BTreeSet::new();
-    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
-        let text = fs::read_to_string(entry?.path())?.replace(['\\', '\n', '\t'], " ");
-        for call in ["NP_CAST(", "bpf_core_type_id_kernel("] {
-            for (at, _) in text.match_indices(call) {
-                let mut words = text[at + call.len()..]
-                    .split([' ', ',', ')'])
-                    .filter(|w| !w.is_empty());
-                if words.next() == Some("struct") {
-                    names.extend(words.next().map(str::to_owned));
-                }
-            }
-        }
-    }
-    Ok(names)
 }
 
 /// The `NAME.bpf.c` of a folder, and their names.

@@ -30,26 +30,37 @@ const volatile __u8 use_cast = 0;
 static void *(*const np_rdonly_cast)(const void *obj,
 				     __u32 btf_id) = (void *)0x4e504341;
 
-/* The pointer p as a `type`, fit for NP_READ. */
-#define NP_CAST(type, p)                                                   \
-	((type *)(use_cast ? np_rdonly_cast((const void *)(p),             \
-					    bpf_core_type_id_kernel(type)) \
-			   : (void *)(p)))
+/*
+ * Numbers in the place of those that the kernel's BTF gives to these structs:
+ * user space replaces them with the call (CAST_TYPES of src/kernel/features.rs
+ * has the same names in the same order). Not by CO-RE, whose BTF has just what
+ * relocations need, by other numbers (src/kernel/btf_core.rs).
+ */
+enum np_type {
+	NP_TYPE___kernel_sockaddr_storage = 0x4e505400,
+	NP_TYPE_dst_entry,
+	NP_TYPE_net,
+	NP_TYPE_net_device,
+	NP_TYPE_sk_buff,
+	NP_TYPE_sock,
+	NP_TYPE_task_struct,
+	NP_TYPE_timespec64,
+};
+
+/* The pointer p as one to `struct type`, with use_cast only. */
+#define NP_TYPED(type, p) \
+	((struct type *)np_rdonly_cast((const void *)(p), NP_TYPE_##type))
+
+/* The pointer p as one to `struct type`, fit for NP_READ. */
+#define NP_CAST(type, p) (use_cast ? NP_TYPED(type, p) : (struct type *)(p))
 
 /*
  * The pointer p as one to bytes, fit for NP_READ of any struct up to 126 bytes
  * that none of the kernel's own are in: a packet's header. By a struct that every
  * kernel has, two bytes and an array of them: a load of any width goes anywhere
- * in the array. (Of a header's own struct the number is high: see
- * src/kernel/btf_core.rs.)
+ * in the array.
  */
-#define NP_CAST_BYTES(p)                                                       \
-	((void *)(use_cast                                                     \
-			  ? np_rdonly_cast(                                    \
-				    (const void *)(p),                         \
-				    bpf_core_type_id_kernel(                   \
-					    struct __kernel_sockaddr_storage)) \
-			  : (void *)(p)))
+#define NP_CAST_BYTES(p) ((void *)NP_CAST(__kernel_sockaddr_storage, p))
 
 #define NP_READ(p, member)                                   \
 	({                                                   \
@@ -67,8 +78,7 @@ static void *(*const np_rdonly_cast)(const void *obj,
  */
 static __always_inline void np_load_16(__u64 *to, const void *from)
 {
-	const struct timespec64 *words = np_rdonly_cast(
-		from, bpf_core_type_id_kernel(struct timespec64));
+	const struct timespec64 *words = NP_TYPED(timespec64, from);
 
 	to[0] = words->tv_sec;
 	to[1] = words->tv_nsec;

@@ -347,9 +347,7 @@ __hidden __noinline __u64 np_filter_fast(const void *address)
 	void *typed;
 
 	asm volatile("%0 = 6" : "=r"(matches) : "r"(address));
-	typed = np_rdonly_cast(
-		address,
-		bpf_core_type_id_kernel(struct __kernel_sockaddr_storage));
+	typed = NP_TYPED(__kernel_sockaddr_storage, address);
 	return matches | (typed != NULL) | np_filter_load(0, 1, 0);
 }
 

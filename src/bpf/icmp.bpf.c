@@ -118,7 +118,7 @@ static __always_inline __u8 current_context(const struct np_head *head)
 		if (head->comm[i] != name[i])
 			return ICMP_CONTEXT_TASK;
 	/* Anybody can take the name: a kernel thread it must be. */
-	task = NP_CAST(struct task_struct, bpf_get_current_task());
+	task = NP_CAST(task_struct, bpf_get_current_task());
 	return NP_READ(task, flags) & PF_KTHREAD ? ICMP_CONTEXT_KSOFTIRQD
 						 : ICMP_CONTEXT_TASK;
 }
@@ -129,7 +129,7 @@ static __always_inline __u8 current_context(const struct np_head *head)
 static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 {
 	const struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct net_device *dev = NP_READ(skb, dev);
 	struct icmp_event e = {};
 	struct icmp_times *times;
@@ -184,7 +184,7 @@ static __always_inline int wanted(void)
 /* A packet on its way to the stack: was it queued, and by which CPU? */
 static __noinline int queued_echo(void *skb_ptr, __u8 backlog)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct icmp_softirq *running;
 	struct icmp_times t = {};
 	struct icmp_key key = {};
@@ -227,7 +227,7 @@ int gro_entry(struct bpf_raw_tracepoint_args *ctx)
 
 static __noinline int received_echo(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
 	struct icmp_softirq *running;
 	struct icmp_times *seen, t = {};
 	struct icmp_key key = {};
@@ -265,8 +265,8 @@ int receive(struct bpf_raw_tracepoint_args *ctx)
 /* As sent_xmit() */
 static __noinline __u64 sent_echo(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
-	struct net_device *dev = NP_CAST(struct net_device, ctx->args[1]);
+	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
+	struct net_device *dev = NP_CAST(net_device, ctx->args[1]);
 	struct icmp_event e = {};
 	int echo = read_sent(skb, &e.key);
 

@@ -138,7 +138,7 @@ static __always_inline bool may_echo_received(const void *address)
 
 	if (!use_cast)
 		return true;
-	skb = np_rdonly_cast(address, bpf_core_type_id_kernel(struct sk_buff));
+	skb = NP_TYPED(sk_buff, address);
 	return may_echo(skb->data, skb->protocol);
 }
 
@@ -149,7 +149,7 @@ static __always_inline bool may_echo_sent(const void *address)
 
 	if (!use_cast)
 		return true;
-	skb = np_rdonly_cast(address, bpf_core_type_id_kernel(struct sk_buff));
+	skb = NP_TYPED(sk_buff, address);
 	return may_echo(skb->head + skb->network_header, skb->protocol);
 }
 

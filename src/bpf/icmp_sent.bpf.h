@@ -120,8 +120,8 @@ static __always_inline bool sent_match(const struct icmp_event *e,
 static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 				__u16 proto)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
-	struct net *net = NP_CAST(struct net, net_ptr);
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct net *net = NP_CAST(net, net_ptr);
 	const void *l3 = NP_READ(skb, head) + NP_READ(skb, network_header);
 	struct dst_entry *dst;
 	struct net_device *dev;
@@ -134,7 +134,7 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 		return 0;
 	e.key.netns = NP_READ(net, ns.inum);
 	/* Bit 0 of the address says that no reference is held. */
-	dst = NP_CAST(struct dst_entry, NP_READ(skb, _skb_refdst) & ~1ULL);
+	dst = NP_CAST(dst_entry, NP_READ(skb, _skb_refdst) & ~1ULL);
 	dev = NP_READ(dst, dev);
 	if (!sent_match(&e, skb, dev) || !np_filter_skb(skb_ptr))
 		return 0;
@@ -189,8 +189,8 @@ static __always_inline __u64 sent_xmit(void *ctx, struct icmp_event *e,
 /* A request with its sender's IP header, which np_filter_skb() lets pass. */
 static __noinline int sent_own(struct bpf_raw_tracepoint_args *ctx, __u64 start)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
-	struct net_device *dev = NP_CAST(struct net_device, ctx->args[1]);
+	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
+	struct net_device *dev = NP_CAST(net_device, ctx->args[1]);
 	struct icmp_event e = {};
 
 	if (read_sent(skb, &e.key) != ECHO_REQUEST || !sent_match(&e, skb, dev))
@@ -224,7 +224,7 @@ static __always_inline void sent_return(void *ctx, struct icmp_key *key,
 
 static __noinline int delivered_echo(void *ctx, void *skb_ptr)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct icmp_event e = {};
 	struct asked *asked;
 	__u32 netns;
@@ -254,7 +254,7 @@ int BPF_KPROBE(delivered, void *sk, void *skb_ptr)
 
 static __noinline int read_by_socket(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
 	struct icmp_event e = {};
 	struct asked *asked;
 
@@ -285,7 +285,7 @@ int read(struct bpf_raw_tracepoint_args *ctx)
 
 static __noinline int dropped_echo(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
 	struct icmp_event e = {};
 	struct asked *asked;
 	int echo = read_sent(skb, &e.key);

@@ -197,7 +197,7 @@ np_netns_of_route(struct sk_buff *skb)
 
 	if (!np_is_pointer((void *)ref))
 		return 0;
-	dst = NP_CAST(struct dst_entry, ref);
+	dst = NP_CAST(dst_entry, ref);
 	dev = NP_READ(dst, dev);
 	if (!np_is_pointer(dev))
 		return 0;

@@ -25,8 +25,8 @@ static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
 				       const bool use_cast)
 {
 	const struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
-	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(sock, sk_ptr) : NULL;
 	struct hit hit = {.kind = (__u16)how, .reason = reason, .sk = sk};
 	struct skb_scratch *buf = scratch_get();
 	struct np_tuple *tuple;
@@ -175,7 +175,7 @@ SEC("raw_tp/kfree_skb")
 int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
 {
 	const struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
 	struct hit hit = {.kind = SKB_KIND_DROPPED};
 	struct np_tuple tuple = {};
 

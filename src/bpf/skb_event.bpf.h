@@ -128,10 +128,8 @@ static __always_inline bool match_device(const struct np_config *cfg,
 
 /* Any memory by typed loads of any width, see np_filter_fast(): what lies at `p` is at NP_BYTES_LEAD. */
 #define NP_BYTES_LEAD 2
-#define NP_BYTES(p)                \
-	np_rdonly_cast(            \
-		(p)-NP_BYTES_LEAD, \
-		bpf_core_type_id_kernel(struct __kernel_sockaddr_storage))
+#define NP_BYTES(p) \
+	((void *)NP_TYPED(__kernel_sockaddr_storage, (p)-NP_BYTES_LEAD))
 
 static __always_inline __u64 load_8(const void *bytes, int at)
 {
@@ -194,8 +192,7 @@ static __always_inline __u64 may_match_at(const __u8 *at, const __u64 *read,
 /* By typed loads. */
 static __noinline __u64 may_match(const void *skb_ptr)
 {
-	const struct sk_buff *skb = np_rdonly_cast(
-		skb_ptr, bpf_core_type_id_kernel(struct sk_buff));
+	const struct sk_buff *skb = NP_TYPED(sk_buff, skb_ptr);
 	__u16 offset = skb->network_header;
 
 	return may_match_at(offset && offset != NP_NO_HEADER
@@ -484,8 +481,8 @@ static __always_inline bool wants_tuple(const struct np_config *cfg)
 static __always_inline bool match_typed(const struct np_config *cfg,
 					const void *skb_ptr, const void *sk_ptr)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, skb_ptr);
-	struct sock *sk = sk_ptr ? NP_CAST(struct sock, sk_ptr) : NULL;
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(sock, sk_ptr) : NULL;
 	__u32 f = fields_again(cfg);
 
 	if ((f & NP_FIELD_MARK) && !match_mark(cfg, skb, true))

@@ -83,7 +83,7 @@ static __always_inline bool running_end(void *ctx, __u64 packet, __u32 program,
 static __always_inline void enter_tc(void *ctx, struct sk_buff *ptr)
 {
 	const struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
+	struct sk_buff *skb = NP_CAST(sk_buff, ptr);
 	struct hit hit = {.kind = SKB_KIND_ENTER, .func = program_id()};
 	struct np_tuple tuple = {};
 
@@ -101,7 +101,7 @@ static __always_inline void leave_tc(void *ctx, struct sk_buff *ptr,
 				     int verdict)
 {
 	const struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ptr);
+	struct sk_buff *skb = NP_CAST(sk_buff, ptr);
 	struct hit hit = {.kind = SKB_KIND_LEAVE,
 			  .func = program_id(),
 			  .reason = verdict};
@@ -198,7 +198,7 @@ static __always_inline __u64 track_xdp(__u32 program, struct xdp_buff *xdp,
 	if (link->buff == (__u64)xdp)
 		return link->buff_packet;
 	addr = xdp_skb_of(p->head);
-	skb = NP_CAST(struct sk_buff, addr);
+	skb = NP_CAST(sk_buff, addr);
 	if (addr)
 		packet = track_find(skb);
 	if (!packet && matched) {

@@ -315,7 +315,7 @@ static __always_inline void track_merge(struct sk_buff *to,
 		track_set(to, packet, false);
 }
 
-#define TRACK_SKB(n) NP_CAST(struct sk_buff, PT_REGS_PARM##n(ctx))
+#define TRACK_SKB(n) NP_CAST(sk_buff, PT_REGS_PARM##n(ctx))
 
 /*
  * Programs without an event, for functions that tracking depends on. A

@@ -61,7 +61,7 @@ static __always_inline __u64 xdp_skb_of(__u64 head)
 	link->packet = 0;
 	if (!link->skb)
 		return 0;
-	skb = NP_CAST(struct sk_buff, link->skb);
+	skb = NP_CAST(sk_buff, link->skb);
 	return (__u64)NP_READ(skb, head) == head ? link->skb : 0;
 }
 

@@ -243,7 +243,7 @@ static __always_inline struct tcp_event *connect_of(struct sk_buff *skb)
 SEC("raw_tp/kfree_skb")
 int drop(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(struct sk_buff, ctx->args[0]);
+	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
 	struct tcp_event *e = connect_of(skb);
 
 	if (!e)

@@ -10,13 +10,15 @@ use libbpf_sys as sys;
 
 use super::asm::Insn;
 use super::ebpf::{CAST_CALL, LOAD_CALL};
-use crate::kernel;
+use crate::kernel::{self, features::Casts};
 
 /// The subprogram of `filter.bpf.h` that translated code calls for bytes out of its reach.
 const LOAD_FUNCTION: &str = "np_filter_load";
 
 /// What is called in the place of bpf_rdonly_cast (compat.bpf.h).
 const CAST_PLACE: i32 = 0x4e50_4341;
+/// The first of `enum np_type` there.
+const FIRST_TYPE: i32 = 0x4e50_5400;
 
 /// BPF_PSEUDO_FUNC: a 64-bit constant that is the distance to a function (a callback).
 const PSEUDO_FUNCTION: u8 = 4;
@@ -27,11 +29,10 @@ pub struct Body {
     pub insns: Vec<Insn>,
 }
 
-/// Prepares the object and replaces the stubs in every program that has them, and calls of bpf_rdonly_cast by those of the kernel's
-/// function of this BTF id (none: the verifier is to remove them). Read-only data, autoload, pins and reused maps must be set
+/// Prepares the object and replaces the stubs in every program that has them, and casts by those of the kernel (none: the
+/// verifier is to remove them). Read-only data, autoload, pins and reused maps must be set
 /// before this; the skeleton's `load()` comes after it.
-pub fn inject(object: &mut OpenObject, bodies: &[Body], cast: Option<u32>) -> Result<()> {
-    let cast = cast.map(i32::try_from).transpose()?.map(Insn::call_kfunc);
+pub fn inject(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -> Result<()> {
     kernel::prepare(object)?;
     let raw = object.as_libbpf_object();
     let mut found = vec![false; bodies.len()];
@@ -46,9 +47,9 @@ pub fn inject(object: &mut OpenObject, bodies: &[Body], cast: Option<u32>) -> Re
         if !unsafe { sys::bpf_program__autoload(program) } {
             continue;
         }
-        if let Some(cast) = cast {
+        if let Some(casts) = casts {
             let mut code = read(raw, current)?;
-            if code.replace_calls(Insn::call(CAST_PLACE), cast) {
+            if code.replace_casts(casts) {
                 write(current, &code)?;
             }
         }
@@ -83,10 +84,22 @@ impl Code {
             .position(|(function, _)| function == name)
     }
 
-    /// Every call that is the first one becomes the second. False: there is none.
-    fn replace_calls(&mut self, from: Insn, to: Insn) -> bool {
-        let calls = self.insns.iter_mut().filter(|insn| **insn == from);
-        calls.map(|insn| *insn = to).count() > 0
+    /// Every cast becomes one of the kernel's. False: there is none.
+    fn replace_casts(&mut self, casts: &Casts) -> bool {
+        let place = Insn::call(CAST_PLACE);
+        let mut found = false;
+        for insn in &mut self.insns {
+            let of = |first: i32| usize::try_from(insn.imm.wrapping_sub(first)).ok();
+            if *insn == place {
+                *insn = Insn::call_kfunc(casts.function);
+                found = true;
+            } else if let Some(id) = of(FIRST_TYPE).and_then(|i| casts.types.get(i))
+                && insn.is_move_imm()
+            {
+                insn.imm = *id;
+            }
+        }
+        found
     }
 
     /// A body in place of a function's; what lies behind moves.

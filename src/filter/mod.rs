@@ -150,7 +150,11 @@ impl Filters {
     /// Puts them into an object that is open and configured, and prepares it: the skeleton's `load()` is what may
     /// follow. Where the kernel has typed loads, casts become those of the kernel.
     pub fn prepare(&self, object: &mut OpenObject, features: &Features) -> Result<()> {
-        inject::inject(object, &self.bodies(features.skb_fields)?, features.cast)
+        inject::inject(
+            object,
+            &self.bodies(features.skb_fields)?,
+            features.casts.as_ref(),
+        )
     }
 
     /// The value of `np_filter_on` in a program that traces XDP programs; `members`: of the xdp_buff.
@@ -175,7 +179,7 @@ impl Filters {
                 insns: condition.translate()?,
             });
         }
-        inject::inject(object, &bodies, features.cast)
+        inject::inject(object, &bodies, features.casts.as_ref())
     }
 }
 

@@ -1,11 +1,12 @@
 //! The kernel's own type information: which function takes which argument where, and the names of enum values.
 //!
 //! Of vmlinux and, by split BTF, of modules. Read here and not by libbpf, which holds it twice while it reads it, and looks at each type more than
-//! once.
+//! once. Names are looked for in one pass over all strings, many at a time; of others, only those are read that are asked for.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
+use std::fs::File;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -14,9 +15,9 @@ use anyhow::{Context, Result, anyhow};
 use libbpf_sys as sys;
 
 use super::btf_data::{
-    Data, Heads, KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FUNC, KIND_FUNC_PROTO,
-    KIND_FWD, KIND_INT, KIND_PTR, KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF,
-    KIND_UNION, KIND_VOLATILE, Type,
+    Data, KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FUNC, KIND_FUNC_PROTO, KIND_FWD,
+    KIND_INT, KIND_PTR, KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF, KIND_UNION,
+    KIND_VOLATILE, Type, Words,
 };
 use super::functions::ByAddress;
 use super::members::Member;
@@ -28,21 +29,29 @@ const INT_SIGNED: u32 = 1 << 24;
 const SYSFS: &str = "/sys/kernel/btf";
 
 /// Names that are asked for at almost every start.
-const COMMON: [&str; 15] = [
+const COMMON: [&str; 23] = [
     "__kernel_sockaddr_storage",
     "bpf_fentry_test1",
     "bpf_iter_ksym",
     "bpf_rdonly_cast",
+    "dst_entry",
     "dyn_ftrace",
     "fprobe",
     "ftrace_page",
     "kallsym_iter",
+    "net",
+    "net_device",
+    "nft_chain",
     "register_ftrace_direct_cb",
+    "rethook",
     "sk_buff",
     "skb_drop_reason",
     "skb_drop_reason_subsys",
+    "sock",
+    "task_struct",
     "tcp_v4_connect",
     "tcp_v6_connect",
+    "timespec64",
     "udp_recvmsg",
 ];
 
@@ -70,6 +79,8 @@ pub struct Btf {
     base: Option<Rc<Data>>,
     /// ids of the types that have a name which was asked for
     named: RefCell<BTreeMap<String, Vec<u32>>>,
+    /// names to look for together with the first that is asked for
+    awaited: RefCell<BTreeSet<String>>,
     /// first type id that is not the base's
     first: u32,
     module: Option<String>,
@@ -80,19 +91,21 @@ impl Btf {
     pub fn vmlinux(file: Option<&Path>) -> Result<Self> {
         let sysfs = format!("{SYSFS}/vmlinux");
         let data = match file {
-            None => std::fs::read(&sysfs)
+            None => File::open(&sysfs)
                 .map_err(anyhow::Error::from)
-                .or_else(|_| by_libbpf(None))
-                .and_then(Data::parse)
+                .and_then(Data::read)
+                .or_else(|_| Data::parse(&by_libbpf(None)?))
                 .map_err(|e| {
                     anyhow!("no BTF of the kernel ({sysfs}: {e}): it needs CONFIG_DEBUG_INFO_BTF=y")
                 }),
-            Some(path) => by_libbpf(Some(path)).and_then(Data::parse).map_err(|e| {
-                anyhow!(
-                    "no BTF in {}: {e} (a vmlinux with a .BTF section, or the section alone)",
-                    path.display()
-                )
-            }),
+            Some(path) => by_libbpf(Some(path))
+                .and_then(|bytes| Data::parse(&bytes))
+                .map_err(|e| {
+                    anyhow!(
+                        "no BTF in {}: {e} (a vmlinux with a .BTF section, or the section alone)",
+                        path.display()
+                    )
+                }),
         };
         Ok(Self::of(data?))
     }
@@ -102,6 +115,7 @@ impl Btf {
             own: Rc::new(data),
             base: None,
             named: RefCell::default(),
+            awaited: RefCell::new(COMMON.into_iter().map(str::to_owned).collect()),
             first: 1,
             module: None,
         }
@@ -109,12 +123,13 @@ impl Btf {
 
     /// BTF of the loaded module `name`; `self` is vmlinux's. Kernels from 5.11.
     fn module(&self, name: &str) -> Result<Self> {
-        let bytes = std::fs::read(Path::new(SYSFS).join(name));
-        let data = bytes.map_err(anyhow::Error::from).and_then(Data::parse);
+        let file = File::open(Path::new(SYSFS).join(name));
+        let data = file.map_err(anyhow::Error::from).and_then(Data::read);
         Ok(Self {
             own: Rc::new(data.map_err(|e| anyhow!("no BTF of the module {name}: {e}"))?),
             base: Some(self.own.clone()),
             named: RefCell::default(),
+            awaited: RefCell::default(),
             first: self.count(),
             module: Some(name.to_string()),
         })
@@ -126,21 +141,25 @@ impl Btf {
         // A module's BTF continues vmlinux's: what that has is looked for once, not once a module.
         let structs = self.struct_ids(name);
         let reasons = self.ids(KIND_ENUM, "skb_drop_reason");
-        let mut found = self.own_functions_taking(&structs, &reasons);
+        let sock = self.struct_ids("sock");
+        let mut found = self.own_functions_taking(&structs, &reasons, &sock);
         for module in modules {
             let btf = self.module(module)?;
+            btf.await_names(&format!("{name}\nskb_drop_reason\nsock"));
             let own = |base: &[u32], more: Vec<u32>| [base, &more].concat();
             found.extend(btf.own_functions_taking(
                 &own(&structs, btf.struct_ids(name)),
                 &own(&reasons, btf.ids(KIND_ENUM, "skb_drop_reason")),
+                &own(&sock, btf.struct_ids("sock")),
             ));
         }
         Ok(found)
     }
 
-    fn own_functions_taking(&self, wanted: &[u32], reasons: &[u32]) -> Vec<Function> {
+    fn own_functions_taking(&self, wanted: &[u32], reasons: &[u32], sock: &[u32]) -> Vec<Function> {
         let mut protos: ByAddress<Option<(u8, Option<u8>)>> = ByAddress::default();
         let mut found = Vec::new();
+        let mut names = Vec::new();
         for id in self.first..self.count() {
             let Some(func) = self.get(id).filter(|t| t.kind() == KIND_FUNC) else {
                 continue;
@@ -149,15 +168,19 @@ impl Btf {
                 .entry(func.size_or_type().into())
                 .or_insert_with(|| self.argument(func.size_or_type(), wanted, reasons));
             if let Some((arg, reason_arg)) = place {
+                names.push(func.name_off());
                 found.push(Function {
-                    name: self.name(func),
+                    name: String::new(),
                     module: self.module.clone(),
                     arg,
                     reason_arg,
                     returns_number: self.returns_number(func.size_or_type()),
-                    sock_first: arg == 2 && self.sock_first(func.size_or_type()),
+                    sock_first: arg == 2 && self.sock_first(func.size_or_type(), sock),
                 });
             }
+        }
+        for (function, name) in found.iter_mut().zip(self.names(names)) {
+            function.name = name;
         }
         found
     }
@@ -171,12 +194,9 @@ impl Btf {
             return Vec::new();
         };
         // struct btf_enum { __u32 name_off; __s32 val; } behind the type
-        (0..t.vlen())
-            .map(|i| {
-                let name = self.string(t.word(2 * i));
-                (i64::from(t.word(2 * i + 1) as i32), name)
-            })
-            .collect()
+        let values = (0..t.vlen()).map(|i| i64::from(t.word(2 * i + 1) as i32));
+        let names = self.names((0..t.vlen()).map(|i| t.word(2 * i)).collect());
+        values.zip(names).collect()
     }
 
     /// The same of an enum of the loaded module `module`.
@@ -242,16 +262,18 @@ impl Btf {
             return Vec::new();
         }
         // struct btf_member { __u32 name_off; __u32 type; __u32 offset; } behind the type
+        let names = self.names((0..t.vlen()).map(|i| t.word(3 * i)).collect());
         (0..t.vlen())
-            .map(|i| {
-                let (name, type_id, offset) = (t.word(3 * i), t.word(3 * i + 1), t.word(3 * i + 2));
+            .zip(names)
+            .map(|(i, name)| {
+                let (type_id, offset) = (t.word(3 * i + 1), t.word(3 * i + 2));
                 let (bit_offset, bits) = if t.kind_flag() {
                     (offset & 0xff_ffff, offset >> 24)
                 } else {
                     (offset, 0)
                 };
                 Member {
-                    name: self.string(name),
+                    name,
                     type_id,
                     bit_offset,
                     bits,
@@ -262,11 +284,12 @@ impl Btf {
 
     /// The value of an enum's constant: of the enum given, else of any.
     pub fn constant(&self, of: Option<u32>, name: &str) -> Option<i64> {
-        let own = of.and_then(|id| self.constant_of(self.skip_modifiers(id), name));
-        own.or_else(|| (1..self.count()).find_map(|id| self.constant_of(id, name)))
+        let places = self.places(&[name].into());
+        let own = of.and_then(|id| self.constant_of(self.skip_modifiers(id), &places));
+        own.or_else(|| (1..self.count()).find_map(|id| self.constant_of(id, &places)))
     }
 
-    fn constant_of(&self, id: u32, name: &str) -> Option<i64> {
+    fn constant_of(&self, id: u32, names: &ByAddress<&str>) -> Option<i64> {
         let t = self.get(id)?;
         // Entries of two words, or three: name, value (lower and upper half).
         let words = match t.kind() {
@@ -274,8 +297,7 @@ impl Btf {
             KIND_ENUM64 => 3,
             _ => return None,
         };
-        let i =
-            (0..t.vlen()).find(|&i| self.str(t.word(words * i)).to_bytes() == name.as_bytes())?;
+        let i = (0..t.vlen()).find(|&i| names.contains_key(&t.word(words * i).into()))?;
         let low = t.word(words * i + 1);
         Some(match (words, t.kind_flag()) {
             (3, _) => (u64::from(t.word(words * i + 2)) << 32 | u64::from(low)) as i64,
@@ -293,19 +315,30 @@ impl Btf {
                 KIND_ENUM64 => 3,
                 _ => return None,
             };
-            Some((0..t.vlen()).map(move |i| self.string(t.word(words * i))))
+            Some((0..t.vlen()).map(move |i| t.word(words * i)))
         };
-        (1..self.count()).filter_map(of).flatten().collect()
+        self.names((1..self.count()).filter_map(of).flatten().collect())
     }
 
     /// The bytes of vmlinux's, for libbpf.
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> std::io::Result<Vec<u8>> {
         self.own.bytes()
+    }
+
+    /// Names, a line each, that will be asked for: the first look-up finds these too.
+    pub fn await_names(&self, names: &str) {
+        let mut awaited = self.awaited.borrow_mut();
+        awaited.extend(names.lines().map(str::to_owned));
     }
 
     /// vmlinux has a function of this name.
     pub fn has_function(&self, name: &str) -> bool {
         !self.ids(KIND_FUNC, name).is_empty()
+    }
+
+    /// vmlinux has an enum of this name.
+    pub fn has_enum(&self, name: &str) -> bool {
+        !self.ids(KIND_ENUM, name).is_empty()
     }
 
     /// The number of a function of vmlinux.
@@ -361,16 +394,16 @@ impl Btf {
         value.is_some_and(|t| matches!(t.kind(), KIND_INT | KIND_ENUM))
     }
 
-    fn sock_first(&self, proto: u32) -> bool {
+    fn sock_first(&self, proto: u32, sock: &[u32]) -> bool {
         let first = || {
             let proto = self
                 .get(proto)
                 .filter(|t| t.kind() == KIND_FUNC_PROTO && t.vlen() > 0)?;
             let pointer = self.get(self.skip_modifiers(proto.word(1)))?;
             (pointer.kind() == KIND_PTR).then_some(())?;
-            self.get(self.skip_modifiers(pointer.size_or_type()))
+            Some(self.skip_modifiers(pointer.size_or_type()))
         };
-        first().is_some_and(|t| self.str(t.name_off()) == c"sock")
+        first().is_some_and(|id| sock.contains(&id))
     }
 
     fn skip_modifiers(&self, mut id: u32) -> u32 {
@@ -401,31 +434,90 @@ impl Btf {
     }
 
     fn ids_where(&self, name: &str, kind: impl Fn(u32) -> bool) -> Vec<u32> {
-        let mut named = self.named.borrow_mut();
-        if !named.contains_key(name) {
-            // The names that most runs ask for are looked for in one pass over all types.
-            let new = COMMON.into_iter().chain([name]);
-            let new: BTreeSet<&str> = new.filter(|&n| !named.contains_key(n)).collect();
-            let heads = Heads::new(new.iter().copied());
-            for name in &new {
-                named.insert((*name).to_owned(), Vec::new());
-            }
-            for id in self.first..self.count() {
-                let Some(t) = self.get(id).filter(|t| t.name_off() != 0) else {
-                    continue;
-                };
-                if !heads.may_begin(self.string_from(t.name_off())) {
-                    continue;
-                }
-                let string = self.str(t.name_off()).to_str().unwrap_or_default();
-                if new.contains(string) {
-                    named.entry(string.to_owned()).or_default().push(id);
-                }
-            }
-        }
+        self.look_up([name].into_iter());
+        let named = self.named.borrow();
         let ids = named.get(name).into_iter().flatten().copied();
         ids.filter(|&id| self.get(id).is_some_and(|t| kind(t.kind())))
             .collect()
+    }
+
+    /// Types of these names that are of one of the `kinds`.
+    pub(super) fn ids_of<'a>(
+        &self,
+        names: impl Iterator<Item = &'a str> + Clone,
+        kinds: impl Fn(u32) -> bool,
+    ) -> Vec<u32> {
+        self.look_up(names.clone());
+        let named = self.named.borrow();
+        let ids = names.filter_map(|name| named.get(name)).flatten().copied();
+        ids.filter(|&id| self.get(id).is_some_and(|t| kinds(t.kind())))
+            .collect()
+    }
+
+    /// Brings what has these names into `named`.
+    fn look_up<'a>(&self, names: impl Iterator<Item = &'a str>) {
+        let mut named = self.named.borrow_mut();
+        let asked: BTreeSet<&str> = names.filter(|&n| !named.contains_key(n)).collect();
+        if asked.is_empty() {
+            return;
+        }
+        let awaited = self.awaited.take();
+        let awaited = awaited.iter().map(String::as_str);
+        let new: BTreeSet<&str> = awaited
+            .filter(|&n| !named.contains_key(n))
+            .chain(asked)
+            .collect();
+        for name in &new {
+            named.insert((*name).to_owned(), Vec::new());
+        }
+        let places = self.places(&new);
+        let mut offsets = Words::default();
+        for &offset in places.keys() {
+            offsets.add(offset as u32);
+        }
+        for (id, t) in (self.first..).zip(self.own.types()) {
+            let name_off = t.name_off();
+            if !offsets.may_have(name_off) {
+                continue;
+            }
+            if let Some(ids) = places
+                .get(&name_off.into())
+                .and_then(|name| named.get_mut(*name))
+            {
+                ids.push(id);
+            }
+        }
+    }
+
+    /// Where the strings have these names: offset, name.
+    fn places<'a>(&self, names: &BTreeSet<&'a str>) -> ByAddress<&'a str> {
+        let mut places = ByAddress::default();
+        for (data, from) in self.parts() {
+            // Kernel memory: there is nothing that could fail.
+            let own = data.places(names).unwrap_or_default();
+            places.extend(own.iter().map(|(at, name)| (u64::from(from + at), *name)));
+        }
+        places
+    }
+
+    /// The strings at these offsets.
+    pub(super) fn strings(&self, offsets: &BTreeSet<u32>) -> Vec<Vec<u8>> {
+        let mut found = Vec::new();
+        for (data, from) in self.parts() {
+            let end = from + data.string_bytes();
+            let own = offsets.range(from..end).map(|offset| offset - from);
+            found.extend(data.strings(own).unwrap_or_default());
+        }
+        // There is none where an offset is behind all.
+        found.resize(offsets.len(), Vec::new());
+        found
+    }
+
+    /// The base and this, and from which offset on the strings are its own.
+    fn parts(&self) -> impl Iterator<Item = (&Data, u32)> {
+        let from = self.base.as_ref().map_or(0, |base| base.string_bytes());
+        let base = self.base.iter().map(|base| (&**base, 0));
+        base.chain([(&*self.own, from)])
     }
 
     /// One more than the last type id.
@@ -441,27 +533,19 @@ impl Btf {
         }
     }
 
-    pub(super) fn str(&self, offset: u32) -> &CStr {
-        CStr::from_bytes_until_nul(self.string_from(offset)).unwrap_or(c"")
-    }
-
-    /// The string at this offset, with its NUL and whatever follows.
-    pub(super) fn string_from(&self, offset: u32) -> &[u8] {
-        match &self.base {
-            None => self.own.string_from(offset),
-            Some(base) => match offset.checked_sub(base.string_bytes()) {
-                None => base.string_from(offset),
-                Some(own) => self.own.string_from(own),
-            },
-        }
-    }
-
-    fn string(&self, offset: u32) -> String {
-        self.str(offset).to_string_lossy().into_owned()
+    /// The strings at these offsets, one for each.
+    fn names(&self, offsets: Vec<u32>) -> Vec<String> {
+        let places = offsets.iter().copied().collect();
+        let strings = self.strings(&places);
+        let strings: ByAddress<&Vec<u8>> =
+            places.into_iter().map(u64::from).zip(&strings).collect();
+        let name =
+            |offset: &u32| String::from_utf8_lossy(strings[&u64::from(*offset)]).into_owned();
+        offsets.iter().map(name).collect()
     }
 
     fn name(&self, t: Type<'_>) -> String {
-        self.string(t.name_off())
+        self.names(vec![t.name_off()]).remove(0)
     }
 }
 

@@ -38,7 +38,7 @@ impl Dumper {
         let id = btf
             .struct_named(name)
             .with_context(|| format!("the kernel's BTF has no struct {name}"))?;
-        let bytes = btf.bytes();
+        let bytes = btf.bytes().context("failed to read the kernel's BTF")?;
         // SAFETY: libbpf copies the bytes, and gives NULL where it does not like them.
         let raw = unsafe { sys::btf__new(bytes.as_ptr().cast(), bytes.len() as _) };
         let failed = || {

@@ -40,9 +40,9 @@ pub struct Features {
     pub tracefs: bool,
     /// kernel function bpf_rdonly_cast (6.2): typed loads without a helper call
     pub rdonly_cast: bool,
-    /// its BTF id
+    /// what programs tell it
     #[serde(skip)]
-    pub cast: Option<u32>,
+    pub casts: Option<Casts>,
     /// with it, an sk_buff whose fields lie as src/filter/ebpf/typed.rs reads them: all kernels so far
     pub typed_filter: bool,
     /// where they lie, with or without it
@@ -52,6 +52,37 @@ pub struct Features {
     pub func_ip: bool,
     /// enum skb_drop_reason (5.17)
     pub drop_reasons: bool,
+}
+
+/// Structs that programs cast to: `enum np_type` of compat.bpf.h, in its order.
+const CAST_TYPES: [&str; 8] = [
+    "__kernel_sockaddr_storage",
+    "dst_entry",
+    "net",
+    "net_device",
+    "sk_buff",
+    "sock",
+    "task_struct",
+    "timespec64",
+];
+
+/// BTF ids of bpf_rdonly_cast and of what it casts to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Casts {
+    pub function: i32,
+    /// as `enum np_type` of compat.bpf.h has them
+    pub types: [i32; CAST_TYPES.len()],
+}
+
+impl Casts {
+    fn find(btf: &Btf) -> Option<Self> {
+        let function = i32::try_from(btf.function_id("bpf_rdonly_cast")?).ok()?;
+        let mut types = [0; CAST_TYPES.len()];
+        for (id, name) in types.iter_mut().zip(CAST_TYPES) {
+            *id = i32::try_from(btf.struct_named(name)?).ok()?;
+        }
+        Some(Self { function, types })
+    }
 }
 
 /// Where an sk_buff has what a filter needs to know, in bytes from its beginning. Behind the network header's offset lie, in 8
@@ -100,7 +131,7 @@ impl Features {
 
     /// The same for a caller that has read the kernel's BTF already.
     pub fn with(btf: Option<&Btf>) -> Self {
-        let cast = btf.and_then(|b| b.function_id("bpf_rdonly_cast"));
+        let casts = btf.and_then(Casts::find);
         let skb_fields = btf.and_then(SkbFields::find);
         Self {
             release: nix::sys::utsname::uname()
@@ -118,12 +149,12 @@ impl Features {
             tracefs: ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
                 .iter()
                 .any(|d| fs::File::open(format!("{d}/available_filter_functions")).is_ok()),
-            rdonly_cast: cast.is_some(),
-            cast,
+            rdonly_cast: casts.is_some(),
+            casts,
             typed_filter: skb_fields.is_some_and(|fields| fields.typed),
             skb_fields,
             func_ip: helper(sys::BPF_FUNC_get_func_ip),
-            drop_reasons: btf.is_some_and(|b| !b.enum_values("skb_drop_reason").is_empty()),
+            drop_reasons: btf.is_some_and(|b| b.has_enum("skb_drop_reason")),
         }
     }
 
@@ -310,12 +341,25 @@ mod tests {
             lockdown: Some("none".into()),
             tracefs: true,
             rdonly_cast: true,
-            cast: None,
+            casts: None,
             typed_filter: true,
             skb_fields: None,
             func_ip: true,
             drop_reasons: true,
         }
+    }
+
+    #[test]
+    fn types_to_cast_to_are_those_of_the_header() {
+        let header = include_str!("../bpf/compat.bpf.h");
+        let list = header.split_once("enum np_type {").unwrap().1;
+        let list = list.split_once('}').unwrap().0;
+        let names: Vec<&str> = list
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("NP_TYPE_"))
+            .map(|name| name.split([' ', ',']).next().unwrap())
+            .collect();
+        assert_eq!(names, CAST_TYPES);
     }
 
     #[test]

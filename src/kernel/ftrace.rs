@@ -21,8 +21,10 @@ use crate::filter::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, R
 const NAME: usize = 64;
 /// MODULE_NAME_LEN of 64 bits
 const MODULE: usize = 56;
-/// An address, a name, a module's name.
+/// An address, a name, a module's name. Of a function whose name is none of those looked for, the address alone, without [`KERNEL`].
 const RECORD: usize = 8 + NAME + MODULE;
+/// Set in every address of the kernel's half.
+const KERNEL: u64 = 1 << 63;
 /// Where the kernel has the first `struct ftrace_page`.
 const FIRST_PAGE: &str = "ftrace_pages_start";
 /// bpf_seq_write(seq, data, bytes)
@@ -49,6 +51,9 @@ pub(super) struct Found {
 pub(super) fn traceable(btf: &Btf, wanted: &HashSet<&str>) -> Result<Vec<Found>> {
     let longest = wanted.iter().map(|n| n.len()).max().unwrap_or(0);
     ensure!(longest < NAME, "a name of {longest} bytes");
+    // Heads of shorter names are not known before they end.
+    let shortest = wanted.iter().map(|n| n.len()).min().unwrap_or(0);
+    ensure!(shortest >= 3, "a name of {shortest} bytes");
     let symbols = Symbols::read(btf, wanted)?;
     let calls = calls(btf, symbols.first_page.context("no ftrace_pages_start")?)?;
     Ok(symbols.at(&calls))
@@ -68,7 +73,7 @@ impl Symbols {
     fn read(btf: &Btf, wanted: &HashSet<&str>) -> Result<Self> {
         let heads = Heads::new(wanted.iter().copied().chain([FIRST_PAGE]));
         let mut symbols = Self::default();
-        let mut file = iterate(btf)?;
+        let mut file = iterate(btf, &heads)?;
         let mut bytes = vec![0; 512 * RECORD];
         let mut held = 0;
         loop {
@@ -81,12 +86,9 @@ impl Symbols {
                 Err(e) => return Err(e).context("failed to read the iterator over kallsyms"),
             };
             held += read;
-            let whole = held - held % RECORD;
-            for record in bytes[..whole].chunks_exact(RECORD) {
-                symbols.add(record, &heads, wanted);
-            }
-            bytes.copy_within(whole..held, 0);
-            held -= whole;
+            let used = symbols.add_all(&bytes[..held], wanted);
+            bytes.copy_within(used..held, 0);
+            held -= used;
         }
         ensure!(!symbols.starts.is_empty(), "kallsyms is empty");
         // In order but for those of modules: by a sort that makes use of that.
@@ -94,14 +96,26 @@ impl Symbols {
         Ok(symbols)
     }
 
-    fn add(&mut self, record: &[u8], heads: &Heads, wanted: &HashSet<&str>) {
-        let (addr, names) = record.split_at(8);
-        let addr = addr.try_into().map_or(0, u64::from_ne_bytes);
-        // Most end here.
-        if !heads.may_begin(names) {
-            self.starts.push(addr);
-            return;
+    /// Takes all whole records at the beginning of `bytes`. Gives back how many bytes they had.
+    fn add_all(&mut self, bytes: &[u8], wanted: &HashSet<&str>) -> usize {
+        let mut left = bytes;
+        while let Some((addr, rest)) = left.split_first_chunk() {
+            let addr = u64::from_ne_bytes(*addr);
+            if addr & KERNEL == 0 {
+                self.starts.push(addr | KERNEL);
+                left = rest;
+                continue;
+            }
+            let Some((names, rest)) = rest.split_at_checked(NAME + MODULE) else {
+                break;
+            };
+            self.add(addr, names, wanted);
+            left = rest;
         }
+        bytes.len() - left.len()
+    }
+
+    fn add(&mut self, addr: u64, names: &[u8], wanted: &HashSet<&str>) {
         let (name, module) = names.split_at(NAME);
         let text = |bytes| CStr::from_bytes_until_nul(bytes).ok()?.to_str().ok();
         let name = text(name).unwrap_or("");
@@ -198,8 +212,9 @@ fn offset(btf: &Btf, of: &str, member: &str) -> Result<i16> {
     Ok(i16::try_from(found.bit_offset / 8)?)
 }
 
-/// A file that gives [`RECORD`]s: functions (kallsyms' types t and w, of either case), and [`FIRST_PAGE`].
-fn iterate(btf: &Btf) -> Result<File> {
+/// A file that gives [`RECORD`]s: functions (kallsyms' types t and w, of either case), and [`FIRST_PAGE`]; those whose names may be
+/// one of `heads` with their names.
+fn iterate(btf: &Btf, heads: &Heads) -> Result<File> {
     const AT: i16 = -(RECORD as i16);
     let member = |name| offset(btf, "kallsym_iter", name);
     let (kind, value, name, module) = (
@@ -208,9 +223,20 @@ fn iterate(btf: &Btf) -> Result<File> {
         member("name")?,
         member("module_name")?,
     );
+    let bits = array(c"np_heads", size_of_val(heads.bits()))?;
+    let key = 0u32;
+    // SAFETY: the key has the map's four bytes, the bits those of its value.
+    check(unsafe {
+        sys::bpf_map_update_elem(
+            bits.as_raw_fd(),
+            (&raw const key).cast(),
+            heads.bits().as_ptr().cast(),
+            0,
+        )
+    })?;
     let (meta, symbol) = (Reg::R6, Reg::R7);
     let mut asm = Assembler::default();
-    let (keep, end) = (asm.label(), asm.label());
+    let (keep, named, write, end) = (asm.label(), asm.label(), asm.label(), asm.label());
     // struct bpf_iter__ksym { struct bpf_iter_meta *meta; struct kallsym_iter *ksym; }
     asm.push(Insn::load(Size::Dw, meta, Reg::R1, 0));
     asm.push(Insn::load(Size::Dw, symbol, Reg::R1, 8));
@@ -230,7 +256,7 @@ fn iterate(btf: &Btf) -> Result<File> {
         (first >> 32) as i32,
     ));
     asm.jump_if(Reg::R2, Cond::Ne, Reg::R3, end);
-    asm.place(keep);
+    asm.place(named);
     let words = |from: i16, to: i16, bytes: usize| {
         (0..bytes as i16)
             .step_by(8)
@@ -243,11 +269,35 @@ fn iterate(btf: &Btf) -> Result<File> {
         asm.push(Insn::load(Size::Dw, Reg::R2, symbol, from));
         asm.push(Insn::store(Size::Dw, Reg::Fp, to, Reg::R2));
     }
+    asm.push(Insn::alu64_imm(Alu::Mov, Reg::R3, RECORD as i32));
+    asm.jump(write);
+
+    // A function: as Heads::may_be().
+    asm.place(keep);
+    asm.push(Insn::load(Size::W, Reg::R2, symbol, name));
+    asm.push(Insn::alu32_imm(Alu::Mul, Reg::R2, Heads::FACTOR));
+    asm.push(Insn::alu32_imm(Alu::Rsh, Reg::R2, Heads::SHIFT));
+    asm.push(Insn::alu64(Alu::Mov, Reg::R3, Reg::R2));
+    asm.push(Insn::alu64_imm(Alu::Rsh, Reg::R3, 6));
+    asm.push(Insn::alu64_imm(Alu::Lsh, Reg::R3, 3));
+    asm.extend(Insn::load_imm64(Reg::R4, MAP_VALUE, bits.as_raw_fd(), 0));
+    asm.push(Insn::alu64(Alu::Add, Reg::R4, Reg::R3));
+    asm.push(Insn::load(Size::Dw, Reg::R3, Reg::R4, 0));
+    asm.push(Insn::alu64_imm(Alu::And, Reg::R2, 63));
+    asm.push(Insn::alu64(Alu::Rsh, Reg::R3, Reg::R2));
+    asm.push(Insn::alu64_imm(Alu::And, Reg::R3, 1));
+    asm.jump_if_imm(Reg::R3, Cond::Ne, 0, named);
+    asm.push(Insn::load(Size::Dw, Reg::R2, symbol, value));
+    asm.push(Insn::alu64_imm(Alu::Lsh, Reg::R2, 1));
+    asm.push(Insn::alu64_imm(Alu::Rsh, Reg::R2, 1));
+    asm.push(Insn::store(Size::Dw, Reg::Fp, AT, Reg::R2));
+    asm.push(Insn::alu64_imm(Alu::Mov, Reg::R3, 8));
+
+    asm.place(write);
     // struct bpf_iter_meta { struct seq_file *seq; ... }
     asm.push(Insn::load(Size::Dw, Reg::R1, meta, 0));
     asm.push(Insn::alu64(Alu::Mov, Reg::R2, Reg::Fp));
     asm.push(Insn::alu64_imm(Alu::Add, Reg::R2, i32::from(AT)));
-    asm.push(Insn::alu64_imm(Alu::Mov, Reg::R3, RECORD as i32));
     asm.push(Insn::call(HELPER_SEQ_WRITE));
     asm.place(end);
     asm.push(Insn::alu64_imm(Alu::Mov, Reg::R0, 0));
@@ -289,17 +339,7 @@ struct Memory {
 
 impl Memory {
     fn new() -> Result<Self> {
-        // SAFETY: the name outlives the call; opts may be NULL.
-        let map = owned(unsafe {
-            sys::bpf_map_create(
-                sys::BPF_MAP_TYPE_ARRAY,
-                c"np_memory".as_ptr(),
-                4,
-                CHUNK as u32,
-                1,
-                std::ptr::null(),
-            )
-        })?;
+        let map = array(c"np_memory", CHUNK)?;
         let mut asm = Assembler::default();
         let end = asm.label();
         // The arguments of the tracepoint: an address, bytes.
@@ -350,6 +390,21 @@ impl Memory {
         })?;
         self.bytes.get(..count).context("too many bytes")
     }
+}
+
+/// An array of one value.
+fn array(name: &CStr, bytes: usize) -> io::Result<OwnedFd> {
+    // SAFETY: the name outlives the call; opts may be NULL.
+    owned(unsafe {
+        sys::bpf_map_create(
+            sys::BPF_MAP_TYPE_ARRAY,
+            name.as_ptr(),
+            4,
+            bytes as u32,
+            1,
+            std::ptr::null(),
+        )
+    })
 }
 
 fn load(
@@ -410,16 +465,21 @@ mod tests {
             .map(|a| a.1)
             .filter(|n| !others.contains(n))
             .collect();
-        let heads = Heads::new(wanted.iter().copied().chain([FIRST_PAGE]));
         for (addr, name, module) in all {
-            symbols.add(&record(addr, name, module), &heads, &wanted);
+            let mut bytes = record(KERNEL | addr, name, module);
+            let whole = bytes.len();
+            // One that is not whole yet stays.
+            bytes.extend([0x80; 9]);
+            assert_eq!(symbols.add_all(&bytes, &wanted), whole);
         }
+        // Of what cannot be wanted the address alone.
+        assert_eq!(symbols.add_all(&0x1700u64.to_ne_bytes(), &wanted), 8);
         symbols.starts.sort_unstable();
-        assert_eq!(symbols.first_page, Some(0x9000));
-        let found = symbols.at(&[0x1000, 0x1104, 0x1200, 0x1304, 0x1600]);
+        assert_eq!(symbols.first_page, Some(KERNEL | 0x9000));
+        let found = symbols.at(&[0x1000, 0x1104, 0x1200, 0x1304, 0x1600].map(|at| KERNEL | at));
         let found: Vec<_> = found
             .iter()
-            .map(|f| (f.addr, f.name.as_str(), f.module.as_deref()))
+            .map(|f| (f.addr ^ KERNEL, f.name.as_str(), f.module.as_deref()))
             .collect();
         assert_eq!(
             found,
@@ -435,11 +495,11 @@ mod tests {
     #[test]
     fn a_name_without_an_end_is_none() {
         let mut symbols = Symbols::default();
-        let mut long = record(1, "x", "");
+        let mut long = record(KERNEL | 1, "x", "");
         long[8..8 + NAME].fill(b'x');
         let wanted = HashSet::from(["xxxx"]);
-        symbols.add(&long, &Heads::new(["xxxx"].into_iter()), &wanted);
+        assert_eq!(symbols.add_all(&long, &wanted), long.len());
         assert!(symbols.wanted.is_empty());
-        assert_eq!(symbols.starts, [1]);
+        assert_eq!(symbols.starts, [KERNEL | 1]);
     }
 }

@@ -46,6 +46,9 @@ pub fn run(args: &Args) -> Result<()> {
     let filters = args.expression.filters(None)?;
     log::init(args.engine.verbose);
     let btf = Btf::vmlinux(None);
+    if let Ok(btf) = &btf {
+        btf.await_names(bpf::ICMP_TYPES);
+    }
     let features = Features::with(btf.as_ref().ok());
     features.require_tracing("icmp")?;
     let btf = btf?;
@@ -55,7 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
         Vec::new()
     };
     let core = CoreBtf::new(&btf, bpf::ICMP_TYPES)?;
-    // Some 7 MB.
+    // Some 3 MB.
     drop(btf);
 
     let stop = signals::stop_channel()?;

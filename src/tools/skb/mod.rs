@@ -61,6 +61,9 @@ pub fn run(args: &Args) -> Result<()> {
         // What was asked for by name is told by name.
         btf = Ok(btf.context("--kernel-btf")?);
     }
+    if let Ok(btf) = &btf {
+        btf.await_names(bpf::SKB_TYPES);
+    }
     let features = Features::with(btf.as_ref().ok());
     let wants = Wants {
         track: args.track(),

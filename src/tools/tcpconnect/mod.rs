@@ -42,6 +42,9 @@ pub fn run(args: &Args) -> Result<()> {
     let filter = args.filter.resolve()?;
     log::init(args.verbose());
     let btf = Btf::vmlinux(None);
+    if let Ok(btf) = &btf {
+        btf.await_names(bpf::TCPCONNECT_TYPES);
+    }
     let features = Features::with(btf.as_ref().ok());
     features.require_tracing("tcpconnect")?;
     let btf = btf?;
