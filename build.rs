@@ -24,11 +24,15 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=tests/data");
     for (source, name) in bpf_sources(&root.join("src/bpf"))? {
         let object = out.join(format!("{name}.bpf.o"));
-        SkeletonBuilder::new()
+        let mut builder = SkeletonBuilder::new();
+        builder
             .source(&source)
             .obj(&object)
-            .clang_args(clang_args(&root, &arch))
-            .build_and_generate(out.join(format!("{name}.skel.rs")))
+            .clang_args(clang_args(&root, &arch));
+        builder
+            .build()
+            .and_then(|()| without_lines(&object))
+            .and_then(|()| builder.generate(out.join(format!("{name}.skel.rs"))))
             .with_context(|| format!("failed to build {}", source.display()))?;
         fs::write(out.join(format!("{name}.types")), types(&object)?)?;
     }
@@ -44,6 +48,34 @@ fn main() -> Result<()> {
             .build()
             .with_context(|| format!("failed to build {}", source.display()))?;
     }
+    Ok(())
+}
+
+/// Takes from an object which source lines its instructions are of: netprobe changes the instructions (src/filter/inject.rs), and
+/// the kernel would check each line.
+fn without_lines(object: &Path) -> Result<()> {
+    // .BTF.ext begins with struct btf_ext_header (tools/lib/bpf/libbpf_internal.h): magic, version 1, flags, 32 bytes or more;
+    // the length of the lines' part is its sixth word.
+    const LENGTH: usize = 20;
+    let mut bytes = fs::read(object)?;
+    let number = |at: usize, size: usize| -> Option<usize> {
+        let mut number = [0; 8];
+        number[..size].copy_from_slice(bytes.get(at..at + size)?);
+        usize::try_from(u64::from_le_bytes(number)).ok()
+    };
+    // ELF-64: where section headers are, how long and how many; of each, where the section is in the file.
+    let section = |i: usize| number(number(0x28, 8)? + i * number(0x3a, 2)? + 0x18, 8);
+    let begins = |&at: &usize| {
+        let head = bytes.get(at..at + 4)?;
+        let size = number(at + 4, 4)?;
+        (head == [0x9f, 0xeb, 1, 0] && size >= 32).then_some(())
+    };
+    let mut sections = (1..number(0x3c, 2).unwrap_or(0)).filter_map(section);
+    let at = sections
+        .find(|at| begins(at).is_some())
+        .context("no .BTF.ext")?;
+    bytes[at + LENGTH..at + LENGTH + 4].fill(0);
+    fs::write(object, bytes)?;
     Ok(())
 }
 

@@ -213,14 +213,9 @@ int netif_rx(struct bpf_raw_tracepoint_args *ctx)
 	return queued((void *)ctx->args[0], 1);
 }
 
+/* At napi_gro_receive_entry too. */
 SEC("raw_tp/netif_receive_skb_entry")
 int receive_entry(struct bpf_raw_tracepoint_args *ctx)
-{
-	return queued((void *)ctx->args[0], 0);
-}
-
-SEC("raw_tp/napi_gro_receive_entry")
-int gro_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	return queued((void *)ctx->args[0], 0);
 }

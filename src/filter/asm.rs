@@ -4,6 +4,10 @@ use std::fmt;
 
 use anyhow::{Result, bail};
 
+pub use means::Operand;
+
+mod means;
+
 /// A register of eBPF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -102,6 +106,11 @@ const EXIT: u8 = 0x90;
 const END: u8 = 0xd0;
 const PSEUDO_CALL: u8 = 1;
 const PSEUDO_KFUNC_CALL: u8 = 2;
+/// `src` of a 64-bit constant that is the distance to a function (a callback).
+const PSEUDO_FUNC: u8 = 4;
+const MODE_ATOMIC: u8 = 0xc0;
+/// A jump by `may_goto`.
+const JCOND: u8 = 0xe0;
 
 /// One instruction, laid out as the kernel's `struct bpf_insn` on a little-endian machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ use libbpf_sys as sys;
 
 use super::asm::Insn;
 use super::ebpf::{CAST_CALL, LOAD_CALL};
+use super::prune::{self, Constants};
 use crate::kernel::{self, features::Casts};
 
 /// The subprogram of `filter.bpf.h` that translated code calls for bytes out of its reach.
@@ -20,21 +21,24 @@ const CAST_PLACE: i32 = 0x4e50_4341;
 /// The first of `enum np_type` there.
 const FIRST_TYPE: i32 = 0x4e50_5400;
 
-/// BPF_PSEUDO_FUNC: a 64-bit constant that is the distance to a function (a callback).
-const PSEUDO_FUNCTION: u8 = 4;
-
 /// A stub's name and what its body becomes.
 pub struct Body {
     pub stub: &'static str,
     pub insns: Vec<Insn>,
 }
 
-/// Prepares the object and replaces the stubs in every program that has them, and casts by those of the kernel (none: the
-/// verifier is to remove them). Read-only data, autoload, pins and reused maps must be set
+/// Prepares the object and replaces the stubs in every program that has them, and casts by those of the kernel (none:
+/// constants switch them off). Then it takes out what the constants switch off. Read-only data, autoload, pins and reused maps must be set
 /// before this; the skeleton's `load()` comes after it.
 pub fn inject(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -> Result<()> {
     kernel::prepare(object)?;
+    change(object, bodies, casts)
+}
+
+/// The same for an object that is prepared.
+pub fn change(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -> Result<()> {
     let raw = object.as_libbpf_object();
+    let constants = constants(raw);
     let mut found = vec![false; bodies.len()];
     let mut program: *mut sys::bpf_program = std::ptr::null_mut();
     loop {
@@ -47,20 +51,18 @@ pub fn inject(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -
         if !unsafe { sys::bpf_program__autoload(program) } {
             continue;
         }
+        let mut code = read(raw, current)?;
         if let Some(casts) = casts {
-            let mut code = read(raw, current)?;
-            if code.replace_casts(casts) {
-                write(current, &code)?;
-            }
+            code.replace_casts(casts);
         }
         for (body, found) in bodies.iter().zip(&mut found) {
-            let mut code = read(raw, current)?;
             if let Some(stub) = code.function(body.stub) {
                 code.replace(stub, &body.insns)?;
-                write(current, &code)?;
                 *found = true;
             }
         }
+        prune::prune(&mut code, &constants)?;
+        write(current, &code)?;
     }
     match found.iter().position(|found| !found) {
         Some(missing) => bail!("no program has the stub {}", bodies[missing].stub),
@@ -69,12 +71,10 @@ pub fn inject(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -
 }
 
 /// A program with its subprograms, as libbpf will load it.
-struct Code {
-    insns: Vec<Insn>,
+pub(super) struct Code {
+    pub insns: Vec<Insn>,
     /// Names and first instructions, in order of the latter.
-    functions: Vec<(String, usize)>,
-    /// Instructions that source lines begin at.
-    lines: Vec<usize>,
+    pub functions: Vec<(String, usize)>,
 }
 
 impl Code {
@@ -84,22 +84,19 @@ impl Code {
             .position(|(function, _)| function == name)
     }
 
-    /// Every cast becomes one of the kernel's. False: there is none.
-    fn replace_casts(&mut self, casts: &Casts) -> bool {
+    /// Every cast becomes one of the kernel's.
+    fn replace_casts(&mut self, casts: &Casts) {
         let place = Insn::call(CAST_PLACE);
-        let mut found = false;
         for insn in &mut self.insns {
             let of = |first: i32| usize::try_from(insn.imm.wrapping_sub(first)).ok();
             if *insn == place {
                 *insn = Insn::call_kfunc(casts.function);
-                found = true;
             } else if let Some(id) = of(FIRST_TYPE).and_then(|i| casts.types.get(i))
                 && insn.is_move_imm()
             {
                 insn.imm = *id;
             }
         }
-        found
     }
 
     /// A body in place of a function's; what lies behind moves.
@@ -109,37 +106,32 @@ impl Code {
             .functions
             .get(function + 1)
             .map_or(self.insns.len(), |(_, next)| *next);
-        // Never shorter than before: the lines of the old body must still be inside it.
-        let padding = (end - start).saturating_sub(body.len());
-        let longer = body.len() + padding - (end - start);
-        let moved = |at: usize| if at >= end { at + longer } else { at };
-
+        let moved = |at: usize| {
+            if at >= end {
+                at - end + start + body.len()
+            } else {
+                at
+            }
+        };
         for (at, insn) in self.insns.iter_mut().enumerate() {
-            let callback = insn.is_load_imm64() && insn.src() == PSEUDO_FUNCTION;
-            if insn.is_subprogram_call() || callback {
-                let target = at as i64 + 1 + i64::from(insn.imm);
-                let target = usize::try_from(target).context("a call goes outside the program")?;
+            if let Some(target) = insn.callee(at) {
                 insn.imm = i32::try_from(moved(target) as i64 - moved(at) as i64 - 1)?;
             }
         }
         for (_, first) in &mut self.functions {
             *first = moved(*first);
         }
-        for line in &mut self.lines {
-            *line = moved(*line);
-        }
         let cast = self.insns[start..end]
             .windows(2)
             .position(|two| two[1].is_kfunc_call())
             .map(|at| &self.insns[start..end][..at + 2])
             .and_then(cast);
-        let padded = std::iter::repeat_n(Insn::nop(), padding).chain(body.iter().copied());
-        self.insns.splice(start..end, padded);
+        self.insns.splice(start..end, body.iter().copied());
 
         let load = self
             .function(LOAD_FUNCTION)
             .map(|load| self.functions[load].1);
-        for at in start..start + padding + body.len() {
+        for at in start..start + body.len() {
             let insn = &mut self.insns[at];
             if insn.is_subprogram_call() && insn.imm == LOAD_CALL {
                 let load = load.ok_or_else(|| anyhow!("the program has no {LOAD_FUNCTION}"))?;
@@ -164,6 +156,29 @@ fn cast(code: &[Insn]) -> Option<(Insn, i32)> {
     Some((*call, type_id))
 }
 
+/// What the object's programs can only read.
+fn constants(object: NonNull<sys::bpf_object>) -> Constants {
+    let mut found = Vec::new();
+    let mut map: *const sys::bpf_map = std::ptr::null();
+    loop {
+        // SAFETY: the object is open and prepared; null asks for the first map. A map's value lives as long as the object; none changes one
+        // that its programs only read, once it is made.
+        unsafe {
+            map = sys::bpf_object__next_map(object.as_ptr(), map);
+            if map.is_null() {
+                return Constants(found);
+            }
+            if sys::bpf_map__map_flags(map) & sys::BPF_F_RDONLY_PROG == 0 {
+                continue;
+            }
+            let mut size = 0;
+            let value = sys::bpf_map__initial_value(map, &mut size);
+            let bytes = slice(value.cast::<u8>().cast_const(), size as usize);
+            found.push((sys::bpf_map__fd(map), bytes.to_vec()));
+        }
+    }
+}
+
 /// A slice of `count` things that libbpf has at `first`.
 ///
 /// # Safety
@@ -180,7 +195,7 @@ fn read(object: NonNull<sys::bpf_object>, program: NonNull<sys::bpf_program>) ->
     let program = program.as_ptr();
     // SAFETY: the program belongs to the open object, whose memory does not change while these slices are read. An
     // `Insn` has the layout of `bpf_insn`: eight bytes, the registers in one of them.
-    let (insns, functions, lines, btf) = unsafe {
+    let (insns, functions, btf) = unsafe {
         (
             slice(
                 sys::bpf_program__insns(program).cast::<Insn>(),
@@ -189,10 +204,6 @@ fn read(object: NonNull<sys::bpf_object>, program: NonNull<sys::bpf_program>) ->
             slice(
                 sys::bpf_program__func_info(program),
                 sys::bpf_program__func_info_cnt(program) as usize,
-            ),
-            slice(
-                sys::bpf_program__line_info(program),
-                sys::bpf_program__line_info_cnt(program) as usize,
             ),
             sys::bpf_object__btf(object.as_ptr()),
         )
@@ -220,7 +231,6 @@ fn read(object: NonNull<sys::bpf_object>, program: NonNull<sys::bpf_program>) ->
     Ok(Code {
         insns: insns.to_vec(),
         functions,
-        lines: lines.iter().map(|line| line.insn_off as usize).collect(),
     })
 }
 
@@ -232,10 +242,6 @@ fn write(program: NonNull<sys::bpf_program>, code: &Code) -> Result<()> {
         let functions = sys::bpf_program__func_info(program);
         for (i, (_, first)) in code.functions.iter().enumerate() {
             (*functions.add(i)).insn_off = u32::try_from(*first)?;
-        }
-        let lines = sys::bpf_program__line_info(program);
-        for (i, line) in code.lines.iter().enumerate() {
-            (*lines.add(i)).insn_off = u32::try_from(*line)?;
         }
         sys::bpf_program__set_insns(
             program,

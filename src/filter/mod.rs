@@ -10,6 +10,7 @@
 //! | `asm` | eBPF instructions, labels, text |
 //! | `members` | conditions on members of kernel structs |
 //! | `inject` | instructions in place of a stub |
+//! | `prune` | a program without what its constants switch off |
 //! | `run` | a translated filter over packets, in this kernel, without a network |
 
 pub mod asm;
@@ -19,6 +20,7 @@ pub mod expr;
 pub mod inject;
 pub mod members;
 pub mod pcap;
+mod prune;
 pub mod run;
 
 #[cfg(test)]
@@ -217,4 +219,9 @@ pub fn inject_l2(object: &mut OpenObject, program: &Program) -> Result<()> {
         }],
         None,
     )
+}
+
+/// Takes out of an object that is prepared (see [`crate::kernel::prepare`]) what its constants switch off.
+pub fn prune(object: &mut OpenObject) -> Result<()> {
+    inject::change(object, &[], None)
 }

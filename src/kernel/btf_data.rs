@@ -238,32 +238,24 @@ impl Data {
 
 /// Tells the strings of `bytes` that may be one of the names. Gives back how many bytes whole strings take.
 fn scan(bytes: &[u8], heads: &Heads, mut found: impl FnMut(u32, &[u8])) -> usize {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
     let mut start = 0;
-    // Whether it has an end is looked at only where the first bytes may be those of a name.
-    let mut at = |start: usize| {
-        if heads.may_begin(&bytes[start..])
-            && let Some(length) = memchr(0, &bytes[start..])
-        {
-            found(start as u32, &bytes[start..start + length]);
-        }
-    };
-    let words = bytes.chunks_exact(8);
-    let rest = bytes.len() - words.remainder().len();
-    for (i, word) in words.enumerate() {
-        const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-        let word = word.try_into().map_or(0, u64::from_le_bytes);
+    for (i, word) in bytes.chunks(8).enumerate() {
+        let word = word.first_chunk().copied().unwrap_or_else(|| {
+            let mut last = [u8::MAX; 8];
+            last[..word.len()].copy_from_slice(word);
+            last
+        });
+        let word = u64::from_le_bytes(word);
         // 0x80 in each byte that is 0
         let mut zeros = !(((word & LOW) + LOW) | word | LOW);
         while zeros != 0 {
-            at(start);
-            start = 8 * i + (zeros.trailing_zeros() / 8) as usize + 1;
+            let end = 8 * i + (zeros.trailing_zeros() / 8) as usize;
+            if heads.may_begin(&bytes[start..]) {
+                found(start as u32, &bytes[start..end]);
+            }
+            start = end + 1;
             zeros &= zeros - 1;
-        }
-    }
-    for (i, &byte) in bytes.iter().enumerate().skip(rest) {
-        if byte == 0 {
-            at(start);
-            start = i + 1;
         }
     }
     start

@@ -123,9 +123,13 @@ impl Targets {
         Some((point, *self.0.get(name)?))
     }
 
-    /// Prepares an object (see [`super::prepare`]); of its programs those at these functions are left to [`Targets::load`], its own load
-    /// passes over them.
-    pub fn prepare(&self, object: &mut OpenObject) -> Result<()> {
+    /// Prepares an object (see [`super::prepare`]) and has its code changed; of its programs those at these functions are left to
+    /// [`Targets::load`], its own load passes over them.
+    pub fn prepare(
+        &self,
+        object: &mut OpenObject,
+        change: impl FnOnce(&mut OpenObject) -> Result<()>,
+    ) -> Result<()> {
         // To libbpf they are programs on another program, for which it reads no BTF. Any number but 0 is one.
         const NO_PROGRAM: i32 = i32::MAX;
         let mut ours = Vec::new();
@@ -138,6 +142,7 @@ impl Targets {
             }
         }
         super::prepare(object)?;
+        change(object)?;
         for mut program in object.progs_mut() {
             if ours.iter().any(|name| name == program.name()) {
                 program.set_autoload(false);
@@ -204,9 +209,6 @@ fn load(
             func_info: sys::bpf_program__func_info(program).cast(),
             func_info_cnt: sys::bpf_program__func_info_cnt(program),
             func_info_rec_size: size_of::<sys::bpf_func_info>() as u32,
-            line_info: sys::bpf_program__line_info(program).cast(),
-            line_info_cnt: sys::bpf_program__line_info_cnt(program),
-            line_info_rec_size: size_of::<sys::bpf_line_info>() as u32,
             ..Default::default()
         }
     };

@@ -140,7 +140,7 @@ fn load<'a>(
         rodata.np_filter_page_offset_base = pages.page_offset_base;
     }
     args.transport.prepare(&mut open.maps.rings)?;
-    probes::prepare(&mut open, args);
+    probes::prepare(&mut open, args)?;
     filters.prepare(open.open_object_mut(), features)?;
     open.load().map_err(|e| {
         let log = log::take();

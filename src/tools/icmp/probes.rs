@@ -1,5 +1,6 @@
 //! What `netprobe icmp` attaches: two kprobes, and the tracepoints that the run needs.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{Result, bail};
@@ -87,7 +88,11 @@ const PROBES: &[Probe] = &[
         receive_entry,
         Tracepoint("netif_receive_skb_entry", "RPS")
     ),
-    probe!(Ways, gro_entry, Tracepoint("napi_gro_receive_entry", "RPS")),
+    probe!(
+        Ways,
+        receive_entry,
+        Tracepoint("napi_gro_receive_entry", "RPS")
+    ),
     probe!(
         Ways,
         receive,
@@ -139,26 +144,34 @@ fn wanted(part: Part, args: &Args) -> bool {
     }
 }
 
-/// Tells the open object which programs to load.
-pub fn prepare(open: &mut OpenIcmpSkel<'_>, args: &Args) {
+/// Tells the open object which programs to load, and which maps to make: those of the other side are not.
+pub fn prepare(open: &mut OpenIcmpSkel<'_>, args: &Args) -> Result<()> {
     for probe in PROBES {
         (probe.open)(open).set_autoload(wanted(probe.part, args));
     }
+    let maps = &mut open.maps;
+    maps.senders.set_autocreate(args.sent)?;
+    maps.asking.set_autocreate(args.sent)?;
+    maps.answering.set_autocreate(!args.sent)?;
+    Ok(())
 }
 
 /// What is attached; dropping it detaches.
 pub struct Attached {
     links: Vec<Link>,
-    progs: Vec<i32>,
+    /// of all links: a program may have several
+    progs: BTreeSet<i32>,
     names: Vec<String>,
+    tracepoints: usize,
 }
 
 /// Attaches everything. What this kernel does not have is told on stderr, with what is blank without it.
 pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
     let mut attached = Attached {
         links: Vec::new(),
-        progs: Vec::new(),
+        progs: BTreeSet::new(),
         names: Vec::new(),
+        tracepoints: 0,
     };
     let mut refused = Vec::new();
     // In the order of the table: what a request begins with comes last, so that none is told that was seen only in part.
@@ -173,7 +186,7 @@ pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
             },
             Clock => match attach::cpu_clock(program, &online_cpus()?, args.culprit_hz) {
                 Ok(links) => {
-                    attached.progs.push(program.as_fd().as_raw_fd());
+                    attached.progs.insert(program.as_fd().as_raw_fd());
                     attached.links.extend(links);
                 }
                 Err(e) => eprintln!("netprobe: no samples of the culprits' stacks: {e:#}"),
@@ -206,13 +219,16 @@ pub fn attach(skel: &IcmpSkel<'_>, args: &Args) -> Result<Attached> {
 impl Attached {
     fn add(&mut self, link: Link, program: &ProgramMut<'_>, function: Option<&str>) {
         self.links.push(link);
-        self.progs.push(program.as_fd().as_raw_fd());
-        self.names.extend(function.map(str::to_owned));
+        self.progs.insert(program.as_fd().as_raw_fd());
+        match function {
+            Some(name) => self.names.push(name.to_owned()),
+            None => self.tracepoints += 1,
+        }
     }
 
     /// One line for stderr.
     pub fn summary(&self) -> String {
-        let others = match self.progs.len() - self.names.len() {
+        let others = match self.tracepoints {
             0 => String::new(),
             n => format!(" and {n} tracepoints"),
         };

@@ -119,7 +119,9 @@ pub fn load<'a>(
     set_programs(args, pair, &mut open);
     let theirs = Theirs::open(&args.filter)?;
     set_maps(args, pair, filter, &theirs, &mut open)?;
-    let loaded = kernel.targets.prepare(open.open_object_mut());
+    let loaded = kernel
+        .targets
+        .prepare(open.open_object_mut(), crate::filter::prune);
     let loaded = loaded.and_then(|()| Ok(open.load()?));
     let skel = loaded.map_err(|e| {
         let log = log::take();

@@ -15,6 +15,7 @@ use crate::bpf::xdpdump::{OpenXdpdumpSkel, XdpdumpSkel, XdpdumpSkelBuilder};
 use crate::engine::log;
 use crate::engine::loss::Loss;
 use crate::filter::{self, expr::Compiled};
+use crate::kernel;
 use crate::kernel::xdp::{Mode, Traits};
 
 use super::chain::{Chain, Parts, Plan};
@@ -211,8 +212,13 @@ fn load<'a>(
         .events
         .reuse_fd(events)
         .context("failed to share the perf buffers")?;
-    if let Some(filter) = &options.filter {
-        filter::inject_xdp(open.open_object_mut(), &filter.l2, plan.traits.frags)?;
+    let object = open.open_object_mut();
+    match &options.filter {
+        Some(filter) => filter::inject_xdp(object, &filter.l2, plan.traits.frags)?,
+        None => {
+            kernel::prepare(object)?;
+            filter::prune(object)?;
+        }
     }
     open.load().map_err(|error| {
         anyhow!(
