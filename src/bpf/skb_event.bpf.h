@@ -11,6 +11,7 @@
 #include "compat.bpf.h"
 #include "config.bpf.h"
 #define NP_RINGBUF
+#define NP_HEAD_TYPED
 #include "event.bpf.h"
 #include "filter.bpf.h"
 #include "members.bpf.h"

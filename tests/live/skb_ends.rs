@@ -122,7 +122,7 @@ fn missed() -> Result<()> {
     for backend in ["kprobe", "kprobe-multi"] {
         let run = Netprobe::new("skb")
             .args(["--filter-func", "ip_rcv", "--filter-dst-port", "9"])
-            .args(["--filter-non-skb-funcs", "bpf_get_current_comm"])
+            .args(["--filter-non-skb-funcs", "bpf_get_current_pid_tgid"])
             .args(["--output-json", "--backend", backend])
             .start()?;
         for _ in 0..3 {
