@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use libbpf_cargo::SkeletonBuilder;
-use libbpf_rs::btf::{Btf, BtfKind, BtfType, TypeId};
+use libbpf_rs::btf::{Btf, BtfType, TypeId};
 
 fn main() -> Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
@@ -51,49 +51,86 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// Where the `.BTF.ext` of an object is (tools/lib/bpf/libbpf_internal.h, struct btf_ext_header), and the numbers in it.
+struct BtfExt {
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl BtfExt {
+    /// Bytes of the part with source lines; where the part with CO-RE relocations is from the header's end on, and its bytes.
+    const LINES: usize = 20;
+    const RELOCATIONS: usize = 24;
+    const RELOCATION_BYTES: usize = 28;
+
+    fn of(object: &Path) -> Result<Self> {
+        let bytes = fs::read(object)?;
+        // ELF-64: where section headers are, how long and how many; of each, where the section is in the file.
+        let section = |i: usize| {
+            let header = number(&bytes, 0x28, 8)? + i * number(&bytes, 0x3a, 2)?;
+            number(&bytes, header + 0x18, 8)
+        };
+        // Magic, version 1, no flags, 32 bytes of header or more: those of .BTF are 24.
+        let begins = |&at: &usize| {
+            bytes.get(at..at + 4) == Some(&[0x9f, 0xeb, 1, 0])
+                && number(&bytes, at + 4, 4).is_some_and(|header| header >= 32)
+        };
+        let sections = number(&bytes, 0x3c, 2).unwrap_or(0);
+        let at = (1..sections).filter_map(section).find(begins);
+        let at = at.context("no .BTF.ext")?;
+        Ok(Self { bytes, at })
+    }
+
+    fn word(&self, offset: usize) -> Result<usize> {
+        number(&self.bytes, self.at + offset, 4).context(".BTF.ext ends too early")
+    }
+
+    /// Numbers of the types, in the object's BTF, that relocations begin at.
+    fn relocated(&self) -> Result<BTreeSet<u32>> {
+        let mut at = self.word(4)? + self.word(Self::RELOCATIONS)?;
+        let end = at + self.word(Self::RELOCATION_BYTES)?;
+        let mut found = BTreeSet::new();
+        // Bytes of a record; then for each section of the program its name, a count, and as many records of instruction, type, ...
+        let size = if at < end { self.word(at)? } else { 0 };
+        at += 4;
+        while at < end {
+            let count = self.word(at + 4)?;
+            for i in 0..count {
+                found.insert(u32::try_from(self.word(at + 8 + i * size + 4)?)?);
+            }
+            at += 8 + count * size;
+        }
+        Ok(found)
+    }
+}
+
+/// `size` bytes of an object as a number.
+fn number(bytes: &[u8], at: usize, size: usize) -> Option<usize> {
+    let mut number = [0; 8];
+    number[..size].copy_from_slice(bytes.get(at..at + size)?);
+    usize::try_from(u64::from_le_bytes(number)).ok()
+}
+
 /// Takes from an object which source lines its instructions are of: netprobe changes the instructions (src/filter/inject.rs), and
 /// the kernel would check each line.
 fn without_lines(object: &Path) -> Result<()> {
-    // .BTF.ext begins with struct btf_ext_header (tools/lib/bpf/libbpf_internal.h): magic, version 1, flags, 32 bytes or more;
-    // the length of the lines' part is its sixth word.
-    const LENGTH: usize = 20;
-    let mut bytes = fs::read(object)?;
-    let number = |at: usize, size: usize| -> Option<usize> {
-        let mut number = [0; 8];
-        number[..size].copy_from_slice(bytes.get(at..at + size)?);
-        usize::try_from(u64::from_le_bytes(number)).ok()
-    };
-    // ELF-64: where section headers are, how long and how many; of each, where the section is in the file.
-    let section = |i: usize| number(number(0x28, 8)? + i * number(0x3a, 2)? + 0x18, 8);
-    let begins = |&at: &usize| {
-        let head = bytes.get(at..at + 4)?;
-        let size = number(at + 4, 4)?;
-        (head == [0x9f, 0xeb, 1, 0] && size >= 32).then_some(())
-    };
-    let mut sections = (1..number(0x3c, 2).unwrap_or(0)).filter_map(section);
-    let at = sections
-        .find(|at| begins(at).is_some())
-        .context("no .BTF.ext")?;
-    bytes[at + LENGTH..at + LENGTH + 4].fill(0);
-    fs::write(object, bytes)?;
+    let mut ext = BtfExt::of(object)?;
+    let length = ext.at + BtfExt::LINES;
+    ext.bytes[length..length + 4].fill(0);
+    fs::write(object, ext.bytes)?;
     Ok(())
 }
 
-/// Names of the structs, unions, enums and typedefs of an object, without what follows `___` (a variant of the same type).
+/// Names of the types that relocations of an object begin at, without what follows `___` (a variant of the same type), a line each.
 fn types(object: &Path) -> Result<String> {
     let btf = Btf::from_path(object).with_context(|| object.display().to_string())?;
     let mut names = BTreeSet::new();
-    for id in 1..btf.len() as u32 {
+    for id in BtfExt::of(object)?.relocated()? {
         let found = btf.type_by_id::<BtfType<'_>>(TypeId::from(id));
-        let Some(found) =
-            found.filter(|t| t.is_composite() || t.is_any_enum() || t.kind() == BtfKind::Typedef)
-        else {
-            continue;
-        };
-        if let Some(name) = found.name().and_then(|name| name.to_str()) {
-            let name = name.split_once("___").map_or(name, |(name, _)| name);
-            names.insert(name.to_owned() + "\n");
-        }
+        let name = found.and_then(|found| found.name()?.to_str().map(str::to_owned));
+        let name = name.with_context(|| format!("type {id} has no name"))?;
+        let name = name.split_once("___").map_or(&*name, |(name, _)| name);
+        names.insert(name.to_owned() + "\n");
     }
     Ok(names.into_iter().collect())
 }

@@ -239,23 +239,34 @@ impl Data {
 /// Tells the strings of `bytes` that may be one of the names. Gives back how many bytes whole strings take.
 fn scan(bytes: &[u8], heads: &Heads, mut found: impl FnMut(u32, &[u8])) -> usize {
     const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    const ONES: u64 = 0x0101_0101_0101_0101;
     let mut start = 0;
-    for (i, word) in bytes.chunks(8).enumerate() {
-        let word = word.first_chunk().copied().unwrap_or_else(|| {
-            let mut last = [u8::MAX; 8];
-            last[..word.len()].copy_from_slice(word);
-            last
-        });
-        let word = u64::from_le_bytes(word);
+    let mut may_be = heads.may_begin(bytes);
+    let mut ends_at = |end: usize| {
+        if may_be {
+            found(start as u32, &bytes[start..end]);
+        }
+        start = end + 1;
+        may_be = heads.may_begin(&bytes[start..]);
+    };
+    let words = bytes.chunks_exact(8);
+    let rest = bytes.len() - words.remainder().len();
+    for (i, word) in words.enumerate() {
+        let word = word.try_into().map_or(0, u64::from_le_bytes);
+        // No byte is 0: most words.
+        if word.wrapping_sub(ONES) & !word & !LOW == 0 {
+            continue;
+        }
         // 0x80 in each byte that is 0
         let mut zeros = !(((word & LOW) + LOW) | word | LOW);
         while zeros != 0 {
-            let end = 8 * i + (zeros.trailing_zeros() / 8) as usize;
-            if heads.may_begin(&bytes[start..]) {
-                found(start as u32, &bytes[start..end]);
-            }
-            start = end + 1;
+            ends_at(8 * i + (zeros.trailing_zeros() / 8) as usize);
             zeros &= zeros - 1;
+        }
+    }
+    for (i, byte) in bytes.iter().enumerate().skip(rest) {
+        if *byte == 0 {
+            ends_at(i);
         }
     }
     start
