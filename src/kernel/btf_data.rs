@@ -8,10 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
+use libbpf_sys as sys;
 use memchr::memchr;
+
+use super::{check, owned};
 
 pub(super) const KIND_INT: u32 = 1;
 pub(super) const KIND_PTR: u32 = 2;
@@ -70,8 +74,17 @@ impl Data {
         let mut header = [0; HEADER];
         file.read_exact_at(&mut header, 0).context("no BTF")?;
         let (types, strings) = sections(&header, file.metadata()?.len())?;
-        let mut bytes = vec![0; types.len()];
-        file.read_exact_at(&mut bytes, types.start as u64)?;
+        let bytes = match vmlinux(types.end) {
+            Some(mut bytes) if bytes.starts_with(&header) => {
+                bytes.drain(..types.start);
+                bytes
+            }
+            _ => {
+                let mut bytes = vec![0; types.len()];
+                file.read_exact_at(&mut bytes, types.start as u64)?;
+                bytes
+            }
+        };
         let strings = Strings::Kept {
             file,
             at: strings.start as u64,
@@ -234,6 +247,23 @@ impl Data {
             held -= used;
         }
     }
+}
+
+/// The first bytes of the kernel's BTF by one system call, where it is the first of all and this process may ask: its file gives a page
+/// at a time.
+fn vmlinux(bytes: usize) -> Option<Vec<u8>> {
+    // SAFETY: a number.
+    let btf = owned(unsafe { sys::bpf_btf_get_fd_by_id(1) }).ok()?;
+    let mut to = vec![0; bytes];
+    let mut info = sys::bpf_btf_info {
+        btf: to.as_mut_ptr() as u64,
+        btf_size: u32::try_from(bytes).ok()?,
+        ..Default::default()
+    };
+    let mut size = size_of_val(&info) as u32;
+    // SAFETY: `info` states how many bytes `to` has, which outlives the call, and `size` how many `info` has.
+    let code = unsafe { sys::bpf_btf_get_info_by_fd(btf.as_raw_fd(), &mut info, &mut size) };
+    (check(code).is_ok() && info.kernel_btf == 1).then_some(to)
 }
 
 /// Tells the strings of `bytes` that may be one of the names. Gives back how many bytes whole strings take.
