@@ -1,6 +1,7 @@
 //! The limit: a BPF program that does nothing, attached in the same way to the same functions as a tool under measurement.
 
-use std::ffi::CStr;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -130,6 +131,52 @@ impl Empty {
         drop(self.program);
         Ok(monotonic_ns()? - start)
     }
+}
+
+/// Time to attach the empty program to these functions by their names (without those that share one), ns: the kernel looks for them
+/// among all of its symbols, as a tool that knows no addresses has to. `None` where there is no kprobe.multi.
+pub fn attach_by_names(hooks: &Hooks) -> Result<Option<u64>> {
+    let Hooks::Multi(lists) = hooks else {
+        return Ok(None);
+    };
+    let symbols = fs::read_to_string("/proc/kallsyms")?;
+    let mut by_addr: BTreeMap<u64, &str> = BTreeMap::new();
+    let mut count: HashMap<&str, usize> = HashMap::new();
+    for line in symbols.lines() {
+        let mut words = line.split_ascii_whitespace();
+        if let (Some(addr), Some("t" | "T" | "w" | "W"), Some(name)) =
+            (words.next(), words.next(), words.next())
+        {
+            by_addr.insert(u64::from_str_radix(addr, 16)?, name);
+            *count.entry(name).or_default() += 1;
+        }
+    }
+    // ftrace's place may be behind an `endbr64`.
+    let name = |addr: &u64| Some(*by_addr.range(..=addr).next_back()?.1);
+    let names: Vec<CString> = lists
+        .iter()
+        .flatten()
+        .filter_map(name)
+        .filter(|name| count[name] == 1)
+        .map(CString::new)
+        .collect::<Result<_, _>>()?;
+    let pointers: Vec<_> = names.iter().map(|name| name.as_ptr()).collect();
+    let program = load(true)?;
+    let mut opts = sys::bpf_link_create_opts {
+        sz: size_of::<sys::bpf_link_create_opts>() as _,
+        ..Default::default()
+    };
+    opts.__bindgen_anon_1.kprobe_multi.cnt = pointers.len() as u32;
+    opts.__bindgen_anon_1.kprobe_multi.syms = pointers.as_ptr().cast_mut();
+    let start = monotonic_ns()?;
+    // SAFETY: opts and the names outlive the call.
+    let link = own(unsafe {
+        sys::bpf_link_create(program.as_raw_fd(), 0, sys::BPF_TRACE_KPROBE_MULTI, &opts)
+    })
+    .context("failed to attach the empty program by names")?;
+    let took = monotonic_ns()? - start;
+    drop(link);
+    Ok(Some(took))
 }
 
 /// The empty program at the tracepoints with the stages that `netprobe icmp` asks for, while the result lives.

@@ -171,6 +171,9 @@ impl Bench {
             say("hits.udp", format!("{:.1}", self.hits));
         }
         say("stop.empty", empty.detach()?);
+        if let Some(took) = hooks::attach_by_names(&hooks)? {
+            say("start.names", took);
+        }
         self.hooks = Some(hooks);
 
         let filters: &[_] = &[
