@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
-use netprobe::engine::drain::{BufferOptions, monotonic_ns};
+use netprobe::engine::drain::{BufferOptions, monotonic_ns, online_cpus};
 use netprobe::engine::perf::PerfBuffers;
 use netprobe::filter::asm::{Alu, Insn, Reg, Size};
 use netprobe::kernel::attach::make_room;
@@ -345,7 +345,7 @@ pub fn handing_xdp(interface: &str) -> Result<(PerfBuffers, [OwnedFd; 3])> {
         )
     })
     .context("failed to make a perf event array")?;
-    let buffers = PerfBuffers::open(map.as_raw_fd(), BUFFER, (0..cpus as i32).collect())?;
+    let buffers = PerfBuffers::open(map.as_raw_fd(), BUFFER, online_cpus()?)?;
     // bpf_perf_event_output(ctx, map, BPF_F_CURRENT_CPU | length << 32, stack, 8)
     let mut insns = vec![
         Insn::load(Size::W, Reg::R3, Reg::R1, 4),

@@ -22,7 +22,7 @@
  * The maps are those that netprobe pinned for the interface, in
  * /sys/fs/bpf/netprobe/xdp/IFACE/; np_chain_slot is set when the program is put in.
  * A program that you put into next_prog_map by other means runs too: in front of
- * a capture, which passes over slots known to be empty, after 0.1 s at most.
+ * a capture, which passes over slots known to be empty, after some 0.05 s.
  */
 #ifndef NETPROBE_CHAIN_H
 #define NETPROBE_CHAIN_H

@@ -2,8 +2,8 @@
 /*
  * netprobe tcpconnect: who connects where, and what became of it.
  *
- * The entry of tcp_v4_connect and tcp_v6_connect keeps the socket by thread,
- * their return reads addresses and ports. An IPv4 address in an IPv6 socket
+ * The return of tcp_v4_connect and tcp_v6_connect reads addresses and ports: by
+ * fexit, which has the socket, else the entry keeps it by thread. An IPv4 address in an IPv6 socket
  * passes both functions and is one connect.
  */
 #include "vmlinux.h"

@@ -69,7 +69,7 @@ struct tcp_filter {
 struct tcp_event {
 	struct np_head head;
 	__u64 sock; /* address of the struct sock: names the connect */
-	__u64 start; /* entry of tcp_v4_connect or tcp_v6_connect, ns */
+	__u64 start; /* entry of tcp_v4_connect or tcp_v6_connect, ns; 0: not looked at */
 	__u64 syn; /* the SYN was sent, ns; 0: not yet */
 	__u64 cgroup; /* id of the process's cgroup (v2) */
 	__u64 saddr[2]; /* network byte order; IPv4 as ::ffff:a.b.c.d */

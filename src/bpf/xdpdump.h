@@ -45,7 +45,7 @@ struct np_xdp_packet {
 	__u64 number; /* of the CPU's packets that matched, from 1 */
 };
 
-#define NP_XDP_PACKET_SENT 30
+#define NP_XDP_PACKET_SENT (sizeof(struct np_xdp_packet) - 2)
 
 _Static_assert(sizeof(struct np_xdp_packet) == 32 &&
 		       __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,

@@ -1,7 +1,7 @@
 //! Takes events out of the kernel's buffers, in batches, on a bounded crossbeam channel.
 //!
-//! One thread, or one per group of CPUs. A round: wait until a buffer is a quarter full or 50 ms have passed, note the
-//! time, take all that is in the buffers, send it as one [`Batch`] with a watermark. So no system call per event, and a line
+//! One thread, or one per group of CPUs. A round: wait until a buffer is a quarter full or 50 ms have passed
+//! (250 where nobody waits for a line), note the time, take all that is in the buffers, send it as one [`Batch`] with a watermark. So no system call per event, and a line
 //! within 100 ms on a quiet system. A full channel blocks the thread; then the kernel's buffers fill, and what they refuse is
 //! counted where it happens, in the BPF program (`np_stats`). How a buffer is read is the business of
 //! [`super::perf`] and [`super::ringbuf`].

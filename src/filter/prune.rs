@@ -126,7 +126,9 @@ pub(super) fn prune(code: &mut Code, constants: &Constants) -> Result<()> {
             if let Some(target) = op.jump {
                 let to = match target {
                     Target::Dead => end,
-                    Target::Old(old) => places[body.partition_point(|op| op.old < old)],
+                    Target::Old(old) => *places
+                        .get(body.partition_point(|op| op.old < old))
+                        .context("a jump leaves its function")?,
                 };
                 insn.off = i16::try_from(to as i64 - place as i64 - 1).context("a jump too far")?;
             }

@@ -31,7 +31,8 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N", value_parser = power_of_two)]
     pub buffer_pages: Option<usize>,
 
-    /// Wake up for every N events of a CPU; 1: for each at once (default: when a quarter of its buffer is full, or after 50 ms)
+    /// Wake up for every N events of a CPU; 1: for each at once (default: when a quarter of its buffer is full, or after 50 ms; xdpdump -w to a
+    /// file: 250 ms)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub perf_wakeup: Option<u32>,
 

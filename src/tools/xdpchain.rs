@@ -387,7 +387,7 @@ fn chain_row(dir: &Path, state: &np_chain_state) -> Result<ChainRow> {
     let stats = counters(dir)?;
     let map = MapHandle::from_pinned_path(dir.join("next_prog_map"))
         .context("failed to open a chain's programs")?;
-    let slots = place::slots_of(&map)
+    let slots = place::slots_of(&map)?
         .into_iter()
         .map(|(slot, program)| {
             let counters = stats.slot.get(slot as usize).copied().unwrap_or_default();

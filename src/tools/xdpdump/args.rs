@@ -281,11 +281,12 @@ impl Args {
         }
     }
 
-    /// Not to a reader who may be waiting.
+    /// Not to a reader who may be waiting: to `-`, a pipe, a terminal.
     pub fn is_to_file(&self) -> bool {
+        let waits = |path: &Path| path.metadata().is_ok_and(|file| !file.is_file());
         self.write
-            .as_ref()
-            .is_some_and(|path| path != Path::new("-"))
+            .as_deref()
+            .is_some_and(|path| path != Path::new("-") && !waits(path))
     }
 
     pub fn duration(&self) -> Option<Duration> {

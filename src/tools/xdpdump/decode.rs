@@ -37,7 +37,7 @@ pub struct Seen<'a> {
 }
 
 /// NP_XDP_PACKET_SENT: bytes of `np_xdp_packet` in an event.
-const PACKET_SENT: usize = 30;
+const PACKET_SENT: usize = size_of::<np_xdp_packet>() - 2;
 
 /// What the buffer of CPU `cpu` held. Nothing for bytes that are no event of ours.
 pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {

@@ -149,6 +149,8 @@ fn capture(args: &Args) -> Result<()> {
     let _promiscuous = promiscuous(args, &planned)?;
     let sources = probes.iter().flat_map(Probe::sources).collect::<Vec<_>>();
     let mut sink = Sink::open(args, filter_text.as_deref(), sources)?;
+    let chains = probes.iter().filter_map(Probe::chain);
+    let _watch = Watch::start(chains)?;
     output::ready(args.output.ready_file.as_deref())?;
 
     let mut consumer = Live {
@@ -160,10 +162,6 @@ fn capture(args: &Args) -> Result<()> {
         pairs: args.diff.then(Pairs::default),
         stats: probes.iter().map(Probe::stats).collect::<Result<_>>()?,
         lost: 0,
-        chains: probes
-            .iter()
-            .filter_map(|probe| probe.watch().transpose())
-            .collect::<Result<_>>()?,
     };
     let deadline = args.duration().map(|duration| Instant::now() + duration);
     let mut taken_away = Ok(());
@@ -364,11 +362,11 @@ impl Probe<'_> {
         }
     }
 
-    /// What has to be looked at while it runs.
-    fn watch(&self) -> Result<Option<Watch>> {
+    /// Where its packets go on to programs in slots.
+    fn chain(&self) -> Option<&Place> {
         match self {
-            Probe::Chain(capture) => Watch::new(&capture.place).map(Some),
-            Probe::Trace { .. } => Ok(None),
+            Probe::Chain(capture) => Some(&capture.place),
+            Probe::Trace { .. } => None,
         }
     }
 
@@ -393,8 +391,6 @@ struct Live<'a> {
     /// The counters of all probes, to tell in the file where packets were lost.
     stats: Vec<MapHandle>,
     lost: u64,
-    /// The chains that packets go on to.
-    chains: Vec<Watch>,
 }
 
 impl Live<'_> {
@@ -446,9 +442,6 @@ impl Consumer for Live<'_> {
     fn tick(&mut self) -> Result<Flow> {
         self.clock.refresh()?;
         self.watch_loss()?;
-        for chain in &mut self.chains {
-            chain.look()?;
-        }
         self.sink.flush()?;
         Ok(Flow::Continue)
     }

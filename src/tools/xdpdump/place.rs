@@ -7,9 +7,11 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::fcntl::{Flock, FlockArg};
 
@@ -149,36 +151,49 @@ fn write_known(map: &MapHandle, known: u32) -> Result<()> {
         .context("failed to tell the capture's program of the chain")
 }
 
-/// Finds programs that others put into the slots of a running capture's chain: bpftool, an older netprobe.
+/// Lets running captures go by slots that are empty, and finds programs that others put there: bpftool, an older netprobe. A thread
+/// does, as what takes the captured packets may have to wait for its reader.
+#[derive(Debug)]
 pub struct Watch {
-    array: MapHandle,
-    known: MapHandle,
-    next: Instant,
+    /// Tells the thread by its end.
+    _done: Sender<()>,
 }
 
 impl Watch {
     /// How long such a program may wait for its first packet.
-    const PERIOD: Duration = Duration::from_millis(100);
+    const PERIOD: Duration = Duration::from_millis(50);
 
-    pub fn new(place: &Place) -> Result<Self> {
-        Ok(Self {
-            array: open(place, "next_prog_map")?,
-            known: open(place, CHAIN_EMPTY)?,
-            next: Instant::now(),
-        })
+    pub fn start<'p>(places: impl Iterator<Item = &'p Place>) -> Result<Self> {
+        let mut chains = Vec::new();
+        for place in places {
+            let _lock = Lock::take()?;
+            chains.push((open(place, "next_prog_map")?, open(place, CHAIN_EMPTY)?));
+            note_emptiness(place)?;
+        }
+        let (done, wait) = bounded(0);
+        let run = move || {
+            while wait.recv_timeout(Self::PERIOD) == Err(RecvTimeoutError::Timeout) {
+                for (array, known) in &chains {
+                    if let Err(e) = look(array, known) {
+                        eprintln!("netprobe: {e:#}");
+                        return;
+                    }
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("chain".into())
+            .spawn(run)
+            .context("failed to start a thread")?;
+        Ok(Self { _done: done })
     }
+}
 
-    /// Never tells that the slots are empty: another process may be about to put a program in.
-    pub fn look(&mut self) -> Result<()> {
-        let now = Instant::now();
-        if now < self.next {
-            return Ok(());
-        }
-        self.next = now + Self::PERIOD;
-        if slots_of(&self.array).is_empty() {
-            return Ok(());
-        }
-        write_known(&self.known, UNKNOWN)
+/// Never tells that the slots are empty: another process may be about to put a program in.
+fn look(array: &MapHandle, known: &MapHandle) -> Result<()> {
+    match slots_of(array) {
+        Ok(slots) if slots.is_empty() => Ok(()),
+        _ => write_known(known, UNKNOWN),
     }
 }
 
@@ -189,20 +204,21 @@ pub fn used_slots(place: &Place) -> Result<Vec<u32>> {
 
 /// Slots that hold a program, with the program's id.
 pub fn slots(place: &Place) -> Result<Vec<(u32, u32)>> {
-    Ok(slots_of(&open(place, "next_prog_map")?))
+    slots_of(&open(place, "next_prog_map")?)
 }
 
 /// The same of a chain's program array.
-pub fn slots_of(array: &MapHandle) -> Vec<(u32, u32)> {
-    let read = |slot: u32| {
-        array
+pub fn slots_of(array: &MapHandle) -> Result<Vec<(u32, u32)>> {
+    let mut used = Vec::new();
+    for slot in 0..SLOTS {
+        let id = array
             .lookup(&slot.to_ne_bytes(), MapFlags::ANY)
-            .ok()
-            .flatten()
-    };
-    (0..SLOTS)
-        .filter_map(|slot| Some((slot, u32::from_ne_bytes(read(slot)?.try_into().ok()?))))
-        .collect()
+            .context("failed to read the chain's slots")?;
+        if let Some(id) = id.and_then(|bytes| bytes.try_into().ok()) {
+            used.push((slot, u32::from_ne_bytes(id)));
+        }
+    }
+    Ok(used)
 }
 
 /// Puts a program into a slot, live: the next packet runs it.

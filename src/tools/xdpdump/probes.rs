@@ -132,7 +132,6 @@ impl<'a> Capture<'a> {
             owned: true,
         };
         let chain = Chain::install(plan, &parts, &lock)?;
-        place::note_emptiness(&place)?;
         let mode = chain.mode();
         Ok(Capture {
             skel,
