@@ -6,8 +6,8 @@
  * by a plain load through a pointer that bpf_rdonly_cast made typed (kernel
  * 6.2: a fault reads as 0, and no helper is called: 95 instructions in place
  * of 120 for one member, 110 in place of 630 for five), else by
- * bpf_probe_read_kernel. use_cast is in .rodata: the verifier removes the
- * branch that is not taken.
+ * bpf_probe_read_kernel. use_cast is in .rodata: the branch that is not
+ * taken is removed (src/filter/prune.rs).
  */
 #ifndef NETPROBE_COMPAT_BPF_H
 #define NETPROBE_COMPAT_BPF_H
@@ -25,7 +25,7 @@ const volatile __u8 use_cast = 0;
 /*
  * A call that user space replaces by one of the kernel's function, whose number
  * it knows (src/filter/inject.rs): for an extern __ksym libbpf reads all of the
- * kernel's BTF. Where it is not replaced the verifier removes it (use_cast).
+ * kernel's BTF. Where it is not replaced it is removed (use_cast).
  */
 static void *(*const np_rdonly_cast)(const void *obj,
 				     __u32 btf_id) = (void *)0x4e504341;

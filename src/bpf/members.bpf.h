@@ -5,7 +5,7 @@
 
 #include "members.h"
 
-/* The verifier knows these: what is not asked for costs nothing. */
+/* Constants: what is not asked for costs nothing. */
 const volatile __u32 np_path_count = 0;
 const volatile struct np_path np_paths[NP_PATHS] = {};
 

@@ -210,7 +210,7 @@ static __noinline __u64 may_match_read(const void *skb_ptr)
 	__u16 offset;
 	__u8 *at;
 
-	/* What lies before the head, the head, data; for offset constants the verifier leaves one of these. */
+	/* What lies before the head, the head, data; for offset constants one of these is left. */
 	if (!NP_DATA_BEHIND_HEAD ||
 	    bpf_probe_read_kernel(fields, sizeof(fields),
 				  (void *)&skb->head - 16))
@@ -355,7 +355,7 @@ static __always_inline void event_end(void *ctx, struct skb_scratch *buf,
 
 /*
  * Sections beside META and TUPLE: one question where none of them is asked for
- * (each costs 3 instructions that the verifier leaves).
+ * (each costs 3 instructions).
  */
 #define SKB_SECTIONS_MORE (~(SKB_SECTION_META | SKB_SECTION_TUPLE))
 
@@ -438,7 +438,7 @@ static __always_inline void write_event_by(void *ctx, struct skb_scratch *buf,
 	__u64 len = sizeof(struct skb_event);
 
 	event_begin(buf, (__u64)skb, hit);
-	/* `sections` is known to the verifier, so each offset is a constant. */
+	/* `sections` is a constant, so each offset is a constant. */
 	if (sections & SKB_SECTION_META) {
 		read_meta(skb, hit->sk, (struct skb_meta *)&buf->bytes[len],
 			  use_cast);

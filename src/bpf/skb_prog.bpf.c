@@ -44,6 +44,10 @@ struct {
 	__type(value, struct running);
 } running SEC(".maps");
 
+/*
+ * Replaced when a program is loaded for another one. No branch may depend on it: what is switched off by constants has gone by
+ * then (src/filter/prune.rs).
+ */
 static __always_inline __u32 program_id(void)
 {
 	__u64 id;

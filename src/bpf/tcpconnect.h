@@ -28,7 +28,7 @@
 #define TCP_FILTER_DADDR (1U << 8)
 #define TCP_FILTER_NETNS (1U << 9)
 
-/* In .rodata: fixed for a run, so that the verifier drops what is off. */
+/* In .rodata: fixed for a run, so that what is off is taken out. */
 struct tcp_filter {
 	__u64 cgroup; /* this cgroup or one below it, by id */
 	__u64 min_ns; /* outcomes that took less are not told */

@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 use std::ptr::NonNull;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{AsRawLibbpf, OpenObject};
 use libbpf_sys as sys;
 
@@ -53,7 +53,7 @@ pub fn change(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -
         }
         let mut code = read(raw, current)?;
         if let Some(casts) = casts {
-            code.replace_casts(casts);
+            code.replace_casts(casts)?;
         }
         for (body, found) in bodies.iter().zip(&mut found) {
             if let Some(stub) = code.function(body.stub) {
@@ -61,7 +61,7 @@ pub fn change(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -
                 *found = true;
             }
         }
-        prune::prune(&mut code, &constants)?;
+        prune::prune(&mut code, &constants);
         write(current, &code)?;
     }
     match found.iter().position(|found| !found) {
@@ -85,18 +85,20 @@ impl Code {
     }
 
     /// Every cast becomes one of the kernel's.
-    fn replace_casts(&mut self, casts: &Casts) {
+    fn replace_casts(&mut self, casts: &Casts) -> Result<()> {
         let place = Insn::call(CAST_PLACE);
-        for insn in &mut self.insns {
-            let of = |first: i32| usize::try_from(insn.imm.wrapping_sub(first)).ok();
+        let mut at = 0;
+        while let Some(insn) = self.insns.get_mut(at) {
+            let number = usize::try_from(insn.imm.wrapping_sub(FIRST_TYPE)).ok();
             if *insn == place {
                 *insn = Insn::call_kfunc(casts.function);
-            } else if let Some(id) = of(FIRST_TYPE).and_then(|i| casts.types.get(i))
-                && insn.is_move_imm()
-            {
+            } else if let Some(id) = number.and_then(|number| casts.types.get(number)) {
+                ensure!(insn.is_move_imm(), "a cast's type is in {insn}");
                 insn.imm = *id;
             }
+            at += insn.width();
         }
+        Ok(())
     }
 
     /// A body in place of a function's; what lies behind moves.

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::asm::{Alu, Insn, Operand, Reg};
 use super::inject::Code;
@@ -57,11 +57,20 @@ struct Op {
     jump: Option<Target>,
 }
 
-/// Shortens the program; one with an instruction that is not understood stays as it is.
-pub(super) fn prune(code: &mut Code, constants: &Constants) -> Result<()> {
-    if code.insns.iter().any(|insn| insn.is_unusual()) {
-        return Ok(());
+/// Shortens the program; one that is not understood stays as it is.
+pub(super) fn prune(code: &mut Code, constants: &Constants) {
+    // What is wrong with it the verifier tells better.
+    if let Ok(shorter) = shortened(code, constants) {
+        *code = shorter;
     }
+}
+
+fn shortened(code: &Code, constants: &Constants) -> Result<Code> {
+    ensure!(
+        code.functions.first().is_some_and(|(_, first)| *first == 0)
+            && !code.insns.iter().any(|insn| insn.is_unusual()),
+        "not understood"
+    );
     let ranges: Vec<Range<usize>> = (0..code.functions.len())
         .map(|i| code.functions[i].1..code.functions.get(i + 1).map_or(code.insns.len(), |f| f.1))
         .collect();
@@ -83,10 +92,7 @@ pub(super) fn prune(code: &mut Code, constants: &Constants) -> Result<()> {
         false => {
             let mut jumps = flows.iter().enumerate();
             let hub = jumps.find_map(|(i, flow)| Some((i, flow.as_ref()?.spare(&code.insns)?)));
-            let Some(hub) = hub else {
-                return Ok(());
-            };
-            Some(hub)
+            Some(hub.context("functions that nobody calls, and no jump to call them from")?)
         }
     };
 
@@ -126,9 +132,12 @@ pub(super) fn prune(code: &mut Code, constants: &Constants) -> Result<()> {
             if let Some(target) = op.jump {
                 let to = match target {
                     Target::Dead => end,
-                    Target::Old(old) => *places
-                        .get(body.partition_point(|op| op.old < old))
-                        .context("a jump leaves its function")?,
+                    Target::Old(old) => {
+                        let inside = ranges[i].contains(&old);
+                        let op = body.partition_point(|op| op.old < old);
+                        let to = places.get(op).filter(|_| inside);
+                        *to.context("a jump leaves its function")?
+                    }
                 };
                 insn.off = i16::try_from(to as i64 - place as i64 - 1).context("a jump too far")?;
             }
@@ -147,11 +156,11 @@ pub(super) fn prune(code: &mut Code, constants: &Constants) -> Result<()> {
             insns.extend(nothing);
         }
     }
-    code.insns = insns;
-    for ((_, first), start) in code.functions.iter_mut().zip(starts) {
-        *first = start;
-    }
-    Ok(())
+    let names = code.functions.iter().map(|(name, _)| name.clone());
+    Ok(Code {
+        insns,
+        functions: names.zip(starts).collect(),
+    })
 }
 
 /// The function that begins at this instruction.

@@ -91,13 +91,13 @@ impl Btf {
     pub fn vmlinux(file: Option<&Path>) -> Result<Self> {
         let sysfs = format!("{SYSFS}/vmlinux");
         let data = match file {
-            None => File::open(&sysfs)
-                .map_err(anyhow::Error::from)
-                .and_then(Data::read)
-                .or_else(|_| Data::parse(&by_libbpf(None)?))
-                .map_err(|e| {
-                    anyhow!("no BTF of the kernel ({sysfs}: {e}): it needs CONFIG_DEBUG_INFO_BTF=y")
-                }),
+            None => match File::open(&sysfs) {
+                Ok(file) => Data::read(file),
+                Err(_) => by_libbpf(None).and_then(|bytes| Data::parse(&bytes)),
+            }
+            .map_err(|e| {
+                anyhow!("no BTF of the kernel ({sysfs}: {e}): it needs CONFIG_DEBUG_INFO_BTF=y")
+            }),
             Some(path) => by_libbpf(Some(path))
                 .and_then(|bytes| Data::parse(&bytes))
                 .map_err(|e| {
@@ -123,8 +123,10 @@ impl Btf {
 
     /// BTF of the loaded module `name`; `self` is vmlinux's. Kernels from 5.11.
     fn module(&self, name: &str) -> Result<Self> {
-        let file = File::open(Path::new(SYSFS).join(name));
-        let data = file.map_err(anyhow::Error::from).and_then(Data::read);
+        // Held, as the module may go while it is used.
+        let bytes = std::fs::read(Path::new(SYSFS).join(name));
+        let data = bytes.map_err(anyhow::Error::from);
+        let data = data.and_then(|bytes| Data::parse(&bytes));
         Ok(Self {
             own: Rc::new(data.map_err(|e| anyhow!("no BTF of the module {name}: {e}"))?),
             base: Some(self.own.clone()),
@@ -493,7 +495,7 @@ impl Btf {
     fn places<'a>(&self, names: &BTreeSet<&'a str>) -> ByAddress<&'a str> {
         let mut places = ByAddress::default();
         for (data, from) in self.parts() {
-            // Kernel memory: there is nothing that could fail.
+            // vmlinux's stay in kernel memory, others are held: there is nothing that could fail.
             let own = data.places(names).unwrap_or_default();
             places.extend(own.iter().map(|(at, name)| (u64::from(from + at), *name)));
         }

@@ -69,12 +69,13 @@ enum Strings {
 }
 
 impl Data {
-    /// Of a file that does not change: the kernel's own. Its strings are read when they are asked for.
+    /// Of the file of vmlinux's, which never changes. Its strings are read when they are asked for.
     pub fn read(file: File) -> Result<Self> {
+        let length = file.metadata()?.len();
         let mut header = [0; HEADER];
         file.read_exact_at(&mut header, 0).context("no BTF")?;
-        let (types, strings) = sections(&header, file.metadata()?.len())?;
-        let bytes = match vmlinux(types.end) {
+        let (types, strings) = sections(&header, length)?;
+        let bytes = match vmlinux(types.end, length) {
             Some(mut bytes) if bytes.starts_with(&header) => {
                 bytes.drain(..types.start);
                 bytes
@@ -201,7 +202,8 @@ impl Data {
         let new = |name: &&&str| !places.contains_key(**name);
         let new: BTreeSet<&str> = names.iter().filter(new).copied().collect();
         if !new.is_empty() {
-            places.extend(new.iter().map(|&name| (name.to_owned(), Vec::new())));
+            let mut found: BTreeMap<&str, Vec<u32>> =
+                new.iter().map(|&n| (n, Vec::new())).collect();
             let mut ends = Words::default();
             for end in new.iter().filter_map(|name| end_of(name.as_bytes())) {
                 ends.add(end);
@@ -209,12 +211,12 @@ impl Data {
             self.each_that_may_be(&Heads::new(new.iter().copied()), |at, string| {
                 if end_of(string).is_none_or(|end| ends.may_have(end))
                     && let Ok(string) = std::str::from_utf8(string)
-                    && new.contains(string)
-                    && let Some(places) = places.get_mut(string)
+                    && let Some(places) = found.get_mut(string)
                 {
                     places.push(at);
                 }
             })?;
+            places.extend(found.into_iter().map(|(name, at)| (name.to_owned(), at)));
         }
         let of = |&name: &&'a str| {
             let at = places.get(name).into_iter().flatten();
@@ -225,6 +227,10 @@ impl Data {
 
     /// Those strings that may be one of the names, with their offsets and without their NUL. Some others too.
     fn each_that_may_be(&self, heads: &Heads, mut found: impl FnMut(u32, &[u8])) -> io::Result<()> {
+        if let Strings::Held(bytes) = &self.strings {
+            scan(bytes, heads, found);
+            return Ok(());
+        }
         let length = self.string_bytes();
         let mut bytes = vec![0; CHUNK];
         // What it holds: strings from an offset on, the first one whole.
@@ -249,9 +255,9 @@ impl Data {
     }
 }
 
-/// The first bytes of the kernel's BTF by one system call, where it is the first of all and this process may ask: its file gives a page
-/// at a time.
-fn vmlinux(bytes: usize) -> Option<Vec<u8>> {
+/// The first bytes of the kernel's BTF, which has so many in all, by one system call, where it is the first of all and this process may
+/// ask: its file gives a page at a time.
+fn vmlinux(bytes: usize, whole: u64) -> Option<Vec<u8>> {
     // SAFETY: a number.
     let btf = owned(unsafe { sys::bpf_btf_get_fd_by_id(1) }).ok()?;
     let mut to = vec![0; bytes];
@@ -263,7 +269,7 @@ fn vmlinux(bytes: usize) -> Option<Vec<u8>> {
     let mut size = size_of_val(&info) as u32;
     // SAFETY: `info` states how many bytes `to` has, which outlives the call, and `size` how many `info` has.
     let code = unsafe { sys::bpf_btf_get_info_by_fd(btf.as_raw_fd(), &mut info, &mut size) };
-    (check(code).is_ok() && info.kernel_btf == 1).then_some(to)
+    (check(code).is_ok() && info.kernel_btf == 1 && u64::from(info.btf_size) == whole).then_some(to)
 }
 
 /// Tells the strings of `bytes` that may be one of the names. Gives back how many bytes whole strings take.
@@ -472,7 +478,7 @@ impl<'a> Type<'a> {
         self.info() >> 31 != 0
     }
 
-    /// The `i`th 32-bit word behind the type, which a type of this kind has ([`Data::parse`] saw to it).
+    /// The `i`th 32-bit word behind the type, which a type of this kind has ([`Data::of`] saw to it).
     pub fn word(self, i: usize) -> u32 {
         word(self.0, TYPE + 4 * i)
     }

@@ -101,14 +101,14 @@ impl SkbFields {
     /// How far apart they may be: bytes of the struct through which they are read.
     const REACH: u32 = 126;
 
-    /// None where this kernel has them elsewhere than all have had them.
-    fn find(btf: &Btf) -> Option<Self> {
+    /// None where this kernel has them elsewhere than all have had them. `typed`: there are typed loads.
+    fn find(btf: &Btf, typed: bool) -> Option<Self> {
         let at = |name: &str| {
             let path = [Step::Member(name.to_owned())];
             Some(resolve(btf, "sk_buff", &path).ok()?.offset)
         };
         let fields = Self {
-            typed: btf.has_function("bpf_rdonly_cast"),
+            typed,
             data_len: at("data_len")?,
             mac_len: at("mac_len")?,
             network_header: at("network_header")?,
@@ -132,7 +132,7 @@ impl Features {
     /// The same for a caller that has read the kernel's BTF already.
     pub fn with(btf: Option<&Btf>) -> Self {
         let casts = btf.and_then(Casts::find);
-        let skb_fields = btf.and_then(SkbFields::find);
+        let skb_fields = btf.and_then(|btf| SkbFields::find(btf, casts.is_some()));
         Self {
             release: nix::sys::utsname::uname()
                 .map(|u| u.release().to_string_lossy().into_owned())
@@ -156,6 +156,17 @@ impl Features {
             func_ip: helper(sys::BPF_FUNC_get_func_ip),
             drop_reasons: btf.is_some_and(|b| b.has_enum("skb_drop_reason")),
         }
+    }
+
+    /// What programs tell the kernel of its types, out of the running kernel's BTF: where that of another file was taken for all
+    /// else, and may differ.
+    pub fn take_casts(&mut self, running: Option<&Btf>) {
+        self.casts = running.and_then(Casts::find);
+        self.rdonly_cast = self.casts.is_some();
+        if let Some(fields) = &mut self.skb_fields {
+            fields.typed = self.rdonly_cast;
+        }
+        self.typed_filter = self.skb_fields.is_some_and(|fields| fields.typed);
     }
 
     /// One line that says why kprobes cannot be used, and what to do.
@@ -231,7 +242,6 @@ impl Features {
     }
 }
 
-/// `none [integrity] confidentiality`: the mode in brackets.
 /// The kernel's lockdown mode: `none`, `integrity` or `confidentiality`; nothing where it has no lockdown.
 pub fn lockdown() -> Option<String> {
     let text = fs::read_to_string("/sys/kernel/security/lockdown").ok()?;

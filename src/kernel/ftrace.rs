@@ -29,8 +29,6 @@ const KERNEL: u64 = 1 << 63;
 const FIRST_PAGE: &str = "ftrace_pages_start";
 /// bpf_seq_write(seq, data, bytes)
 const HELPER_SEQ_WRITE: i32 = 127;
-/// BPF_PSEUDO_MAP_VALUE
-const MAP_VALUE: u8 = 2;
 /// Bytes that are copied at once.
 const CHUNK: usize = 1 << 16;
 /// More groups of records than any kernel has: a list that changes while it is read must end.
@@ -170,7 +168,10 @@ fn calls(btf: &Btf, first_page: u64) -> Result<Vec<u64>> {
         Ok(btf.size(id) as usize)
     };
     let (page_size, record_size) = (size("ftrace_page")?, size("dyn_ftrace")?);
-    ensure!(record_size > 0 && page_size <= CHUNK, "strange records");
+    ensure!(
+        (1..=CHUNK).contains(&record_size) && page_size <= CHUNK,
+        "strange records"
+    );
     let number = |bytes: &[u8], at: usize| -> Result<u64> {
         let word = bytes.get(at..at + 8).and_then(|b| b.try_into().ok());
         Ok(u64::from_ne_bytes(word.context("strange records")?))
@@ -272,7 +273,7 @@ fn iterate(btf: &Btf, heads: &Heads) -> Result<File> {
     asm.push(Insn::alu64_imm(Alu::Mov, Reg::R3, RECORD as i32));
     asm.jump(write);
 
-    // A function: as Heads::may_be().
+    // A function: as Heads::may_begin().
     asm.place(keep);
     asm.push(Insn::load(Size::W, Reg::R2, symbol, name));
     asm.push(Insn::alu32_imm(Alu::Mul, Reg::R2, Heads::FACTOR));
@@ -280,7 +281,12 @@ fn iterate(btf: &Btf, heads: &Heads) -> Result<File> {
     asm.push(Insn::alu64(Alu::Mov, Reg::R3, Reg::R2));
     asm.push(Insn::alu64_imm(Alu::Rsh, Reg::R3, 6));
     asm.push(Insn::alu64_imm(Alu::Lsh, Reg::R3, 3));
-    asm.extend(Insn::load_imm64(Reg::R4, MAP_VALUE, bits.as_raw_fd(), 0));
+    asm.extend(Insn::load_imm64(
+        Reg::R4,
+        Insn::MAP_VALUE,
+        bits.as_raw_fd(),
+        0,
+    ));
     asm.push(Insn::alu64(Alu::Add, Reg::R4, Reg::R3));
     asm.push(Insn::load(Size::Dw, Reg::R3, Reg::R4, 0));
     asm.push(Insn::alu64_imm(Alu::And, Reg::R2, 63));
@@ -347,7 +353,12 @@ impl Memory {
         asm.push(Insn::load(Size::Dw, Reg::R2, Reg::R1, 8));
         asm.push(Insn::alu64_imm(Alu::Mov, Reg::R0, -1));
         asm.jump_if_imm(Reg::R2, Cond::Gt, CHUNK as i32, end);
-        asm.extend(Insn::load_imm64(Reg::R1, MAP_VALUE, map.as_raw_fd(), 0));
+        asm.extend(Insn::load_imm64(
+            Reg::R1,
+            Insn::MAP_VALUE,
+            map.as_raw_fd(),
+            0,
+        ));
         asm.push(Insn::call(HELPER_PROBE_READ_KERNEL));
         asm.place(end);
         asm.push(Insn::exit());

@@ -186,25 +186,32 @@ impl Place {
     }
 }
 
+/// Structs without a name within one another: no kernel has more than some three, and a broken BTF may have no end of them.
+const DEPTH: u32 = 16;
+
 /// A member by its name, and its place in bits; members of structs and unions without a name count as the struct's own.
 fn find(btf: &Btf, type_id: u32, wanted: &str) -> Option<(u32, Member)> {
-    for member in btf.members(type_id) {
-        if member.name == wanted {
-            return Some((member.bit_offset, member));
-        }
-        if member.name.is_empty() {
-            if let Some((offset, found)) = find(btf, member.type_id, wanted) {
-                return Some((member.bit_offset + offset, found));
+    fn within(btf: &Btf, type_id: u32, wanted: &str, depth: u32) -> Option<(u32, Member)> {
+        for member in btf.members(type_id) {
+            if member.name == wanted {
+                return Some((member.bit_offset, member));
+            }
+            if member.name.is_empty() && depth > 0 {
+                let found = within(btf, member.type_id, wanted, depth - 1);
+                if let Some((offset, found)) = found {
+                    return Some((member.bit_offset.checked_add(offset)?, found));
+                }
             }
         }
+        None
     }
-    None
+    within(btf, type_id, wanted, DEPTH)
 }
 
-fn names(btf: &Btf, type_id: u32, into: &mut Vec<String>) {
+fn names(btf: &Btf, type_id: u32, depth: u32, into: &mut Vec<String>) {
     for member in btf.members(type_id) {
-        if member.name.is_empty() {
-            names(btf, member.type_id, into);
+        if member.name.is_empty() && depth > 0 {
+            names(btf, member.type_id, depth - 1, into);
         } else {
             into.push(member.name);
         }
@@ -214,7 +221,7 @@ fn names(btf: &Btf, type_id: u32, into: &mut Vec<String>) {
 /// `; did you mean …?` with the names of a struct that are close.
 fn suggest(btf: &Btf, type_id: u32, wanted: &str) -> String {
     let mut all = Vec::new();
-    names(btf, type_id, &mut all);
+    names(btf, type_id, DEPTH, &mut all);
     let close = closest(wanted, all);
     if close.is_empty() {
         return String::new();

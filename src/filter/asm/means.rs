@@ -39,8 +39,11 @@ impl Insn {
     /// Goes somewhere, or reads something, that the methods here do not tell.
     pub fn is_unusual(self) -> bool {
         match self.class() {
-            CLASS_JMP => self.op() == JCOND,
+            // Of a jump without a condition also the one by a register.
+            CLASS_JMP => self.op() == JCOND || self.op() == JA && self.code & SRC_X != 0,
             CLASS_JMP32 => self.op() == JA,
+            // Loads that acquire.
+            CLASS_STX => self.code & 0xe0 == MODE_ATOMIC && self.imm == 0x100,
             // Of the class of 64-bit constants and their second halves; others load from an sk_buff.
             0x00 => !matches!(self.code, 0x18 | 0),
             _ => false,

@@ -14,7 +14,7 @@ fn pruned(functions: &[&str], insns: Vec<Insn>) -> (Vec<String>, Vec<usize>) {
         functions: firsts.collect(),
     };
     let constants = Constants(vec![(7, vec![1, 0, 0, 0, 1, 0, 0, 0x80])]);
-    prune(&mut code, &constants).unwrap();
+    prune(&mut code, &constants);
     let text = code.insns.iter().map(Insn::to_string).collect();
     (
         text,
@@ -323,7 +323,7 @@ proptest! {
         let constants = Constants(vec![(7, vec![1, 0, 0, 0, 1, 0, 0, 0x80])]);
         let mut code = Code { insns: assemble(&steps), functions: vec![("main".to_owned(), 0)] };
         let before = code.insns.clone();
-        prune(&mut code, &constants).unwrap();
+        prune(&mut code, &constants);
         prop_assert!(code.insns.len() <= before.len());
         for first in [first, 0, 1] {
             prop_assert_eq!(

@@ -64,7 +64,10 @@ pub fn run(args: &Args) -> Result<()> {
     if let Ok(btf) = &btf {
         btf.await_names(bpf::SKB_TYPES);
     }
-    let features = Features::with(btf.as_ref().ok());
+    let mut features = Features::with(btf.as_ref().ok());
+    if args.kernel_btf.is_some() {
+        features.take_casts(Btf::vmlinux(None).ok().as_ref());
+    }
     let wants = Wants {
         track: args.track(),
         owner: args.output_owner,
