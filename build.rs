@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use libbpf_cargo::SkeletonBuilder;
+use libbpf_rs::Linker;
 use libbpf_rs::btf::{Btf, BtfType, TypeId};
 
 fn main() -> Result<()> {
@@ -111,13 +112,19 @@ fn number(bytes: &[u8], at: usize, size: usize) -> Option<usize> {
     usize::try_from(u64::from_le_bytes(number)).ok()
 }
 
-/// Takes from an object which source lines its instructions are of: netprobe changes the instructions (src/filter/inject.rs), and
-/// the kernel would check each line.
+/// Takes from an object which source lines its instructions are of, and their text: netprobe changes the instructions
+/// (src/filter/inject.rs), and the kernel would check each line.
 fn without_lines(object: &Path) -> Result<()> {
     let mut ext = BtfExt::of(object)?;
     let length = ext.at + BtfExt::LINES;
     ext.bytes[length..length + 4].fill(0);
-    fs::write(object, ext.bytes)?;
+    let with_text = object.with_extension("text.o");
+    fs::write(&with_text, ext.bytes)?;
+    // What nothing refers to is left out.
+    let mut linker = Linker::new(object)?;
+    linker.add_file(&with_text)?;
+    linker.link()?;
+    fs::remove_file(with_text)?;
     Ok(())
 }
 
