@@ -11,6 +11,7 @@ use netprobe::engine::drain::{BufferOptions, monotonic_ns, online_cpus};
 use netprobe::engine::perf::PerfBuffers;
 use netprobe::filter::asm::{Alu, Insn, Reg, Size};
 use netprobe::kernel::attach::make_room;
+use netprobe::kernel::functions::addresses;
 use netprobe::kernel::xdp::{self, Mode};
 
 const XDP_PASS: i32 = 2;
@@ -139,25 +140,22 @@ pub fn attach_by_names(hooks: &Hooks) -> Result<Option<u64>> {
     let Hooks::Multi(lists) = hooks else {
         return Ok(None);
     };
-    let symbols = fs::read_to_string("/proc/kallsyms")?;
-    let mut by_addr: BTreeMap<u64, &str> = BTreeMap::new();
-    let mut count: HashMap<&str, usize> = HashMap::new();
-    for line in symbols.lines() {
-        let mut words = line.split_ascii_whitespace();
-        if let (Some(addr), Some("t" | "T" | "w" | "W"), Some(name)) =
-            (words.next(), words.next(), words.next())
-        {
-            by_addr.insert(u64::from_str_radix(addr, 16)?, name);
-            *count.entry(name).or_default() += 1;
-        }
-    }
+    let mut by_addr: BTreeMap<u64, String> = BTreeMap::new();
+    let mut count: HashMap<String, usize> = HashMap::new();
+    addresses(
+        |_| true,
+        |addr, name| {
+            by_addr.insert(addr, name.to_owned());
+            *count.entry(name.to_owned()).or_default() += 1;
+        },
+    );
     // ftrace's place may be behind an `endbr64`.
-    let name = |addr: &u64| Some(*by_addr.range(..=addr).next_back()?.1);
+    let name = |addr: &u64| Some(by_addr.range(..=addr).next_back()?.1.as_str());
     let names: Vec<CString> = lists
         .iter()
         .flatten()
         .filter_map(name)
-        .filter(|name| count[name] == 1)
+        .filter(|name| count[*name] == 1)
         .map(CString::new)
         .collect::<Result<_, _>>()?;
     let pointers: Vec<_> = names.iter().map(|name| name.as_ptr()).collect();

@@ -18,7 +18,7 @@
  *		return 0;
  *
  * Both are true at once where no filter is set (np_filter_on is constant: the
- * verifier removes the rest). In an XDP program, after defining
+ * rest is taken out). In an XDP program, after defining
  * NP_FILTER_XDP before the #include:
  *
  *	if (np_filter_on && !np_filter_xdp(ctx))

@@ -99,7 +99,7 @@ pub fn run(args: &Args) -> Result<()> {
     let core = (args.kernel_btf.is_none() && !wants.nft)
         .then(|| CoreBtf::new(&btf, bpf::SKB_TYPES))
         .transpose()?;
-    // Some 7 MB, which only a few need any longer.
+    // Some 3 MB, which only a few need any longer.
     let btf = args.filter_track_bpf_helpers.then_some(btf);
 
     let stop = signals::stop_channel()?;

@@ -57,7 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut pairs = pairs.into_iter().peekable();
     let kernel = Kernel::new(args, features, &btf);
     let core = CoreBtf::new(&btf, bpf::TCPCONNECT_TYPES)?;
-    // 6 MB less while libbpf works.
+    // 3 MB less while libbpf works.
     drop(btf);
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
