@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::io::{Read, Write};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use netprobe::engine::drain::Batch;
+use netprobe::engine::batch::Batch;
 use netprobe::engine::perf::note_records;
 use netprobe::tools::skb::replay::Replay;
 

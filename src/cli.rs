@@ -8,8 +8,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::engine::{UsageError, signals};
+use crate::run::signals;
 use crate::tools;
+use crate::usage::UsageError;
 
 /// Where did my packet go, why, and how slowly? Answers from a live Linux kernel, by eBPF.
 #[derive(Debug, Parser)]

@@ -1,21 +1,34 @@
 //! The crate's map. Arrows run down this list: each module may use those below it, never those above.
+//! `tests/layers.rs` compares this map with the `use` lines.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `cli` | the command line, exit codes |
 //! | `tools` | one folder or file per subcommand |
-//! | `output` | writers: text, JSON lines, files |
-//! | `event` | owned, pure types and their decoders |
+//! | `chain` | the XDP programs of an interface |
+//! | `run` | a run from its start to its end: pins, signals, the loop, loss, output |
 //! | `filter` | packet expressions: libpcap, cBPF, eBPF, injection |
+//! | `event` | owned, pure types and their decoders |
+//! | `engine` | buffers, drain, merge: bytes in, order of time out |
 //! | `kernel` | what the running kernel has and knows: BTF, symbols, features, interfaces |
-//! | `engine` | pins, drain, merge, loss, signals, the loop of a run |
 //! | `bpf` | the skeletons and their plain types |
+//! | `capture` | capture files |
+//! | `insn` | eBPF instructions |
+//! | `text` | bytes of lines: numbers, escapes, columns, JSON |
+//! | `os` | clock, page size, CPUs |
+//! | `usage` | wrong requests of the user |
 
 pub mod bpf;
+pub mod capture;
+pub mod chain;
 pub mod cli;
 pub mod engine;
 pub mod event;
 pub mod filter;
+pub mod insn;
 pub mod kernel;
-pub mod output;
+pub mod os;
+pub mod run;
+pub mod text;
 pub mod tools;
+pub mod usage;

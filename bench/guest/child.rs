@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
-use netprobe::engine::drain::monotonic_ns;
+use netprobe::os::monotonic_ns;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

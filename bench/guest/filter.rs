@@ -5,12 +5,12 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 
 use anyhow::{Result, ensure};
-use netprobe::engine::drain::monotonic_ns;
 use netprobe::filter::BLOCK;
 use netprobe::filter::cbpf::Program;
 use netprobe::filter::expr::{self, SNAPLEN};
 use netprobe::filter::pcap::Linktype;
 use netprobe::filter::run::{Runner, socket_filter};
+use netprobe::os::monotonic_ns;
 
 const EXPRESSION: &str = "tcp port 80 or icmp";
 const PACKETS: u32 = 5_000;

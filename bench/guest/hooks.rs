@@ -7,12 +7,13 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
-use netprobe::engine::drain::{BufferOptions, monotonic_ns, online_cpus};
+use netprobe::engine::batch::BufferOptions;
 use netprobe::engine::perf::PerfBuffers;
-use netprobe::filter::asm::{Alu, Insn, Reg, Size};
+use netprobe::insn::asm::{Alu, Insn, Reg, Size};
 use netprobe::kernel::attach::make_room;
 use netprobe::kernel::functions::addresses;
 use netprobe::kernel::xdp::{self, Mode};
+use netprobe::os::{monotonic_ns, online_cpus};
 
 const XDP_PASS: i32 = 2;
 

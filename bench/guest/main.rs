@@ -16,9 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use netprobe::engine::drain::{Batch, monotonic_ns};
+use netprobe::engine::batch::Batch;
 use netprobe::kernel::functions::address;
 use netprobe::kernel::xdp::Mode;
+use netprobe::os::monotonic_ns;
 
 use child::Tool;
 use hooks::{Empty, Hooks};

@@ -7,8 +7,8 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use netprobe::engine::drain::monotonic_ns;
-use netprobe::output::pcap_read::Reader;
+use netprobe::capture::pcap_read::Reader;
+use netprobe::os::monotonic_ns;
 
 use crate::child::Tool;
 use crate::net::{self, Net};

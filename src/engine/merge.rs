@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use super::drain::{Batch, BatchRecord};
+use super::batch::{Batch, BatchRecord};
 
 /// An event as it leaves the merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

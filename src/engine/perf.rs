@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::drain::{Batch, BufferOptions, page_size};
+use super::batch::{Batch, BufferOptions};
+use crate::os::page_size;
 
 /// `struct perf_event_header`: u32 type, u16 misc, u16 size (of the whole record, a multiple of 8).
 const HEADER: usize = 8;

@@ -12,7 +12,8 @@ use anyhow::{Context, Result};
 use libbpf_sys as sys;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::drain::{Batch, BufferOptions, POLL_MS, page_size};
+use super::batch::{Batch, BufferOptions, POLL_MS};
+use crate::os::page_size;
 
 /// In front of each record: u32 length and flags, u32 page offset.
 const HEADER: usize = 8;

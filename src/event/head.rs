@@ -1,7 +1,7 @@
 //! The head of every event: when, where, and who was current.
 
-use crate::output::escape::push_escaped;
-use crate::output::format::push_dec;
+use crate::text::escape::push_escaped;
+use crate::text::format::push_dec;
 
 /// `struct np_head` of src/bpf/event.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

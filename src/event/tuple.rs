@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::output::format::{push_dec, push_ip};
+use crate::text::format::{push_dec, push_ip};
 
 /// What `struct np_tuple` of src/bpf/packet.h says; only for IP packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

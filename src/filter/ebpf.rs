@@ -21,8 +21,8 @@ use anyhow::Result;
 pub use copied::translate_copied;
 pub use typed::translate_typed;
 
-use super::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
 use super::cbpf::{self, Acc, Offset, Op, Operand, Operand2, Program, Value};
+use crate::insn::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
 use flow::Flow;
 
 /// How packet bytes are loaded, and with it what the arguments of the subprogram are.

@@ -1,17 +1,18 @@
 //! Instructions in place of a stub: between a BPF object's preparation (maps made, code relocated, subprograms
 //! appended) and its loading. Must not know what the instructions do.
 
-use std::ffi::CStr;
 use std::ptr::NonNull;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use libbpf_rs::{AsRawLibbpf, OpenObject};
 use libbpf_sys as sys;
 
-use super::asm::Insn;
+use super::code::{Code, read, slice, write};
 use super::ebpf::{CAST_CALL, LOAD_CALL};
 use super::prune::{self, Constants};
-use crate::kernel::{self, features::Casts};
+use crate::insn::asm::Insn;
+use crate::kernel::bpf_object;
+use crate::kernel::features::Casts;
 
 /// The subprogram of `filter.bpf.h` that translated code calls for bytes out of its reach.
 const LOAD_FUNCTION: &str = "np_filter_load";
@@ -31,7 +32,7 @@ pub struct Body {
 /// constants switch them off). Then it takes out what the constants switch off. Read-only data, autoload, pins and reused maps must be set
 /// before this; the skeleton's `load()` comes after it.
 pub fn inject(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -> Result<()> {
-    kernel::prepare(object)?;
+    bpf_object::prepare(object)?;
     change(object, bodies, casts)
 }
 
@@ -70,20 +71,7 @@ pub fn change(object: &mut OpenObject, bodies: &[Body], casts: Option<&Casts>) -
     }
 }
 
-/// A program with its subprograms, as libbpf will load it.
-pub(super) struct Code {
-    pub insns: Vec<Insn>,
-    /// Names and first instructions, in order of the latter.
-    pub functions: Vec<(String, usize)>,
-}
-
 impl Code {
-    fn function(&self, name: &str) -> Option<usize> {
-        self.functions
-            .iter()
-            .position(|(function, _)| function == name)
-    }
-
     /// Every cast becomes one of the kernel's.
     fn replace_casts(&mut self, casts: &Casts) -> Result<()> {
         let place = Insn::call(CAST_PLACE);
@@ -179,81 +167,4 @@ fn constants(object: NonNull<sys::bpf_object>) -> Constants {
             found.push((sys::bpf_map__fd(map), bytes.to_vec()));
         }
     }
-}
-
-/// A slice of `count` things that libbpf has at `first`.
-///
-/// # Safety
-/// As `slice::from_raw_parts`, but null is allowed.
-unsafe fn slice<'a, T>(first: *const T, count: usize) -> &'a [T] {
-    if first.is_null() {
-        return &[];
-    }
-    // SAFETY: the caller promises that `count` things are there.
-    unsafe { std::slice::from_raw_parts(first, count) }
-}
-
-fn read(object: NonNull<sys::bpf_object>, program: NonNull<sys::bpf_program>) -> Result<Code> {
-    let program = program.as_ptr();
-    // SAFETY: the program belongs to the open object, whose memory does not change while these slices are read. An
-    // `Insn` has the layout of `bpf_insn`: eight bytes, the registers in one of them.
-    let (insns, functions, btf) = unsafe {
-        (
-            slice(
-                sys::bpf_program__insns(program).cast::<Insn>(),
-                sys::bpf_program__insn_cnt(program) as usize,
-            ),
-            slice(
-                sys::bpf_program__func_info(program),
-                sys::bpf_program__func_info_cnt(program) as usize,
-            ),
-            sys::bpf_object__btf(object.as_ptr()),
-        )
-    };
-    let name = |type_id: u32| -> Result<String> {
-        // SAFETY: the object's BTF lives as long as the object; a wrong id gives null.
-        let name = unsafe {
-            match sys::btf__type_by_id(btf, type_id).as_ref() {
-                Some(kind) => sys::btf__name_by_offset(btf, kind.name_off),
-                None => std::ptr::null(),
-            }
-        };
-        if name.is_null() {
-            bail!("a function has no name");
-        }
-        // SAFETY: not null: a string of the BTF.
-        Ok(unsafe { CStr::from_ptr(name) }
-            .to_string_lossy()
-            .into_owned())
-    };
-    let functions = functions
-        .iter()
-        .map(|info| Ok((name(info.type_id)?, info.insn_off as usize)))
-        .collect::<Result<Vec<_>>>()?;
-    Ok(Code {
-        insns: insns.to_vec(),
-        functions,
-    })
-}
-
-fn write(program: NonNull<sys::bpf_program>, code: &Code) -> Result<()> {
-    let program = program.as_ptr();
-    // SAFETY: libbpf's own arrays of this program, as many entries as `read` found in them; nothing else reads or
-    // writes them meanwhile. `set_insns` copies the instructions.
-    let status = unsafe {
-        let functions = sys::bpf_program__func_info(program);
-        for (i, (_, first)) in code.functions.iter().enumerate() {
-            (*functions.add(i)).insn_off = u32::try_from(*first)?;
-        }
-        sys::bpf_program__set_insns(
-            program,
-            code.insns.as_ptr().cast_mut().cast(),
-            code.insns.len() as _,
-        )
-    };
-    if status != 0 {
-        let error = std::io::Error::from_raw_os_error(-status);
-        return Err(error).context("failed to put the filter into the program");
-    }
-    Ok(())
 }

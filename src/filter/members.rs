@@ -16,7 +16,7 @@
 
 use anyhow::{Result, anyhow, bail, ensure};
 
-use super::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Label, Reg, Size};
+use crate::insn::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Label, Reg, Size};
 use crate::kernel::btf::Btf;
 use crate::kernel::members::{Access, Scalar, Step, closest, resolve};
 

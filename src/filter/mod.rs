@@ -7,14 +7,14 @@
 //! | `pcap` | the functions of libpcap |
 //! | `cbpf` | programs that passed the kernel's checks, a plain interpreter |
 //! | `ebpf` | the translation |
-//! | `asm` | eBPF instructions, labels, text |
 //! | `members` | conditions on members of kernel structs |
+//! | `code` | a program's instructions, taken out of libbpf and put back |
 //! | `inject` | instructions in place of a stub |
 //! | `prune` | a program without what its constants switch off |
 //! | `run` | a translated filter over packets, in this kernel, without a network |
 
-pub mod asm;
 pub mod cbpf;
+mod code;
 pub mod ebpf;
 pub mod expr;
 pub mod inject;
@@ -29,7 +29,7 @@ mod tests;
 use anyhow::Result;
 use libbpf_rs::OpenObject;
 
-use asm::Insn;
+use crate::insn::asm::Insn;
 use cbpf::Program;
 use ebpf::{Beyond, LoadMode};
 use expr::Compiled;
@@ -221,7 +221,7 @@ pub fn inject_l2(object: &mut OpenObject, program: &Program) -> Result<()> {
     )
 }
 
-/// Takes out of an object that is prepared (see [`crate::kernel::prepare`]) what its constants switch off.
+/// Takes out of an object that is prepared (see [`crate::kernel::bpf_object::prepare`]) what its constants switch off.
 pub fn prune(object: &mut OpenObject) -> Result<()> {
     inject::change(object, &[], None)
 }

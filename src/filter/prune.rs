@@ -10,8 +10,9 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 
-use super::asm::{Alu, Insn, Operand, Reg};
-use super::inject::Code;
+use super::code::Code;
+use crate::insn::asm::{Alu, Insn, Reg};
+use crate::insn::effects::Operand;
 
 /// Maps that programs only read: a file descriptor and the bytes.
 #[derive(Debug, Default)]

@@ -8,9 +8,9 @@ use std::ptr::NonNull;
 use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 
-use super::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Reg, Size};
 use super::cbpf::Program;
 use super::ebpf::{self, Beyond, CAST_CALL, LOAD_CALL, LoadMode};
+use crate::insn::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Reg, Size};
 use crate::kernel::features::SkbFields;
 
 /// The kind of program that a filter is put into.

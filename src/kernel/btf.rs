@@ -13,14 +13,13 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_sys as sys;
+use rustc_hash::FxHashMap;
 
 use super::btf_data::{
     Data, KIND_ARRAY, KIND_CONST, KIND_ENUM, KIND_ENUM64, KIND_FUNC, KIND_FUNC_PROTO, KIND_FWD,
     KIND_INT, KIND_PTR, KIND_RESTRICT, KIND_STRUCT, KIND_TYPE_TAG, KIND_TYPEDEF, KIND_UNION,
     KIND_VOLATILE, Type, Words,
 };
-use super::functions::ByAddress;
-use super::members::Member;
 
 /// BTF_INT_SIGNED among an integer's encoding bits
 const INT_SIGNED: u32 = 1 << 24;
@@ -159,7 +158,7 @@ impl Btf {
     }
 
     fn own_functions_taking(&self, wanted: &[u32], reasons: &[u32], sock: &[u32]) -> Vec<Function> {
-        let mut protos: ByAddress<Option<(u8, Option<u8>)>> = ByAddress::default();
+        let mut protos: FxHashMap<u64, Option<(u8, Option<u8>)>> = FxHashMap::default();
         let mut found = Vec::new();
         let mut names = Vec::new();
         for id in self.first..self.count() {
@@ -291,7 +290,7 @@ impl Btf {
         own.or_else(|| (1..self.count()).find_map(|id| self.constant_of(id, &places)))
     }
 
-    fn constant_of(&self, id: u32, names: &ByAddress<&str>) -> Option<i64> {
+    fn constant_of(&self, id: u32, names: &FxHashMap<u64, &str>) -> Option<i64> {
         let t = self.get(id)?;
         // Entries of two words, or three: name, value (lower and upper half).
         let words = match t.kind() {
@@ -492,8 +491,8 @@ impl Btf {
     }
 
     /// Where the strings have these names: offset, name.
-    fn places<'a>(&self, names: &BTreeSet<&'a str>) -> ByAddress<&'a str> {
-        let mut places = ByAddress::default();
+    fn places<'a>(&self, names: &BTreeSet<&'a str>) -> FxHashMap<u64, &'a str> {
+        let mut places = FxHashMap::default();
         for (data, from) in self.parts() {
             // vmlinux's stay in kernel memory, others are held: there is nothing that could fail.
             let own = data.places(names).unwrap_or_default();
@@ -539,7 +538,7 @@ impl Btf {
     fn names(&self, offsets: Vec<u32>) -> Vec<String> {
         let places = offsets.iter().copied().collect();
         let strings = self.strings(&places);
-        let strings: ByAddress<&Vec<u8>> =
+        let strings: FxHashMap<u64, &Vec<u8>> =
             places.into_iter().map(u64::from).zip(&strings).collect();
         let name =
             |offset: &u32| String::from_utf8_lossy(strings[&u64::from(*offset)]).into_owned();
@@ -578,6 +577,16 @@ fn by_libbpf(file: Option<&Path>) -> Result<Vec<u8>> {
         sys::btf__free(raw.as_ptr());
         Ok(bytes)
     }
+}
+
+/// A member of a struct as BTF has it.
+#[derive(Debug, Clone)]
+pub struct Member {
+    pub name: String,
+    pub type_id: u32,
+    pub bit_offset: u32,
+    /// 0: no bit field
+    pub bits: u32,
 }
 
 /// A type, as far as reading a value needs it.

@@ -152,7 +152,7 @@ mod tests {
             assert_eq!(reduced.size(is), btf.size(id), "{name}");
             let places = |btf: &Btf| {
                 let members = btf.members(btf.struct_named(name).unwrap()).into_iter();
-                let place = |m: super::super::members::Member| {
+                let place = |m: super::super::btf::Member| {
                     let size = btf.size(m.type_id);
                     (m.name, m.bit_offset, m.bits, size)
                 };

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use libbpf_sys as sys;
 use memchr::memchr;
 
-use super::{check, owned};
+use super::bpf_object::{check, owned};
 
 pub(super) const KIND_INT: u32 = 1;
 pub(super) const KIND_PTR: u32 = 2;

@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::engine::usage;
+use crate::usage::usage;
 
 use anyhow::Result;
 

@@ -12,10 +12,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_sys as sys;
 
+use super::bpf_object::{check, owned};
 use super::btf::Btf;
 use super::btf_data::Heads;
-use super::{check, owned};
-use crate::filter::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Reg, Size};
+use crate::insn::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Reg, Size};
 
 /// Bytes of a name that are looked at. One as long as this is told from none that begins like it.
 const NAME: usize = 64;

@@ -3,38 +3,15 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::hash::{BuildHasherDefault, Hasher};
 
 use anyhow::Result;
+use rustc_hash::FxHashMap;
 
 use super::btf::Btf;
 use super::ftrace;
 
-/// A map from addresses of the kernel, which nobody chooses in order to make them collide: a look-up is 20 instructions in place
-/// of the 100 of the standard hash, and it happens once an event.
-pub type ByAddress<V> = HashMap<u64, V, BuildHasherDefault<AddressHasher>>;
-
-/// See [`ByAddress`].
-#[derive(Debug, Default, Clone, Copy)]
-pub struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &b in bytes {
-            self.write_u64(b.into());
-        }
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        // Fibonacci hashing; the map takes bits from both ends.
-        let mixed = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = mixed ^ (mixed >> 32);
-    }
-}
+/// A map from addresses of the kernel, which nobody chooses in order to make them collide. A look-up happens once an event.
+pub type ByAddress<V> = FxHashMap<u64, V>;
 
 /// A traceable function.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 
-use super::btf::{Btf, Shape};
+use super::btf::{Btf, Member, Shape};
 
 /// One step of a path behind its first name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,16 +52,6 @@ impl Scalar {
             false => i128::from(top >> (64 - own)),
         }
     }
-}
-
-/// A member of a struct as BTF has it.
-#[derive(Debug, Clone)]
-pub struct Member {
-    pub name: String,
-    pub type_id: u32,
-    pub bit_offset: u32,
-    /// 0: no bit field
-    pub bits: u32,
 }
 
 /// Names that are told when one is not there.

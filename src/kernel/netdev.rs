@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use nix::net::if_::{if_nameindex, if_nametoindex};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use crate::engine::usage;
+use crate::usage::usage;
 
 /// The index of an interface of the current namespace.
 pub fn index(name: &str) -> Result<u32> {

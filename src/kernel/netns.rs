@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 
-use crate::engine::usage;
+use crate::usage::usage;
 
 /// A network namespace as the user names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn a_missing_one_is_a_usage_error_that_names_it() {
         let e = Netns::parse("no-such-netns").unwrap_err();
-        assert!(e.is::<crate::engine::UsageError>());
+        assert!(e.is::<crate::usage::UsageError>());
         assert!(e.to_string().contains("no-such-netns"));
     }
 }

@@ -8,7 +8,7 @@ use libbpf_rs::btf::types::{Func, FuncProto, Ptr};
 use libbpf_rs::btf::{Btf, TypeId};
 use libbpf_sys as sys;
 
-use super::xdp;
+use super::bpf_object;
 
 /// Functions of one program that are looked at; a program has 256 at most.
 const MAX_FUNCTIONS: u32 = 512;
@@ -30,7 +30,7 @@ pub struct Function {
 #[derive(Debug)]
 pub struct Loaded {
     pub fd: OwnedFd,
-    pub info: xdp::Program,
+    pub info: bpf_object::Program,
 }
 
 /// The next loaded program by its id, if it has not gone meanwhile; ids grow until they begin anew at 2^31.
@@ -43,13 +43,13 @@ pub fn next_id(after: u32) -> Option<u32> {
 
 /// A program by its id; `None` where it has gone.
 pub fn open(id: u32) -> Result<Option<Loaded>> {
-    let fd = match xdp::program_by_id(id) {
+    let fd = match bpf_object::program_by_id(id) {
         Ok(fd) => fd,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e).with_context(|| format!("failed to open program {id}")),
     };
-    let info =
-        xdp::program_info(fd.as_fd()).with_context(|| format!("failed to look at program {id}"))?;
+    let info = bpf_object::program_info(fd.as_fd())
+        .with_context(|| format!("failed to look at program {id}"))?;
     Ok(Some(Loaded { fd, info }))
 }
 

@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow};
 use libbpf_rs::{AsRawLibbpf, OpenObject, ProgramMut};
 use libbpf_sys as sys;
 
+use super::bpf_object::owned;
 use super::btf::Btf;
-use super::owned;
 
 /// BPF_ALU64 | BPF_MOV | BPF_K
 const MOVE_CONSTANT: u8 = 0xb7;
@@ -123,7 +123,7 @@ impl Targets {
         Some((point, *self.0.get(name)?))
     }
 
-    /// Prepares an object (see [`super::prepare`]) and has its code changed; of its programs those at these functions are left to
+    /// Prepares an object (see [`super::bpf_object::prepare`]) and has its code changed; of its programs those at these functions are left to
     /// [`Targets::load`], its own load passes over them.
     pub fn prepare(
         &self,
@@ -141,7 +141,7 @@ impl Targets {
                 ours.push(program.name().to_owned());
             }
         }
-        super::prepare(object)?;
+        super::bpf_object::prepare(object)?;
         change(object)?;
         for mut program in object.progs_mut() {
             if ours.iter().any(|name| name == program.name()) {

@@ -2,16 +2,13 @@
 //!
 //! It knows no tool and keeps no state: what to put back, and when, is the caller's.
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 use libbpf_sys as sys;
 
-use super::{check, owned};
+use super::bpf_object::{check, for_each_link, link_info, owned, pinned, program_info};
 
 /// How a program runs at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,18 +79,6 @@ impl Traits {
             0
         }
     }
-}
-
-/// A program as the kernel describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Program {
-    pub id: u32,
-    pub name: String,
-    pub tag: [u8; 8],
-    pub kind: u32,
-    pub btf: u32,
-    /// Offloaded to this interface, if not 0.
-    pub ifindex: u32,
 }
 
 /// The program at an interface, if there is one.
@@ -272,72 +257,12 @@ fn pinned_extensions(target: u32) -> Vec<Extension> {
     found
 }
 
-fn for_each_link(mut each: impl FnMut(u32, &sys::bpf_link_info, OwnedFd)) -> io::Result<()> {
-    let mut id = 0;
-    loop {
-        // SAFETY: the pointer is to a live integer.
-        if unsafe { sys::bpf_link_get_next_id(id, &mut id) } < 0 {
-            let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::NotFound {
-                Ok(())
-            } else {
-                Err(error)
-            };
-        }
-        // A link may go between the two calls.
-        let Ok(fd) = link_by_id(id) else { continue };
-        let Ok(info) = link_info(fd.as_fd()) else {
-            continue;
-        };
-        each(id, &info, fd);
-    }
-}
-
-pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
-    // SAFETY: takes a number, returns an fd that nobody else owns.
-    owned(unsafe { sys::bpf_link_get_fd_by_id(id) })
-}
-
 /// Id, interface index and program of an XDP link; the index is 0 once the interface has gone.
 pub fn xdp_link(link: BorrowedFd<'_>) -> io::Result<(u32, u32, u32)> {
     let info = link_info(link)?;
     // SAFETY: the caller's link is an XDP link; for any other the number read is meaningless but initialized (zeroed).
     let ifindex = unsafe { info.__bindgen_anon_1.xdp.ifindex };
     Ok((info.id, ifindex, info.prog_id))
-}
-
-fn link_info(link: BorrowedFd<'_>) -> io::Result<sys::bpf_link_info> {
-    let mut info = sys::bpf_link_info::default();
-    let mut len = size_of::<sys::bpf_link_info>() as u32;
-    // SAFETY: info is writable for len bytes.
-    check(unsafe { sys::bpf_link_get_info_by_fd(link.as_raw_fd(), &mut info, &mut len) })?;
-    Ok(info)
-}
-
-pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
-    // SAFETY: takes a number, returns an fd that nobody else owns.
-    owned(unsafe { sys::bpf_prog_get_fd_by_id(id) })
-}
-
-pub fn program_info(program: BorrowedFd<'_>) -> io::Result<Program> {
-    let mut info = sys::bpf_prog_info::default();
-    let mut len = size_of::<sys::bpf_prog_info>() as u32;
-    // SAFETY: info is writable for len bytes, and all its pointers are null, so the kernel copies no arrays.
-    check(unsafe { sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &mut info, &mut len) })?;
-    let name = info
-        .name
-        .iter()
-        .take_while(|c| **c != 0)
-        .map(|c| *c as u8)
-        .collect::<Vec<_>>();
-    Ok(Program {
-        id: info.id,
-        name: String::from_utf8_lossy(&name).into_owned(),
-        tag: info.tag,
-        kind: info.type_,
-        btf: info.btf_id,
-        ifindex: info.ifindex,
-    })
 }
 
 /// Finds out by trial what a loaded program's companions in a program array have to be like: the kernel tells it nowhere.
@@ -427,24 +352,6 @@ fn trivial_program(traits: Traits) -> io::Result<OwnedFd> {
             &mut opts,
         )
     })
-}
-
-/// Pins any BPF object.
-pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
-    let path = c_path(path)?;
-    // SAFETY: the path is a live C string.
-    check(unsafe { sys::bpf_obj_pin(object.as_raw_fd(), path.as_ptr()) })
-}
-
-/// Opens a pinned BPF object.
-pub fn pinned(path: &Path) -> io::Result<OwnedFd> {
-    let path = c_path(path)?;
-    // SAFETY: the path is a live C string.
-    owned(unsafe { sys::bpf_obj_get(path.as_ptr()) })
-}
-
-fn c_path(path: &Path) -> io::Result<CString> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 /// Waits until every program that was replaced or detached before has run to its end on all CPUs.

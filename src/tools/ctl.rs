@@ -9,12 +9,12 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::skb::types::np_config;
 use crate::bpf::{bytes_of, read};
-use crate::engine::pins::{self, Session};
-use crate::engine::usage;
 use crate::event::tuple::proto_name;
 use crate::kernel::netns::Netns;
-use crate::output::escape::escaped;
+use crate::run::pins::{self, Session};
+use crate::text::escape::escaped;
 use crate::tools::fields;
+use crate::usage::usage;
 
 /// The key of the map's only value.
 const KEY: [u8; 4] = 0u32.to_ne_bytes();
@@ -231,7 +231,7 @@ fn set(c: &mut np_config, change: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::UsageError;
+    use crate::usage::UsageError;
 
     #[test]
     fn what_is_shown_can_be_set() {

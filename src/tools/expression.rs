@@ -4,13 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::engine::usage;
 use crate::filter::Filters;
 use crate::filter::cbpf::Program;
 use crate::filter::expr::{self, Compiled, SNAPLEN};
 use crate::filter::members::Condition;
 use crate::filter::pcap::Linktype;
 use crate::kernel::btf::Btf;
+use crate::usage::usage;
 
 /// Filters by expression, decided in the kernel. All that are given must hold, beside the field filters.
 #[derive(Debug, Clone, Default, clap::Args)]

@@ -14,7 +14,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    crate::engine::log::init(false);
+    crate::run::log::init(false);
     let features = Features::detect();
     let text = if args.output_json {
         serde_json::to_string(&features).context("failed to write JSON")? + "\n"

@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use anyhow::Result;
 
 use crate::bpf::skb::types::np_config;
-use crate::engine::usage;
 use crate::event::tuple::PROTOCOLS;
 use crate::kernel::netns::Netns;
+use crate::usage::usage;
 
 /// NP_CONFIG_VERSION
 pub const VERSION: u32 = 1;
@@ -243,7 +243,7 @@ fn show_with_len<A: std::fmt::Display>(addr: A, len: u32, width: u32) -> String 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::UsageError;
+    use crate::usage::UsageError;
 
     fn config(args: FieldArgs) -> Result<np_config> {
         args.config()

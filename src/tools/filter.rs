@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
-use crate::engine::usage;
-use crate::filter::asm::Insn;
 use crate::filter::cbpf::Program;
 use crate::filter::ebpf::{self, Beyond, LOAD_CALL, LoadMode};
 use crate::filter::expr::{self, Compiled, SNAPLEN};
 use crate::filter::pcap::{self, Linktype, Reader, Writer};
 use crate::filter::run::Runner;
 use crate::filter::{self};
+use crate::insn::asm::Insn;
+use crate::usage::usage;
 
 /// What kind of program the filter is translated for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -16,8 +16,10 @@ use std::os::fd::BorrowedFd;
 use anyhow::{Context, Result};
 use libbpf_rs::OpenMapMut;
 
-use crate::engine::drain::{BufferOptions, POLL_MS, Source, online_cpus, page_size};
-use crate::engine::usage;
+use crate::engine::batch::{BufferOptions, POLL_MS};
+use crate::engine::drain::Source;
+use crate::os::{online_cpus, page_size};
+use crate::usage::usage;
 
 /// Pages of each CPU's buffer, unless the user asks for others.
 const DEFAULT_PAGES: usize = 256;

@@ -15,17 +15,18 @@ use serde::Serialize;
 
 use crate::bpf;
 use crate::bpf::xdpdump::types::{np_chain_state, np_chain_stats};
-use crate::engine::{log, usage};
+use crate::chain::attach::{self as chain, Chain, Parts, Plan};
+use crate::chain::place::{self, LAST, Lock, Place};
 use crate::kernel::features::Features;
 use crate::kernel::netdev;
 use crate::kernel::netns::Netns;
 use crate::kernel::xdp::{self, Mode, Traits};
-use crate::output::escape::escaped;
-use crate::output::{Output, OutputArgs};
+use crate::run::log;
+use crate::run::output::{Output, OutputArgs};
+use crate::text::escape::escaped;
 use crate::tools::xdpdump::args::XdpMode;
-use crate::tools::xdpdump::chain::{self, Chain, Parts, Plan};
-use crate::tools::xdpdump::place::{self, LAST, Lock, Place};
 use crate::tools::xdpdump::probes::{open, set_traits};
+use crate::usage::usage;
 
 /// Programs that work together at XDP: list, add, remove, while packets flow.
 #[derive(Debug, clap::Args)]

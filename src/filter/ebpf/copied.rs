@@ -7,9 +7,9 @@
 
 use anyhow::Result;
 
-use super::super::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Label, Reg, Size};
 use super::super::cbpf::{Offset, Op, Program};
 use super::{A, END, IP_HEADER, Load, LoadMode, SHORT, UNSET, Writer, X, width};
+use crate::insn::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Label, Reg, Size};
 use crate::kernel::features::SkbFields;
 
 /// What the subprogram returns (NP_FILTER_NO, _YES, _UNSURE).

@@ -1,13 +1,13 @@
 //! Loads by a call: what the fast way does not reach.
 
-use super::super::asm::{
-    Alu, Cond, HELPER_PROBE_READ_KERNEL, HELPER_SKB_LOAD_BYTES, HELPER_XDP_LOAD_BYTES, Insn, Reg,
-    Size,
-};
 use super::super::cbpf::Offset;
 use super::{
     A, Beyond, DATA, END, LOAD_CALL, Load, LoadMode, Right, SLOT_A, SLOT_BYTES, SLOT_DATA,
     SLOT_END, SLOT_SOURCE, SLOT_X, T, T2, Writer, X, width,
+};
+use crate::insn::asm::{
+    Alu, Cond, HELPER_PROBE_READ_KERNEL, HELPER_SKB_LOAD_BYTES, HELPER_XDP_LOAD_BYTES, Insn, Reg,
+    Size,
 };
 
 impl Writer {

@@ -6,12 +6,12 @@
 
 use anyhow::Result;
 
-use super::super::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
 use super::super::cbpf::{Acc, Offset, Op, Operand, Operand2, Program};
 use super::{
     A, CAST_CALL, DATA, IP_HEADER, Load, LoadMode, Right, SLOT_ADDRESS, SLOT_DATA, SLOT_END,
     SLOT_SOURCE, SLOT_X, T, T2, TYPED_LEAD, UNSET, Writer, X, width,
 };
+use crate::insn::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
 use crate::kernel::features::SkbFields;
 
 /// The body of a subprogram `u64 stub(struct sk_buff *)` that returns 0 for no match: `l2` for a packet with a link header, `l3` for

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::filter::asm::{Assembler, Cond, Size};
+use crate::insn::asm::{Assembler, Cond, Size};
 
 /// The map 7: bytes 1, 0, and the 32-bit number 0x80000001 at 4.
 fn pruned(functions: &[&str], insns: Vec<Insn>) -> (Vec<String>, Vec<usize>) {

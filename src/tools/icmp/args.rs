@@ -4,11 +4,11 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::bpf::skb::types::np_config;
-use crate::engine::usage;
-use crate::output::OutputArgs;
+use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 use crate::tools::{EngineArgs, TransportArgs};
+use crate::usage::usage;
 
 /// What a time stamp counts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::engine::drain::monotonic_ns;
-use crate::engine::loss::Loss;
 use crate::engine::merge::Record;
-use crate::engine::session::{Consumer, Flow};
-use crate::output::Output;
+use crate::os::monotonic_ns;
+use crate::run::loss::Loss;
+use crate::run::output::Output;
+use crate::run::session::{Consumer, Flow};
 
 use super::answers::{Answer, Answers};
 use super::args::Args;

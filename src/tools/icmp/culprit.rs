@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use crate::kernel::cgroup::CgroupNames;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
-use crate::output::columns::us;
-use crate::output::escape::escaped;
+use crate::text::columns::us;
+use crate::text::escape::escaped;
 
 use super::decode::{Gap, Run, Sample, Times};
 

@@ -6,12 +6,12 @@ use std::io::Write;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::engine::loss::Loss;
-use crate::engine::session::Flow;
 use crate::kernel::clock::WallClock;
-use crate::output::Output;
-use crate::output::columns::{pad, push_time_of_day, us};
-use crate::output::escape::{escaped, push_escaped};
+use crate::run::loss::Loss;
+use crate::run::output::Output;
+use crate::run::session::Flow;
+use crate::text::columns::{pad, push_time_of_day, us};
+use crate::text::escape::{escaped, push_escaped};
 
 use super::answers::Answer;
 use super::args::{Args, Timestamp};

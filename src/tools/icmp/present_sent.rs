@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::engine::session::Flow;
-use crate::output::Output;
-use crate::output::escape::escaped;
+use crate::run::output::Output;
+use crate::run::session::Flow;
+use crate::text::escape::escaped;
 
 use super::culprit::Names;
 use super::present::{Presenter, push_us};

@@ -7,9 +7,9 @@ use anyhow::{Result, bail};
 use libbpf_rs::{Link, OpenProgramMut, ProgramMut};
 
 use crate::bpf::icmp::{IcmpSkel, OpenIcmpSkel};
-use crate::engine::drain::online_cpus;
-use crate::engine::loss;
 use crate::kernel::attach;
+use crate::kernel::bpf_object;
+use crate::os::online_cpus;
 
 use super::args::Args;
 
@@ -237,8 +237,11 @@ impl Attached {
 
     /// Hits that the kernel skipped.
     pub fn missed(&self) -> u64 {
-        let by_link = |link: &Link| loss::missed_by_link(link.as_fd().as_raw_fd());
-        self.progs.iter().map(|&fd| loss::missed(fd)).sum::<u64>()
+        let by_link = |link: &Link| bpf_object::missed_by_link(link.as_fd().as_raw_fd());
+        self.progs
+            .iter()
+            .map(|&fd| bpf_object::missed(fd))
+            .sum::<u64>()
             + self.links.iter().map(by_link).sum::<u64>()
     }
 }

@@ -5,8 +5,8 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use crate::output::columns::us;
-use crate::output::histogram::{Bucket, Histogram};
+use crate::text::columns::us;
+use crate::text::histogram::{Bucket, Histogram};
 
 /// A stage: its place in the order, its name.
 type Name = (u8, &'static str);

@@ -6,13 +6,13 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use regex::Regex;
 
-use crate::engine::usage;
 use crate::filter::members::Condition;
 use crate::kernel::btf::Btf;
-use crate::output::OutputArgs;
+use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 use crate::tools::{EngineArgs, TransportArgs};
+use crate::usage::usage;
 
 /// SKB_SECTION_* of src/bpf/skb.h
 pub const SECTION_META: u32 = 1 << 0;

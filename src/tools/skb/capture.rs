@@ -10,11 +10,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::kernel::clock::WallClock;
-use crate::output::escape::escaped;
-use crate::output::pcapng::{
+use crate::capture::pcapng::{
     Counters, Format, Interface, LINKTYPE_ETHERNET, Packet, Section, Writer,
 };
+use crate::kernel::clock::WallClock;
+use crate::text::escape::escaped;
 
 use super::decode::Event;
 

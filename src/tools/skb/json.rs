@@ -6,12 +6,12 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::engine::loss::Loss;
 use crate::event::tuple::Tuple;
 use crate::event::tuple::proto_name;
 use crate::kernel::ksyms::Symbol;
-use crate::output::escape::{Escaped, escaped};
-use crate::output::format::{Addr, Hex};
+use crate::run::loss::Loss;
+use crate::text::escape::{Escaped, escaped};
+use crate::text::format::{Addr, Hex};
 
 use super::decode::{Event, MapCall, Nft, Owner, Packet, Point};
 use super::extras::cb_words;

@@ -2,8 +2,8 @@
 //! that [`super::json::Row`] made then. A packet passes some 60 functions with ten different tails.
 
 use crate::event::tuple::Tuple;
-use crate::output::format::{push_dec, push_hex};
-use crate::output::json::push_str;
+use crate::text::format::{push_dec, push_hex};
+use crate::text::json::push_str;
 
 use super::decode::{Event, Meta};
 
@@ -159,8 +159,8 @@ fn cut(line: &[u8]) -> Option<(Vec<u8>, usize)> {
 mod tests {
     use super::*;
     use crate::event::head::Head;
-    use crate::output::format::Hex;
-    use crate::output::json;
+    use crate::text::format::Hex;
+    use crate::text::json;
     use crate::tools::skb::json::Row;
     use proptest::prelude::*;
 

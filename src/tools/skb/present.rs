@@ -6,18 +6,18 @@ use std::io::Write;
 
 use anyhow::Result;
 
-use crate::engine::loss::Loss;
-use crate::engine::session::Flow;
 use crate::event::tuple::Tuple;
 use crate::kernel::clock::WallClock;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::SocketHolders;
-use crate::output::Output;
-use crate::output::columns::{Again, pad, push_time_of_day};
-use crate::output::escape::{escaped, push_escaped};
-use crate::output::format::{self, Hex, push_dec, push_hex};
+use crate::run::loss::Loss;
+use crate::run::output::Output;
+use crate::run::session::Flow;
+use crate::text::columns::{Again, pad, push_time_of_day};
+use crate::text::escape::{escaped, push_escaped};
+use crate::text::format::{self, Hex, push_dec, push_hex};
 
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Meta, Owner};

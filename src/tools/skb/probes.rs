@@ -11,12 +11,13 @@ use nix::sys::signal::Signal;
 use regex::Regex;
 
 use crate::bpf::skb::{OpenSkbSkel, SkbSkel};
-use crate::engine::progress::Progress;
-use crate::engine::{loss, usage};
 use crate::kernel::attach;
+use crate::kernel::bpf_object;
 use crate::kernel::btf::{self, Btf, Function};
 use crate::kernel::features::Features;
 use crate::kernel::functions::{self, ByAddress, TraceableSet};
+use crate::run::progress::Progress;
+use crate::usage::usage;
 
 use super::args::{Args, Backend};
 use super::helpers;
@@ -572,8 +573,11 @@ impl Attached {
     /// Hits that the kernel skipped. Those of functions that BPF programs call (`Helpers`) are not among them: our own programs
     /// call these too, and are to be skipped.
     pub fn missed(&self) -> u64 {
-        let by_link = |link: &Link| loss::missed_by_link(link.as_fd().as_raw_fd());
-        self.progs.iter().map(|&fd| loss::missed(fd)).sum::<u64>()
+        let by_link = |link: &Link| bpf_object::missed_by_link(link.as_fd().as_raw_fd());
+        self.progs
+            .iter()
+            .map(|&fd| bpf_object::missed(fd))
+            .sum::<u64>()
             + self.links.iter().map(by_link).sum::<u64>()
     }
 }

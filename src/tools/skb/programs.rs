@@ -11,15 +11,15 @@ use libbpf_sys as sys;
 
 use crate::bpf::skb::SkbSkel;
 use crate::bpf::skb_prog::{OpenSkbProgSkel, SkbProgSkelBuilder};
-use crate::engine::loss;
 use crate::filter::Filters;
 use crate::filter::members::Condition;
+use crate::kernel::bpf_object;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
 use crate::kernel::program::{self, Function, Loaded};
 use crate::kernel::trampoline::{self, Patch, Point, Target, Watch};
 use crate::kernel::{attach, xdp};
-use crate::output::escape::escaped;
+use crate::text::escape::escaped;
 use crate::tools::Transport;
 
 use super::args::{
@@ -261,7 +261,7 @@ impl<'a> Programs<'a> {
     pub fn missed(&self) -> u64 {
         self.watches
             .iter()
-            .map(|w| loss::missed(w.program_fd()))
+            .map(|w| bpf_object::missed(w.program_fd()))
             .sum()
     }
 }

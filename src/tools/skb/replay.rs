@@ -6,11 +6,11 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use clap::Parser;
 
-use crate::engine::drain::Batch;
+use crate::engine::batch::Batch;
 use crate::engine::merge::Merge;
-use crate::engine::session::Consumer;
 use crate::kernel::drop_reason::DropReasons;
-use crate::output::Output;
+use crate::run::output::Output;
+use crate::run::session::Consumer;
 
 use super::Lines;
 use super::args::Args;

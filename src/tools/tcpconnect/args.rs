@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::engine::usage;
 use crate::kernel::cgroup;
 use crate::kernel::netns::Netns;
-use crate::output::OutputArgs;
+use crate::run::output::OutputArgs;
 use crate::tools::fields;
 use crate::tools::{EngineArgs, TransportArgs};
+use crate::usage::usage;
 
 /// TCP_FILTER_* of src/bpf/tcpconnect.h
 pub const PID: u32 = 1 << 0;
@@ -282,7 +282,7 @@ fn milliseconds(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::UsageError;
+    use crate::usage::UsageError;
     use clap::Parser;
 
     #[derive(Parser)]

@@ -4,9 +4,9 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 use serde::Serialize;
 
-use crate::engine::session::Flow as Go;
-use crate::output::Output;
-use crate::output::columns::pad;
+use crate::run::output::Output;
+use crate::run::session::Flow as Go;
+use crate::text::columns::pad;
 
 use super::decode::{self, Flow};
 
@@ -110,7 +110,7 @@ struct Row {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::output::OutputArgs;
+    use crate::run::output::OutputArgs;
 
     fn flow(daddr: &str, dport: u16) -> Flow {
         Flow {

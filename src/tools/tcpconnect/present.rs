@@ -6,14 +6,14 @@ use std::io::Write;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::engine::loss::Loss;
-use crate::engine::session::Flow;
 use crate::kernel::cgroup::CgroupNames;
 use crate::kernel::clock::WallClock;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
-use crate::output::Output;
-use crate::output::columns::pad;
-use crate::output::escape::{escaped, push_escaped};
+use crate::run::loss::Loss;
+use crate::run::output::Output;
+use crate::run::session::Flow;
+use crate::text::columns::pad;
+use crate::text::escape::{escaped, push_escaped};
 
 use super::args::Args;
 use super::decode::{self, Connect};

@@ -10,11 +10,13 @@ use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramMut};
 
 use crate::bpf::tcpconnect::{OpenTcpconnectSkel, TcpconnectSkel, TcpconnectSkelBuilder, types};
-use crate::engine::{log, loss, usage};
+use crate::kernel::bpf_object;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::{self, Targets};
+use crate::run::log;
+use crate::usage::usage;
 
 use super::args::{Args, Filter, FilterArgs};
 
@@ -456,7 +458,7 @@ impl Attached {
     pub fn detach(&mut self) {
         // The programs outlive their links and are asked later; links must be asked now.
         let links = self.counted.iter().filter_map(|c| c.1);
-        self.missed = links.map(loss::missed_by_link).sum();
+        self.missed = links.map(bpf_object::missed_by_link).sum();
         // In the order of attaching backwards: connects that start are not followed, those that return are.
         while self.links.pop().is_some() {}
     }
@@ -464,6 +466,6 @@ impl Attached {
     /// Hits that the kernel passed over, returns apart; to be asked after [`Attached::detach`].
     pub fn missed(&self) -> u64 {
         let programs = self.counted.iter().map(|c| c.0);
-        self.missed + programs.map(loss::missed).sum::<u64>()
+        self.missed + programs.map(bpf_object::missed).sum::<u64>()
     }
 }

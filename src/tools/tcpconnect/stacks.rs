@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::usyms::{self, Frame, Program, UserSymbols};
-use crate::output::escape::push_escaped;
+use crate::text::escape::push_escaped;
 
 use super::decode::Connect;
 

@@ -6,12 +6,12 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
-use crate::engine::usage;
+use crate::capture::pcapng::{Format, MAX_SNAPLEN};
 use crate::filter::expr::{self, Compiled};
 use crate::kernel::xdp;
-use crate::output::OutputArgs;
-use crate::output::pcapng::{Format, MAX_SNAPLEN};
+use crate::run::output::OutputArgs;
 use crate::tools::EngineArgs;
+use crate::usage::usage;
 
 use super::trace::Points;
 

@@ -11,11 +11,11 @@ use libbpf_rs::{ErrorKind, Link, OpenObject};
 use crate::bpf;
 use crate::bpf::xdperr::types::np_xdp_error;
 use crate::bpf::xdperr::{XdperrSkel, XdperrSkelBuilder};
-use crate::engine::log;
-use crate::engine::loss::Loss;
+use crate::kernel::bpf_object;
 use crate::kernel::netns::Netns;
-use crate::kernel::xdp;
-use crate::output::escape::escaped;
+use crate::run::log;
+use crate::run::loss::Loss;
+use crate::text::escape::escaped;
 
 use super::decode::verdict_name;
 
@@ -153,7 +153,8 @@ pub struct Names(BTreeMap<u32, String>);
 impl Names {
     fn of(&mut self, id: u32) -> &str {
         self.0.entry(id).or_insert_with(|| {
-            let info = xdp::program_by_id(id).and_then(|fd| xdp::program_info(fd.as_fd()));
+            let info =
+                bpf_object::program_by_id(id).and_then(|fd| bpf_object::program_info(fd.as_fd()));
             match info {
                 // The kernel names the program at the interface, whichever of the chain it was.
                 Ok(info) if matches!(info.name.as_str(), "xdp_dump" | "xdp_chain") => {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::output::pcapng::{Counters, Format, Interface, Packet, Section, Writer};
+use crate::capture::pcapng::{Counters, Format, Interface, Packet, Section, Writer};
 
 /// Bytes gathered before a write; a tick writes what there is.
 const BUFFER: usize = 1 << 20;
@@ -189,7 +189,7 @@ fn section() -> Section {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::output::pcap_read::Reader;
+    use crate::capture::pcap_read::Reader;
 
     #[test]
     fn names_of_numbered_files() {

@@ -6,12 +6,14 @@ use std::os::fd::AsFd;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use crate::kernel::bpf_object;
+use crate::kernel::bpf_object::Program;
 use crate::kernel::netdev;
-use crate::kernel::xdp::{self, Program};
-use crate::output::escape::escaped;
-use crate::output::{Output, OutputArgs};
+use crate::kernel::xdp;
+use crate::run::output::{Output, OutputArgs};
+use crate::text::escape::escaped;
 
-use super::place::{self, LAST, Lock, Place};
+use crate::chain::place::{self, LAST, Lock, Place};
 
 #[derive(Serialize)]
 struct Row {
@@ -97,7 +99,7 @@ fn row(ifindex: u32, name: &str, lock: Option<&Lock>) -> Result<Row> {
 /// What the kernel knows of a program; nothing where it has gone meanwhile.
 fn program(id: u32) -> Option<ProgramRow> {
     let Program { id, name, tag, .. } =
-        xdp::program_info(xdp::program_by_id(id).ok()?.as_fd()).ok()?;
+        bpf_object::program_info(bpf_object::program_by_id(id).ok()?.as_fd()).ok()?;
     let tag = tag.iter().map(|byte| format!("{byte:02x}")).collect();
     Some(ProgramRow {
         id,

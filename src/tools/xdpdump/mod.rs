@@ -1,13 +1,11 @@
 //! `netprobe xdpdump`: packets captured at XDP, before the stack, beside whatever XDP program is there.
 
 pub mod args;
-pub mod chain;
 mod decode;
 mod diff;
 mod errors;
 mod file;
 mod list;
-pub mod place;
 mod present;
 pub mod probes;
 mod read;
@@ -21,22 +19,25 @@ use std::time::{Instant, SystemTime};
 use anyhow::{Context, Result};
 use libbpf_rs::{MapHandle, OpenObject};
 
+use crate::chain::attach as chain;
+use crate::chain::place::{self, Lock, Place, Watch};
 use crate::engine::drain::Drain;
-use crate::engine::loss::Loss;
 use crate::engine::merge::Record;
-use crate::engine::session::{self, Consumer, Flow};
-use crate::engine::{UsageError, log, signals};
 use crate::kernel::clock::WallClock;
 use crate::kernel::features::Features;
 use crate::kernel::netns::Netns;
 use crate::kernel::{netdev, xdp};
-use crate::output;
+use crate::run::loss::Loss;
+use crate::run::output;
+use crate::run::session::{self, Consumer, Flow};
+use crate::run::{log, signals};
+use crate::usage::UsageError;
 
 use args::{Args, Mode};
 use decode::Point;
 use diff::Pairs;
 use errors::Errors;
-use place::{Lock, Place, Watch};
+
 use probes::{Capture, Counts, Options};
 use sink::{Sink, Source};
 use trace::{Target, Trace};

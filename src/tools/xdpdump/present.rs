@@ -5,13 +5,13 @@ use std::io::Write;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::engine::loss::Loss;
-use crate::engine::session::Flow;
 use crate::event::layout::joined;
 use crate::event::packet::{self, Frame, Line, Mac, Net, Transport, protocol_name};
 use crate::kernel::clock::time_of_day;
-use crate::output::Output;
-use crate::output::escape::{escaped, push_escaped};
+use crate::run::loss::Loss;
+use crate::run::output::Output;
+use crate::run::session::Flow;
+use crate::text::escape::{escaped, push_escaped};
 
 use super::args::Args;
 use super::decode::verdict_name;

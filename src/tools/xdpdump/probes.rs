@@ -12,14 +12,14 @@ use libbpf_rs::{
 use crate::bpf;
 use crate::bpf::xdpdump::types::np_xdp_stats;
 use crate::bpf::xdpdump::{OpenXdpdumpSkel, XdpdumpSkel, XdpdumpSkelBuilder};
-use crate::engine::log;
-use crate::engine::loss::Loss;
 use crate::filter::{self, expr::Compiled};
 use crate::kernel;
 use crate::kernel::xdp::{Mode, Traits};
+use crate::run::log;
+use crate::run::loss::Loss;
 
-use super::chain::{Chain, Parts, Plan};
-use super::place::{self, CHAIN_EMPTY, EMPTY, Lock, Place};
+use crate::chain::attach::{Chain, Parts, Plan};
+use crate::chain::place::{self, CHAIN_EMPTY, EMPTY, Lock, Place};
 
 /// What the programs of all interfaces have in common.
 pub struct Options {
@@ -215,7 +215,7 @@ fn load<'a>(
     match &options.filter {
         Some(filter) => filter::inject_xdp(object, &filter.l2, plan.traits.frags)?,
         None => {
-            kernel::prepare(object)?;
+            kernel::bpf_object::prepare(object)?;
             filter::prune(object)?;
         }
     }

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::engine::session::Flow;
-use crate::output::Output;
-use crate::output::pcap_read::{Reader, is_ethernet};
+use crate::capture::pcap_read::{Reader, is_ethernet};
+use crate::run::output::Output;
+use crate::run::session::Flow;
 
 use super::args::Args;
 use super::present::{Presenter, Shown};

@@ -5,10 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 
-use crate::engine::loss::Loss;
-use crate::engine::session::Flow;
-use crate::output::Output;
-use crate::output::pcapng::{Counters, Direction, Interface, Packet};
+use crate::capture::pcapng::{Counters, Direction, Interface, Packet};
+use crate::run::loss::Loss;
+use crate::run::output::Output;
+use crate::run::session::Flow;
 
 use super::args::Args;
 use super::decode::{Point, Seen};

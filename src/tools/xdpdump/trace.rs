@@ -11,14 +11,16 @@ use libbpf_rs::{ErrorKind, Link, MapCore, MapFlags, MapHandle, OpenObject};
 use crate::bpf;
 use crate::bpf::xdpdump::types::np_xdp_count;
 use crate::bpf::xdptrace::{XdptraceSkel, XdptraceSkelBuilder};
-use crate::engine::loss::Loss;
-use crate::engine::{log, usage};
 use crate::filter;
+use crate::kernel::bpf_object;
 use crate::kernel::features;
 use crate::kernel::netns::Netns;
 use crate::kernel::program::{self, Function};
 use crate::kernel::xdp::{self, Replaced};
-use crate::output::escape::escaped;
+use crate::run::log;
+use crate::run::loss::Loss;
+use crate::text::escape::escaped;
+use crate::usage::usage;
 
 use super::decode::Point;
 use super::probes::{Counts, Options};
@@ -51,7 +53,8 @@ pub fn targets(iface: &str, ifindex: u32, wanted: &[String]) -> Result<Vec<Targe
     let mut ids = vec![attached.program];
     ids.extend(extensions.iter().map(|extension| extension.program));
     for id in ids {
-        let fd = xdp::program_by_id(id).with_context(|| format!("failed to open program {id}"))?;
+        let fd = bpf_object::program_by_id(id)
+            .with_context(|| format!("failed to open program {id}"))?;
         let fd = Rc::new(fd);
         for function in program::functions(fd.as_fd())? {
             // A fexit program reads the packet through the context: a subprogram without it cannot be watched.

@@ -15,6 +15,7 @@ use super::place::{
     LAST, Lock, OWN_LINK, Place, State, THEIR_LINK, THEIR_NETLINK, VERSION, all, insert, is_root,
     own, owner, pin, remove_pins, repin, set_name, sweep, used_slots, write_state,
 };
+use crate::kernel::bpf_object;
 use crate::kernel::netdev;
 use crate::kernel::netns::Netns;
 use crate::kernel::xdp::{self, Attached, Mode, Traits};
@@ -70,7 +71,7 @@ impl Plan {
                 place.name
             );
         }
-        let original = xdp::program_by_id(attached.program).with_context(|| {
+        let original = bpf_object::program_by_id(attached.program).with_context(|| {
             format!(
                 "failed to open XDP program {} of {}",
                 attached.program, place.name
@@ -169,7 +170,7 @@ impl Chain {
             version: VERSION,
             netns: place.netns,
             ifindex: place.ifindex,
-            root: xdp::program_info(parts.root)?.id,
+            root: bpf_object::program_info(parts.root)?.id,
             frags: u32::from(traits.frags),
             attach_type: traits.attach_type,
             ..State::default()
@@ -178,7 +179,7 @@ impl Chain {
             own(&mut state)?;
         }
         if let (Some(attached), Some(original)) = (found, original) {
-            let name = xdp::program_info(original.as_fd())?.name;
+            let name = bpf_object::program_info(original.as_fd())?.name;
             set_name(&mut state, LAST, &name);
             pin(original.as_fd(), &place.pin("original"))?;
             insert(&place, LAST, original.as_fd())?;
@@ -295,7 +296,8 @@ impl Chain {
 
     /// Puts our program to the head of a chain that is there.
     fn take_over(place: Place, mut state: State, parts: &Parts<'_>) -> Result<Self> {
-        let old = xdp::pinned(&place.pin("root")).context("failed to open the chain's program")?;
+        let old =
+            bpf_object::pinned(&place.pin("root")).context("failed to open the chain's program")?;
         let mode = Mode::from_flag(state.mode).context("the chain's state names no mode")?;
         for (name, map) in &parts.maps {
             let path = place.pin(name);
@@ -360,7 +362,7 @@ pub fn persist(place: &Place, state: &State) -> Result<()> {
     if state.kind != OWN_LINK || path.exists() {
         return Ok(());
     }
-    let link = xdp::link_by_id(state.link).context("failed to open the chain's link")?;
+    let link = bpf_object::link_by_id(state.link).context("failed to open the chain's link")?;
     pin(link.as_fd(), &path)
 }
 
@@ -430,13 +432,14 @@ fn put_back(place: &Place, own_process: bool) -> Result<()> {
         place.name,
         state.owner
     );
-    let root = xdp::pinned(&place.pin("root")).context("failed to open our pinned program")?;
+    let root =
+        bpf_object::pinned(&place.pin("root")).context("failed to open our pinned program")?;
     if used_slots(place)?.iter().any(|slot| *slot != LAST) {
         persist(place, &state)?;
-        let standby =
-            xdp::pinned(&place.pin("standby")).context("failed to open the standby program")?;
+        let standby = bpf_object::pinned(&place.pin("standby"))
+            .context("failed to open the standby program")?;
         (state.owner, state.owner_start) = (0, 0);
-        if xdp::program_info(standby.as_fd())?.id == state.root {
+        if bpf_object::program_info(standby.as_fd())?.id == state.root {
             return write_state(place, &state);
         }
         return swap_root(place, &mut state, root.as_fd(), standby.as_fd()).map(drop);
@@ -455,22 +458,22 @@ fn detach(place: &Place, state: &State, root: BorrowedFd<'_>) -> Result<()> {
         )
     };
     match state.kind {
-        OWN_LINK => match xdp::link_by_id(state.link) {
+        OWN_LINK => match bpf_object::link_by_id(state.link) {
             Ok(link) => xdp::link_detach(link.as_fd()).with_context(changed),
             // It went with the interface.
             Err(_) => Ok(()),
         },
         THEIR_LINK => {
             // The link may have gone with its process, or the interface.
-            let Ok(link) = xdp::link_by_id(state.link) else {
+            let Ok(link) = bpf_object::link_by_id(state.link) else {
                 return Ok(());
             };
-            let original = xdp::pinned(&place.pin("original"))
+            let original = bpf_object::pinned(&place.pin("original"))
                 .context("failed to open the original program")?;
             xdp::link_update(link.as_fd(), original.as_fd(), root).with_context(changed)
         }
         THEIR_NETLINK => {
-            let original = xdp::pinned(&place.pin("original"))
+            let original = bpf_object::pinned(&place.pin("original"))
                 .context("failed to open the original program")?;
             let mode = Mode::from_flag(state.mode).context("the chain's state names no mode")?;
             match xdp::replace(place.ifindex, Some(original.as_fd()), root, mode) {
@@ -493,7 +496,7 @@ fn swap_root(
     // Should we die in between, either of the two is known as ours, and pinned.
     let pin_new = place.pin("root_next");
     repin(new, &pin_new)?;
-    state.root_next = xdp::program_info(new)?.id;
+    state.root_next = bpf_object::program_info(new)?.id;
     write_state(place, state)?;
     let failed = || {
         format!(
@@ -508,7 +511,8 @@ fn swap_root(
             None
         }
         _ => {
-            let link = xdp::link_by_id(state.link).context("failed to open the chain's link")?;
+            let link =
+                bpf_object::link_by_id(state.link).context("failed to open the chain's link")?;
             xdp::link_update(link.as_fd(), new, old).with_context(failed)?;
             (state.kind == OWN_LINK).then_some(link)
         }

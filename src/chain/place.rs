@@ -1,6 +1,6 @@
 //! The pinned state of an interface's chain: where it is kept, who may change it, its slots and their names.
 //!
-//! It must not attach or detach anything: `chain` does.
+//! It must not attach or detach anything: `attach` does.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -17,10 +17,11 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::bpf;
 pub use crate::bpf::xdpdump::types::np_chain_state as State;
-use crate::engine::pins::ROOT;
+use crate::kernel::bpf_object;
 use crate::kernel::netdev;
 use crate::kernel::netns::Netns;
 use crate::kernel::xdp::{self, Attached};
+use crate::run::pins::ROOT;
 
 /// Slots of the program array; the last one is for the program that was there before.
 pub const SLOTS: u32 = 8;
@@ -331,7 +332,7 @@ pub(super) fn write_state(place: &Place, state: &State) -> Result<()> {
 }
 
 pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
-    xdp::pin(object, path).with_context(|| format!("failed to pin {}", path.display()))
+    bpf_object::pin(object, path).with_context(|| format!("failed to pin {}", path.display()))
 }
 
 pub(super) fn repin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {

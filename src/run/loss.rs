@@ -122,42 +122,6 @@ impl Loss {
     }
 }
 
-/// Hits of the program `fd` that the kernel skipped, since another BPF program ran on the same CPU (counted from 5.12).
-pub fn missed(fd: i32) -> u64 {
-    let mut info = libbpf_sys::bpf_prog_info::default();
-    let mut len = size_of::<libbpf_sys::bpf_prog_info>() as u32;
-    // SAFETY: info and len are valid for the call, len is the size of info.
-    let err = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(fd, &mut info, &mut len) };
-    if err == 0 { info.recursion_misses } else { 0 }
-}
-
-/// Hits of the kprobes of link `fd` that the kernel skipped before it came to their program (counted from 6.7; 0 for other links).
-pub fn missed_by_link(fd: i32) -> u64 {
-    let mut info = libbpf_sys::bpf_link_info::default();
-    let mut len = size_of::<libbpf_sys::bpf_link_info>() as u32;
-    // SAFETY: info and len are valid for the call, len is the size of info; info asks for no array.
-    let err = unsafe { libbpf_sys::bpf_link_get_info_by_fd(fd, &mut info, &mut len) };
-    if err != 0 {
-        return 0;
-    }
-    let u = &info.__bindgen_anon_1;
-    // SAFETY: `type_` says which member of the union the kernel has filled; what an older kernel does not fill is 0 from above.
-    unsafe {
-        match info.type_ {
-            libbpf_sys::BPF_LINK_TYPE_KPROBE_MULTI => u.kprobe_multi.missed,
-            libbpf_sys::BPF_LINK_TYPE_PERF_EVENT
-                if matches!(
-                    u.perf_event.type_,
-                    libbpf_sys::BPF_PERF_EVENT_KPROBE | libbpf_sys::BPF_PERF_EVENT_KRETPROBE
-                ) =>
-            {
-                u.perf_event.__bindgen_anon_1.kprobe.missed
-            }
-            _ => 0,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,10 +4,6 @@ use std::fmt;
 
 use anyhow::{Result, bail};
 
-pub use means::Operand;
-
-mod means;
-
 /// A register of eBPF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -91,26 +87,26 @@ pub enum Cond {
     Sle = 0xd0,
 }
 
-const CLASS_LDX: u8 = 0x01;
-const CLASS_ST: u8 = 0x02;
-const CLASS_STX: u8 = 0x03;
-const CLASS_ALU: u8 = 0x04;
-const CLASS_JMP: u8 = 0x05;
-const CLASS_JMP32: u8 = 0x06;
-const CLASS_ALU64: u8 = 0x07;
-const MODE_MEM: u8 = 0x60;
-const SRC_X: u8 = 0x08;
-const JA: u8 = 0x00;
-const CALL: u8 = 0x80;
-const EXIT: u8 = 0x90;
-const END: u8 = 0xd0;
-const PSEUDO_CALL: u8 = 1;
-const PSEUDO_KFUNC_CALL: u8 = 2;
+pub(super) const CLASS_LDX: u8 = 0x01;
+pub(super) const CLASS_ST: u8 = 0x02;
+pub(super) const CLASS_STX: u8 = 0x03;
+pub(super) const CLASS_ALU: u8 = 0x04;
+pub(super) const CLASS_JMP: u8 = 0x05;
+pub(super) const CLASS_JMP32: u8 = 0x06;
+pub(super) const CLASS_ALU64: u8 = 0x07;
+pub(super) const MODE_MEM: u8 = 0x60;
+pub(super) const SRC_X: u8 = 0x08;
+pub(super) const JA: u8 = 0x00;
+pub(super) const CALL: u8 = 0x80;
+pub(super) const EXIT: u8 = 0x90;
+pub(super) const END: u8 = 0xd0;
+pub(super) const PSEUDO_CALL: u8 = 1;
+pub(super) const PSEUDO_KFUNC_CALL: u8 = 2;
 /// `src` of a 64-bit constant that is the distance to a function (a callback).
-const PSEUDO_FUNC: u8 = 4;
-const MODE_ATOMIC: u8 = 0xc0;
+pub(super) const PSEUDO_FUNC: u8 = 4;
+pub(super) const MODE_ATOMIC: u8 = 0xc0;
 /// A jump by `may_goto`.
-const JCOND: u8 = 0xe0;
+pub(super) const JCOND: u8 = 0xe0;
 
 /// One instruction, laid out as the kernel's `struct bpf_insn` on a little-endian machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,14 +1,5 @@
 //! Where a tool's lines go: stdout or a file, text or JSON lines; the limit and the ready file. It knows no tool.
 
-pub mod columns;
-pub mod escape;
-pub mod format;
-pub mod histogram;
-pub mod json;
-pub mod pcap_read;
-pub mod pcapng;
-pub mod rotate;
-
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -18,7 +9,7 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde::Serialize;
 
-use crate::engine::session::Flow;
+use crate::run::session::Flow;
 
 /// Bytes gathered before a write; a tick writes what there is.
 const BUFFER: usize = 64 * 1024;
@@ -36,7 +27,7 @@ pub struct OutputArgs {
     pub output_file: Option<PathBuf>,
 
     #[command(flatten)]
-    pub rotate: rotate::RotateArgs,
+    pub rotate: super::rotate::RotateArgs,
 
     /// End after N events (0: no limit)
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -63,7 +54,7 @@ impl Output {
     pub fn open(args: &OutputArgs) -> Result<Self> {
         let (to, name): (Box<dyn Write>, String) = match &args.output_file {
             Some(path) => (
-                Box::new(rotate::Rotating::create(path, &args.rotate)?),
+                Box::new(super::rotate::Rotating::create(path, &args.rotate)?),
                 path.display().to_string(),
             ),
             None => (Box::new(Stdout), "stdout".to_string()),
@@ -113,7 +104,7 @@ impl Output {
         let mut error = None;
         let flow = self.event(|b| {
             let start = b.len();
-            error = json::push(b, value).err();
+            error = crate::text::json::push(b, value).err();
             seen(&b[start..]);
         })?;
         error.map_or(Ok(flow), |e| Err(e).context("failed to write JSON"))

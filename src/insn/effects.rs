@@ -1,6 +1,6 @@
 //! What an instruction reads, changes, computes, and where it goes: for whoever changes code that is there.
 
-use super::*;
+use super::asm::*;
 
 /// The second operand of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,8 +6,9 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, select};
 use nix::sys::signal::Signal;
 
-use super::drain::{Batch, Drain};
-use super::merge::{Merge, Record};
+use crate::engine::batch::Batch;
+use crate::engine::drain::Drain;
+use crate::engine::merge::{Merge, Record};
 
 /// The longest time between two calls of [`Consumer::tick`].
 const TICK: Duration = Duration::from_millis(100);

@@ -1,0 +1,4 @@
+//! Capture files, written (`pcapng`) and read (`pcap_read`).
+
+pub mod pcap_read;
+pub mod pcapng;
