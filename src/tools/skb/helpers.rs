@@ -15,7 +15,7 @@ use crate::kernel::ksyms::KernelSymbols;
 use crate::kernel::program;
 
 use super::args::{Args, Backend};
-use super::probes;
+use super::attached;
 
 /// A function of a map: which programs of skb_helpers.bpf.h are attached to it, at its entry and at its return.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -162,7 +162,7 @@ impl<'a> Helpers<'a> {
             .programs()
             .iter()
             .map(|(program, at_return)| {
-                let program = probes::program(self.skel, program)?;
+                let program = attached::program(self.skel, program)?;
                 match self.backend {
                     Backend::KprobeMulti => {
                         attach::kprobe_multi_addrs(&program, &[addr], *at_return)

@@ -1,6 +1,7 @@
 //! `netprobe skb`: a packet's way through the kernel, function by function.
 
 pub mod args;
+mod attached;
 mod capture;
 mod decode;
 mod extras;
