@@ -1,13 +1,13 @@
 //! The highest rate of packets that a tool captures to a file without loss: floods at a steady rate, each with a new run of the
 //! tool, and what is in its file afterwards. Runs inside a machine and, what parallelism is about, outside.
 
-use std::fs::{self, File};
-use std::io::BufReader;
+use std::fs;
 use std::net::UdpSocket;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use netprobe::capture::pcap_read::Reader;
+use netprobe::capture::savefile::Reader;
 use netprobe::os::monotonic_ns;
 
 use crate::child::Tool;
@@ -128,8 +128,8 @@ fn flood(net: &Net, len: usize, rate: Option<f64>) -> Result<Flood> {
 }
 
 fn captured(file: &str) -> Result<u64> {
-    let mut reader = Reader::new(BufReader::new(File::open(file)?))
-        .with_context(|| format!("{file} is no capture"))?;
+    let mut reader =
+        Reader::open(Path::new(file)).with_context(|| format!("{file} is no capture"))?;
     let mut count = 0;
     while reader.next_packet()?.is_some() {
         count += 1;

@@ -114,14 +114,25 @@ static __always_inline int passes(struct xdp_buff *xdp)
 	return np_filter_fields(&fields);
 }
 
+/* Is one that the filter matches, one in sample_every. */
+static __always_inline int counts(struct np_xdp_count *count)
+{
+	count->matched++;
+	return sample_every <= 1 || count->matched % sample_every == 0;
+}
+
+/* With verdicts to choose by, the exit decides which packets match and are sampled. */
 static __always_inline int is_wanted(struct xdp_buff *xdp,
 				     struct np_xdp_count *count)
 {
 	count->seen++;
-	if (!passes(xdp))
-		return 0;
-	count->matched++;
-	return sample_every <= 1 || count->matched % sample_every == 0;
+	return passes(xdp) && (verdicts != ~0U || counts(count));
+}
+
+static __always_inline int has_verdict(int verdict)
+{
+	return verdicts == ~0U ||
+	       ((__u32)verdict < 32 && (verdicts & 1U << verdict));
 }
 
 /*
@@ -150,7 +161,7 @@ int BPF_PROG(xdp_entry, struct xdp_buff *xdp)
 	decision->wanted = is_ours(xdp) && is_wanted(xdp, count);
 	if (!decision->wanted)
 		return 0;
-	decision->id = (__u64)bpf_get_smp_processor_id() << 48 | count->matched;
+	decision->id = (__u64)bpf_get_smp_processor_id() << 48 | count->seen;
 	decision->data = (__u64)xdp->data;
 	if (send_entry)
 		send(xdp, decision, NP_XDP_ENTRY, 0, 0);
@@ -162,11 +173,14 @@ int BPF_PROG(xdp_exit, struct xdp_buff *xdp, int verdict)
 {
 	__u32 zero = 0;
 	struct decision *decision = bpf_map_lookup_elem(&decisions, &zero);
+	struct np_xdp_count *count = bpf_map_lookup_elem(&xdp_count, &zero);
 
-	if (!decision || !decision->wanted)
+	if (!decision || !count || !decision->wanted)
 		return 0;
 	decision->wanted = 0;
-	if (send_exit && verdicts & 1U << (verdict & 31))
+	if (!has_verdict(verdict) || (verdicts != ~0U && !counts(count)))
+		return 0;
+	if (send_exit)
 		send(xdp, decision, NP_XDP_EXIT, moved(xdp, decision), verdict);
 	return 0;
 }

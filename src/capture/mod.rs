@@ -1,4 +1,8 @@
-//! Capture files, written (`pcapng`) and read (`pcap_read`).
+//! Capture files: written by `pcapng`, read by libpcap (`savefile`) together with what pcapng says beside the bytes (`notes`).
 
-pub mod pcap_read;
+pub mod linktype;
+mod notes;
 pub mod pcapng;
+pub mod savefile;
+
+pub use notes::Note;

@@ -1,23 +1,24 @@
 //! Capture files: writes pcapng (with packet id, queue, verdict, drop counts, comments) and classic pcap.
 //!
-//! It must not know where packets come from: any tool fills [`Packet`] and [`Interface`]. Reading is in `pcap_read`.
+//! It must not know where packets come from: any tool fills [`Packet`] and [`Interface`]. Reading is in `savefile`.
 //! The blocks follow draft-ietf-opsawg-pcapng; everything is written in little-endian order.
 
 use std::io::{self, Write};
 
-/// Link type of Ethernet frames, the only one that XDP sees.
-pub const LINKTYPE_ETHERNET: u16 = 1;
+use super::linktype::Linktype;
+
 /// Snap length that means "whole packets" to every reader of capture files.
 pub const MAX_SNAPLEN: u32 = 262_144;
 
 pub(super) const BLOCK_SHB: u32 = 0x0a0d_0d0a;
 pub(super) const BLOCK_IDB: u32 = 1;
+/// Obsolete: a packet, as older programs wrote it.
+pub(super) const BLOCK_PB: u32 = 2;
 pub(super) const BLOCK_SPB: u32 = 3;
 pub(super) const BLOCK_ISB: u32 = 5;
 pub(super) const BLOCK_EPB: u32 = 6;
 pub(super) const BYTE_ORDER: u32 = 0x1a2b_3c4d;
-pub(super) const PCAP_MAGIC_US: u32 = 0xa1b2_c3d4;
-pub(super) const PCAP_MAGIC_NS: u32 = 0xa1b2_3c4d;
+const PCAP_MAGIC_NS: u32 = 0xa1b2_3c4d;
 
 pub(super) const OPT_END: u16 = 0;
 pub(super) const OPT_COMMENT: u16 = 1;
@@ -25,10 +26,9 @@ const SHB_HARDWARE: u16 = 2;
 const SHB_OS: u16 = 3;
 const SHB_APPL: u16 = 4;
 pub(super) const IF_NAME: u16 = 2;
-pub(super) const IF_DESCRIPTION: u16 = 3;
-pub(super) const IF_TSRESOL: u16 = 9;
-pub(super) const IF_FILTER: u16 = 11;
-pub(super) const IF_TSOFFSET: u16 = 14;
+const IF_DESCRIPTION: u16 = 3;
+const IF_TSRESOL: u16 = 9;
+const IF_FILTER: u16 = 11;
 const IF_HARDWARE: u16 = 15;
 pub(super) const EPB_FLAGS: u16 = 2;
 pub(super) const EPB_DROPCOUNT: u16 = 4;
@@ -55,7 +55,7 @@ pub struct Section {
 }
 
 /// One capture point: an interface, or one program's entry or exit on it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
     pub name: String,
     pub description: Option<String>,
@@ -64,15 +64,18 @@ pub struct Interface {
     pub filter: Option<String>,
     /// 0 for no limit.
     pub snaplen: u32,
-    pub linktype: u16,
+    pub linktype: Linktype,
 }
 
 impl Interface {
-    pub fn ethernet(name: impl Into<String>) -> Self {
+    pub fn new(name: impl Into<String>, linktype: Linktype) -> Self {
         Interface {
             name: name.into(),
-            linktype: LINKTYPE_ETHERNET,
-            ..Interface::default()
+            description: None,
+            hardware: None,
+            filter: None,
+            snaplen: 0,
+            linktype,
         }
     }
 }
@@ -137,8 +140,14 @@ pub struct Writer<W: Write> {
 }
 
 impl<W: Write> Writer<W> {
-    /// Writes the file's head. `snaplen` is for classic pcap, which has one for the whole file.
-    pub fn new(out: W, format: Format, section: &Section, snaplen: u32) -> io::Result<Self> {
+    /// Writes the file's head. `snaplen` and `linktype` are for classic pcap, which has one for the whole file.
+    pub fn new(
+        out: W,
+        format: Format,
+        section: &Section,
+        snaplen: u32,
+        linktype: Linktype,
+    ) -> io::Result<Self> {
         let snaplen = if snaplen == 0 { MAX_SNAPLEN } else { snaplen };
         let mut writer = Writer {
             out,
@@ -150,7 +159,7 @@ impl<W: Write> Writer<W> {
         };
         match format {
             Format::Pcapng => writer.section_header(section)?,
-            Format::Pcap => writer.pcap_header()?,
+            Format::Pcap => writer.pcap_header(linktype)?,
         }
         Ok(writer)
     }
@@ -177,7 +186,7 @@ impl<W: Write> Writer<W> {
         self.block(BLOCK_SHB)
     }
 
-    fn pcap_header(&mut self) -> io::Result<()> {
+    fn pcap_header(&mut self, linktype: Linktype) -> io::Result<()> {
         let head = &mut self.scratch;
         head.clear();
         put32(head, PCAP_MAGIC_NS);
@@ -186,7 +195,7 @@ impl<W: Write> Writer<W> {
         put32(head, 0);
         put32(head, 0);
         put32(head, self.snaplen.max(1));
-        put32(head, u32::from(LINKTYPE_ETHERNET));
+        put32(head, linktype.in_file().into());
         self.written += self.scratch.len() as u64;
         self.out.write_all(&self.scratch)
     }
@@ -200,7 +209,7 @@ impl<W: Write> Writer<W> {
         }
         let body = &mut self.scratch;
         body.clear();
-        put16(body, interface.linktype);
+        put16(body, interface.linktype.in_file());
         put16(body, 0);
         put32(body, interface.snaplen);
         put_option(body, IF_NAME, interface.name.as_bytes());
@@ -389,8 +398,17 @@ mod tests {
     #[test]
     fn packet_block_has_the_draft_layout() {
         let mut file = Vec::new();
-        let mut writer = Writer::new(&mut file, Format::Pcapng, &Section::default(), 0).unwrap();
-        let interface = writer.add_interface(&Interface::ethernet("v0")).unwrap();
+        let mut writer = Writer::new(
+            &mut file,
+            Format::Pcapng,
+            &Section::default(),
+            0,
+            Linktype::ETHERNET,
+        )
+        .unwrap();
+        let interface = writer
+            .add_interface(&Interface::new("v0", Linktype::ETHERNET))
+            .unwrap();
         let start = writer.written() as usize;
         let packet = Packet {
             interface,
@@ -423,7 +441,14 @@ mod tests {
     #[test]
     fn classic_header_is_nanosecond_little_endian() {
         let mut file = Vec::new();
-        let mut writer = Writer::new(&mut file, Format::Pcap, &Section::default(), 96).unwrap();
+        let mut writer = Writer::new(
+            &mut file,
+            Format::Pcap,
+            &Section::default(),
+            96,
+            Linktype::ETHERNET,
+        )
+        .unwrap();
         writer
             .packet(&Packet {
                 ts: 3_000_000_007,

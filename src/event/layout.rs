@@ -5,6 +5,8 @@
 use std::fmt::Write;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::capture::linktype::Linktype;
+
 /// One header field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
@@ -81,9 +83,9 @@ const ARP: Table = &[
     ("ARP target", 24, 4, Address),
 ];
 
-/// The header fields of a frame, in order: Ethernet, VLAN tags, IPv4 or IPv6 (without extension headers) or ARP, TCP, UDP or
-/// ICMP. Fields that the frame is too short for are left out.
-pub fn fields(frame: &[u8]) -> Vec<Field> {
+/// The header fields of a packet, in order: Ethernet and VLAN tags where it begins with them, IPv4 or IPv6 (without extension headers)
+/// or ARP, TCP, UDP or ICMP. Fields that the packet is too short for are left out.
+pub fn fields(linktype: Linktype, frame: &[u8]) -> Vec<Field> {
     let mut fields = Vec::new();
     let mut push = |base: usize, table: Table| {
         let known = table.iter().map(|&(name, at, len, show)| Field {
@@ -98,14 +100,23 @@ pub fn fields(frame: &[u8]) -> Vec<Field> {
         let bytes = frame.get(at..at + 2)?;
         Some(u16::from_be_bytes([bytes[0], bytes[1]]))
     };
-    push(0, ETHERNET);
-    let mut at = 12;
-    while let Some(0x8100 | 0x88a8) = word(at) {
-        push(at + 2, VLAN);
-        at += 4;
-    }
-    let ethertype = word(at);
-    at += 2;
+    let mut at = 0;
+    let ethertype = if linktype == Linktype::ETHERNET {
+        push(0, ETHERNET);
+        at = 12;
+        while let Some(0x8100 | 0x88a8) = word(at) {
+            push(at + 2, VLAN);
+            at += 4;
+        }
+        at += 2;
+        word(at - 2)
+    } else {
+        frame.first().and_then(|first| match first >> 4 {
+            4 => Some(0x0800),
+            6 => Some(0x86dd),
+            _ => None,
+        })
+    };
     let (protocol, transport) = match ethertype {
         Some(0x0800) => {
             push(at, IPV4);
@@ -171,7 +182,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn find(frame: &[u8], name: &str) -> Option<String> {
-        let fields = fields(frame);
+        let fields = fields(Linktype::ETHERNET, frame);
         let field = fields.iter().find(|field| field.name == name)?;
         Some(field.value(&frame[field.at..field.at + field.len]))
     }
@@ -210,7 +221,7 @@ mod tests {
             if frame.len() > 14 {
                 frame[12..14].copy_from_slice(&types[kind]);
             }
-            for field in fields(&frame) {
+            for field in fields(if kind == 3 { Linktype::RAW_IP } else { Linktype::ETHERNET }, &frame) {
                 field.value(&frame[field.at..field.at + field.len]);
             }
         }

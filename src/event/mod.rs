@@ -3,5 +3,7 @@
 pub mod dns;
 pub mod head;
 pub mod layout;
+pub mod line;
+pub mod link;
 pub mod packet;
 pub mod tuple;

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, anyhow};
 
 use super::cbpf::{Invalid, Program};
-use super::pcap::{self, Linktype};
+use super::pcap::{self, Linktype, Packets};
 
 /// As much of a packet as a filter may accept; large, so that no length limits a match.
 pub const SNAPLEN: u32 = 262_144;
@@ -19,26 +19,36 @@ const LARGE_STACK: usize = 512 << 20;
 
 /// One expression for packets of one link type.
 pub fn compile(expression: &str, linktype: Linktype, snaplen: u32) -> Result<Program> {
+    let packets = Packets::Of {
+        linktype,
+        snaplen,
+        netmask: None,
+    };
+    compile_for(expression, packets)
+}
+
+/// One expression for packets of one kind.
+pub fn compile_for(expression: &str, packets: Packets<'_>) -> Result<Program> {
     if expression.len() <= LONG_TEXT {
-        return compile_here(expression, linktype, snaplen);
+        return compile_here(expression, packets);
     }
     std::thread::scope(|scope| {
         std::thread::Builder::new()
             .stack_size(LARGE_STACK)
-            .spawn_scoped(scope, || compile_here(expression, linktype, snaplen))
+            .spawn_scoped(scope, || compile_here(expression, packets))
             .context("failed to start a thread for libpcap")?
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
-fn compile_here(expression: &str, linktype: Linktype, snaplen: u32) -> Result<Program> {
+fn compile_here(expression: &str, packets: Packets<'_>) -> Result<Program> {
     let wrong = || format!("invalid filter expression '{}'", shortened(expression));
-    let plain = pcap::compile(expression, linktype, snaplen, false).with_context(wrong)?;
+    let plain = pcap::compile(expression, packets, false).with_context(wrong)?;
     if plain.len() > OPTIMIZE_UP_TO {
         return Err(anyhow!(Invalid::TooLong(plain.len()))).with_context(wrong);
     }
-    let insns = pcap::compile(expression, linktype, snaplen, true).with_context(wrong)?;
+    let insns = pcap::compile(expression, packets, true).with_context(wrong)?;
     Program::new(insns)
         .map_err(|invalid| anyhow!(invalid))
         .with_context(wrong)
@@ -71,6 +81,26 @@ impl Compiled {
              without one (between the IP layer and the device, say)"
         ))
     }
+}
+
+/// Does an expression have the keyword `vlan`? Words are split as libpcap's scanner does; `\\vlan` is a name.
+pub fn asks_vlan(expression: &str) -> bool {
+    vlan_words(expression).next().is_some()
+}
+
+/// Where each keyword `vlan` begins.
+fn vlan_words(expression: &str) -> impl Iterator<Item = usize> + '_ {
+    let is_word =
+        |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.' | b':' | b'\\');
+    let bytes = expression.as_bytes();
+    expression
+        .match_indices("vlan")
+        .filter_map(move |(at, word)| {
+            let before = at.checked_sub(1).and_then(|at| bytes.get(at));
+            let after = bytes.get(at + word.len());
+            let alone = |c: Option<&u8>| c.is_none_or(|c| !is_word(*c));
+            (alone(before) && alone(after)).then_some(at)
+        })
 }
 
 /// The words of a command line, joined to one expression; none where there are no words.

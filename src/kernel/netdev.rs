@@ -40,9 +40,94 @@ pub fn all() -> Result<Vec<(u32, String)>> {
     Ok(all)
 }
 
+/// A question to the kernel about an interface: `fill` completes the request, which holds the answer afterwards.
+fn ask(
+    name: &str,
+    question: libc::c_ulong,
+    fill: impl FnOnce(&mut libc::ifreq),
+) -> io::Result<libc::ifreq> {
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: ifreq is integers, arrays and a pointer: all zeros is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    fill(&mut request);
+    // SAFETY: the request, and what the caller let it point to, live through the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), question as _, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(request)
+}
+
+/// What kind of interface it is (ARPHRD_*).
+pub fn hardware(name: &str) -> Result<u16> {
+    let answer = ask(name, libc::SIOCGIFHWADDR, |_| ())
+        .with_context(|| format!("failed to ask for the kind of {name}"))?;
+    // SAFETY: this answer is a socket address.
+    Ok(unsafe { answer.ifr_ifru.ifru_hwaddr }.sa_family)
+}
+
+/// The mask of the interface's first IPv4 address, in network byte order; none where it has no address.
+pub fn netmask(name: &str) -> Option<u32> {
+    let answer = ask(name, libc::SIOCGIFNETMASK, |_| ()).ok()?;
+    // SAFETY: this answer is an IPv4 socket address: family, port, address.
+    let address = unsafe { answer.ifr_ifru.ifru_netmask };
+    let bytes = address.sa_data.get(2..6)?;
+    Some(u32::from_ne_bytes([
+        bytes[0] as u8,
+        bytes[1] as u8,
+        bytes[2] as u8,
+        bytes[3] as u8,
+    ]))
+}
+
+const SIOCETHTOOL: libc::c_ulong = 0x8946;
+
+/// Whether the device takes VLAN tags off the packets that it receives, and keeps them beside (`rx-vlan-offload`).
+pub fn takes_vlan_tags(name: &str) -> bool {
+    const ETHTOOL_GFLAGS: u32 = 0x25;
+    const ETH_FLAG_RXVLAN: u32 = 1 << 8;
+    /// `struct ethtool_value`
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    let mut value = Value {
+        command: ETHTOOL_GFLAGS,
+        data: 0,
+    };
+    let answer = ask(name, SIOCETHTOOL, |request| {
+        request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    });
+    answer.is_ok() && value.data & ETH_FLAG_RXVLAN != 0
+}
+
+/// The VLAN interfaces that lie above an interface of this namespace.
+pub fn vlans_above(name: &str) -> Vec<String> {
+    // `vlan5  | 5  | eth0`, below two lines of titles.
+    let table = std::fs::read_to_string("/proc/thread-self/net/vlan/config").unwrap_or_default();
+    table
+        .lines()
+        .filter_map(|line| {
+            let mut cells = line.split('|').map(str::trim);
+            let vlan = cells.next()?;
+            (cells.nth(1)? == name).then(|| vlan.to_owned())
+        })
+        .collect()
+}
+
 /// The name of an interface's driver (`veth`, `virtio_net`), as ethtool gives it; nothing where the interface has none.
 pub fn driver(name: &str) -> Option<String> {
-    const SIOCETHTOOL: libc::c_ulong = 0x8946;
     const ETHTOOL_GDRVINFO: u32 = 3;
     /// `struct ethtool_drvinfo`: 196 bytes, of which the command and the driver's name matter here.
     #[repr(C, align(4))]
@@ -51,31 +136,15 @@ pub fn driver(name: &str) -> Option<String> {
         driver: [u8; 32],
         rest: [u8; 160],
     }
-    let socket = socket(
-        AddressFamily::Inet,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .ok()?;
     let mut info = DrvInfo {
         command: ETHTOOL_GDRVINFO,
         driver: [0; 32],
         rest: [0; 160],
     };
-    // SAFETY: ifreq is integers, arrays and a pointer: all zeros is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= request.ifr_name.len() {
-        return None;
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_data = (&raw mut info).cast();
-    // SAFETY: the request and the struct behind its pointer live through the call; the kernel writes 196 bytes, its size.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) } < 0 {
-        return None;
-    }
+    ask(name, SIOCETHTOOL, |request| {
+        request.ifr_ifru.ifru_data = (&raw mut info).cast();
+    })
+    .ok()?;
     let len = info.driver.iter().position(|b| *b == 0)?;
     String::from_utf8(info.driver[..len].to_vec()).ok()
 }

@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
+use crate::capture::savefile::{Reader, Writer};
 use crate::filter::cbpf::Program;
 use crate::filter::ebpf::{self, Beyond, LOAD_CALL, LoadMode};
 use crate::filter::expr::{self, Compiled, SNAPLEN};
-use crate::filter::pcap::{self, Linktype, Reader, Writer};
+use crate::filter::pcap::{self, Linktype, Packets};
 use crate::filter::run::Runner;
 use crate::filter::{self};
 use crate::insn::asm::Insn;
@@ -116,12 +117,13 @@ fn match_file(args: &Args, file: &std::path::Path, text: &str) -> Result<()> {
     let name = file.display();
     let mut reader = Reader::open(file).with_context(|| format!("failed to read {name}"))?;
     let linktype = reader.linktype();
-    let program = compile(text, linktype)?;
+    let program =
+        expr::compile_for(text, Packets::in_file(&reader)).map_err(|e| usage(format!("{e:#}")))?;
     let mut runner = Runner::traced(&program, filter::BLOCK)
         .context("the filter could not be loaded into this kernel (it needs root)")?;
     let mut writer = match &args.write {
         Some(path) => Some(
-            Writer::create(path, linktype, reader.snaplen())
+            Writer::like(&reader, path)
                 .with_context(|| format!("failed to write {}", path.display()))?,
         ),
         None => None,

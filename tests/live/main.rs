@@ -6,6 +6,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod files;
 mod filter;
 mod filter_scenarios;
 mod harness;
@@ -34,6 +35,7 @@ fn main() {
     cases.extend(icmp::cases());
     cases.extend(icmp_more::cases());
     cases.extend(skb_more::cases());
+    cases.extend(files::cases());
     cases.extend(filter::cases());
     cases.extend(skb_output::cases());
     cases.extend(xdpdump_trace::cases());

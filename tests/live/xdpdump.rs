@@ -405,7 +405,7 @@ fn printed_again() -> Result<()> {
     let done = Netprobe::new("xdpdump").arg("-r").arg(&cut).run()?;
     done.expect_code(1)?;
     done.expect_stdout("UDP, length 100")?;
-    done.expect_stderr("cut")
+    done.expect_stderr("truncated pcapng dump file")
 }
 
 fn filters() -> Result<()> {

@@ -98,6 +98,20 @@ fn trace() -> Result<()> {
     };
     done.expect_success()?;
     ensure!(done.stdout.lines().count() == 4, "{done}");
+    // The verdict is a filter too, and so one in N counts among those that have it.
+    ensure!(summary(&done)? == [4, 0, 4, 10], "{done}");
+    let done = {
+        let probe = dump(&net)
+            .args(["--action", "drop,pass", "--sample", "2", "udp dst port 9"])
+            .start()?;
+        flood(&net, PORT, 4, 64)?;
+        flood(&net, PORT + 1, 6, 64)?;
+        probe.stop()?
+    };
+    let [captured, lost, matched, seen] = summary(&done)?;
+    ensure!((lost, matched, seen) == (0, 4, 10), "{done}");
+    // Of each CPU's.
+    ensure!(captured <= 2, "{done}");
 
     let file = dir.path().join("t.pcapng");
     let probe = dump(&net)

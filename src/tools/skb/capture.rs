@@ -1,8 +1,10 @@
 //! `--write`: each event's packet in a pcapng file, with what happened to it as its comment.
 //!
-//! An interface block for each network namespace, interface and kind of first header: an skb begins with an Ethernet header in
-//! one function and with that of IP in the next.
+//! An interface block for each network namespace and interface. An skb begins with an Ethernet header in one function and with that of
+//! IP in the next, and most programs read files of one link type only. Every packet is written as an Ethernet frame: where there is
+//! no such header, one is made up, and the comment says so.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufWriter;
@@ -10,23 +12,50 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::capture::pcapng::{
-    Counters, Format, Interface, LINKTYPE_ETHERNET, Packet, Section, Writer,
-};
+use crate::capture::linktype::Linktype;
+use crate::capture::pcapng::{Counters, Format, Interface, Packet, Section, Writer};
+use crate::event::link;
 use crate::kernel::clock::WallClock;
 use crate::text::escape::escaped;
 
-use super::decode::Event;
-
-/// LINKTYPE_RAW: begins with an IP header, of version 4 or 6.
-const LINKTYPE_RAW: u16 = 101;
+use super::decode::{Data, Event};
 
 /// What tells one interface block from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Place {
     netns: u32,
     ifindex: u32,
-    ethernet: bool,
+}
+
+/// A packet as an Ethernet frame.
+struct Frame<'d> {
+    bytes: Cow<'d, [u8]>,
+    /// Of the whole frame.
+    len: u32,
+    made_up: bool,
+}
+
+impl<'d> Frame<'d> {
+    /// The first `most` bytes. No bytes where the packet is neither Ethernet nor IP.
+    fn of(data: &'d Data, most: usize) -> Self {
+        let bytes = data.bytes.get(..most).unwrap_or(&data.bytes);
+        let header = match data.ethernet {
+            true => None,
+            false => link::made_up_header(bytes),
+        };
+        match header {
+            Some(header) => Frame {
+                bytes: [&header[..], bytes].concat().into(),
+                len: data.len + header.len() as u32,
+                made_up: true,
+            },
+            None => Frame {
+                bytes: if data.ethernet { bytes } else { &[] }.into(),
+                len: data.len,
+                made_up: false,
+            },
+        }
+    }
 }
 
 /// A capture file that is being written.
@@ -51,7 +80,8 @@ impl Capture {
             application: Some(format!("netprobe {}", env!("CARGO_PKG_VERSION"))),
             ..Section::default()
         };
-        let writer = Writer::new(BufWriter::new(file), Format::Pcapng, &section, snaplen)
+        let out = BufWriter::new(file);
+        let writer = Writer::new(out, Format::Pcapng, &section, snaplen, Linktype::ETHERNET)
             .with_context(|| format!("failed to write to {name}"))?;
         Ok(Self {
             writer,
@@ -73,17 +103,16 @@ impl Capture {
         let place = Place {
             netns: meta.map_or(0, |m| m.netns),
             ifindex: meta.map_or(0, |m| m.ifindex),
-            ethernet: data.ethernet,
         };
         let known = self.places.get(&place).map(|(index, _)| *index);
         let interface = match known {
             Some(index) => index,
             None => self.add(place, meta.map_or(String::new(), |m| escaped(&m.ifname)))?,
         };
-        let is_ip = data.bytes.first().is_some_and(|b| matches!(b >> 4, 4 | 6));
-        let bytes = match data.bytes.get(..self.snaplen as usize) {
-            Some(cut) => cut,
-            None => &data.bytes[..],
+        let frame = Frame::of(data, self.snaplen as usize);
+        let comment = match frame.made_up {
+            true => &format!("{comment} ({})", link::MADE_UP),
+            false => comment,
         };
         self.last = self.clock.wall(event.head.ts);
         if self.start == 0 {
@@ -92,8 +121,8 @@ impl Capture {
         let packet = Packet {
             interface,
             ts: self.last,
-            len: data.len,
-            data: if data.ethernet || is_ip { bytes } else { &[] },
+            len: frame.len,
+            data: &frame.bytes,
             comment: Some(comment),
             ..Packet::default()
         };
@@ -106,25 +135,15 @@ impl Capture {
     }
 
     fn add(&mut self, place: Place, name: String) -> Result<u32> {
+        let name = if name.is_empty() {
+            "(none)".to_string()
+        } else {
+            name
+        };
         let interface = Interface {
-            name: if name.is_empty() {
-                "(none)".to_string()
-            } else {
-                name
-            },
-            description: Some(format!(
-                "netns {} ifindex {}{}",
-                place.netns,
-                place.ifindex,
-                if place.ethernet { "" } else { ", from IP on" }
-            )),
-            linktype: if place.ethernet {
-                LINKTYPE_ETHERNET
-            } else {
-                LINKTYPE_RAW
-            },
-            snaplen: self.snaplen,
-            ..Interface::default()
+            description: Some(format!("netns {} ifindex {}", place.netns, place.ifindex)),
+            snaplen: self.snaplen + link::MADE_UP_LEN,
+            ..Interface::new(name, Linktype::ETHERNET)
         };
         let index = self.writer.add_interface(&interface);
         let index = index.with_context(|| format!("failed to write to {}", self.name))?;
@@ -164,7 +183,7 @@ mod tests {
     use crate::tools::skb::decode::Data;
 
     #[test]
-    fn a_block_for_each_first_header() {
+    fn one_link_type_whatever_the_first_header() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut capture = Capture::create(file.path(), 64).unwrap();
         let mut event = Event {
@@ -178,13 +197,26 @@ mod tests {
             ..Event::default()
         };
         capture.packet(&event, "dev_queue_xmit skb 0x1").unwrap();
-        event.data.as_mut().unwrap().ethernet = false;
+        let data = event.data.as_mut().unwrap();
+        (data.ethernet, data.bytes[0]) = (false, 0x60);
+        capture.packet(&event, "ip6_output skb 0x1").unwrap();
+        event.data.as_mut().unwrap().bytes[0] = 0;
         capture.packet(&event, "arp_rcv skb 0x1").unwrap();
-        assert_eq!(capture.places.len(), 2);
+        assert_eq!(capture.places.len(), 1);
         capture.finish(3).unwrap();
-        let bytes = std::fs::read(file.path()).unwrap();
-        let text = String::from_utf8_lossy(&bytes);
-        assert!(text.contains("arp_rcv skb 0x1") && text.contains("netprobe"));
+        let mut reader = crate::capture::savefile::Reader::open(file.path()).unwrap();
+        assert_eq!(reader.linktype(), Linktype::ETHERNET);
+        let packets: Vec<_> = std::iter::from_fn(|| reader.next_packet().unwrap()).collect();
+        let seen = packets.iter().map(|p| (p.bytes.len(), p.wire_len));
+        assert_eq!(seen.collect::<Vec<_>>(), [(64, 100), (78, 114), (0, 100)]);
+        let comments = packets.iter().map(|p| p.note.comment.as_deref().unwrap());
+        let wanted = [
+            "dev_queue_xmit skb 0x1",
+            "ip6_output skb 0x1 (made-up Ethernet header)",
+            "arp_rcv skb 0x1",
+        ];
+        assert_eq!(comments.collect::<Vec<_>>(), wanted);
+        assert_eq!(packets[1].bytes[12..15], [0x86, 0xdd, 0x60]);
     }
 
     /// Stock tshark reads interfaces, comments and drop counts, and has nothing to say on stderr.
@@ -251,6 +283,7 @@ mod tests {
         let rows = String::from_utf8_lossy(&output.stdout);
         let rows: Vec<&str> = rows.lines().collect();
         assert_eq!(rows.len(), 4, "{rows:?}");
+        assert!(rows[0].starts_with("0\t9\tip_output") && rows[0].contains("made-up Ethernet"));
         assert_eq!(rows[1], "1\t9\tdev_hard_start_xmit skb 0x1 cpu 0");
         assert!(rows[2].starts_with("2\t9\tkfree_skb_reason(SKB_DROP_REASON_NO_SOCKET)"));
     }

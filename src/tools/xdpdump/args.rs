@@ -7,7 +7,9 @@ use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
 use crate::capture::pcapng::{Format, MAX_SNAPLEN};
-use crate::filter::expr::{self, Compiled};
+use crate::filter::cbpf::Program;
+use crate::filter::expr;
+use crate::filter::pcap::Packets;
 use crate::kernel::xdp;
 use crate::run::output::OutputArgs;
 use crate::tools::EngineArgs;
@@ -210,13 +212,15 @@ impl Args {
         Ok(())
     }
 
-    /// The expression's text and what it became.
-    pub fn filter(&self) -> Result<Option<(String, Compiled)>> {
+    /// The expression.
+    pub fn filter_text(&self) -> Option<String> {
         expr::join(&self.expression)
-            .map(|text| {
-                let compiled = Compiled::new(&text).map_err(|error| usage(format!("{error:#}")))?;
-                Ok((text, compiled))
-            })
+    }
+
+    /// The expression for packets of one kind.
+    pub fn filter(&self, packets: Packets<'_>) -> Result<Option<Program>> {
+        self.filter_text()
+            .map(|text| expr::compile_for(&text, packets).map_err(|e| usage(format!("{e:#}"))))
             .transpose()
     }
 

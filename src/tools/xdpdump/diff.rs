@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use crate::capture::linktype::Linktype;
 use crate::event::layout::{self, Field};
 
 use super::decode::Seen;
@@ -75,12 +76,13 @@ impl Pairs {
     }
 
     /// The same packet at exit.
-    pub fn exit(&self, seen: &Seen<'_>) -> Diff {
+    pub fn exit(&self, seen: &Seen<'_>, linktype: Linktype) -> Diff {
         match self.waiting.get(&(seen.program, seen.cpu)) {
             Some(old) if old.id == seen.id => Diff::Changes(changes(
                 (&old.data, old.len as usize),
                 (seen.data, seen.len as usize),
                 i64::from(seen.moved),
+                linktype,
             )),
             _ => Diff::Unknown,
         }
@@ -92,6 +94,7 @@ fn changes(
     (old, old_len): (&[u8], usize),
     (new, new_len): (&[u8], usize),
     moved: i64,
+    linktype: Linktype,
 ) -> Vec<Change> {
     let mut changes = Vec::new();
     let grown = usize::try_from(-moved).unwrap_or(0);
@@ -100,7 +103,7 @@ fn changes(
     let at = if moved == 0 {
         0
     } else {
-        seam(old, cut, new, grown)
+        seam(old, cut, new, grown, linktype)
     };
     if grown > 0 {
         changes.push(Change::Inserted {
@@ -116,9 +119,15 @@ fn changes(
             bytes: excerpt(old, at, cut),
         });
     }
-    replaced(&mut changes, old, new, 0..at, 0);
+    replaced(&mut changes, old, new, (0..at, 0), linktype);
     let rest = at + cut..old.len().min((new.len() + cut).saturating_sub(grown));
-    replaced(&mut changes, old, new, rest, grown as i64 - cut as i64);
+    replaced(
+        &mut changes,
+        old,
+        new,
+        (rest, grown as i64 - cut as i64),
+        linktype,
+    );
     // End.
     let expected = (old_len + grown).saturating_sub(cut);
     if new_len > expected {
@@ -139,7 +148,7 @@ fn changes(
 }
 
 /// Where the bytes were put in or taken out, so that the fewest others changed; a header's start where that leaves a choice.
-fn seam(old: &[u8], cut: usize, new: &[u8], grown: usize) -> usize {
+fn seam(old: &[u8], cut: usize, new: &[u8], grown: usize, linktype: Linktype) -> usize {
     let ends = old
         .len()
         .saturating_sub(cut)
@@ -150,7 +159,7 @@ fn seam(old: &[u8], cut: usize, new: &[u8], grown: usize) -> usize {
         .map(|at| differ(old.get(at + cut), new.get(at + grown)))
         .sum::<usize>();
     let mut best = (cost, true, 0);
-    let starts = layout::fields(old)
+    let starts = layout::fields(linktype, old)
         .iter()
         .map(|field| field.at)
         .collect::<Vec<_>>();
@@ -167,8 +176,8 @@ fn replaced(
     changes: &mut Vec<Change>,
     old: &[u8],
     new: &[u8],
-    range: std::ops::Range<usize>,
-    shift: i64,
+    (range, shift): (std::ops::Range<usize>, i64),
+    linktype: Linktype,
 ) {
     let new_at = |at: usize| at.checked_add_signed(shift as isize);
     let differs = |at: usize| new_at(at).and_then(|at| new.get(at)) != old.get(at);
@@ -179,7 +188,7 @@ fn replaced(
             new_at(at).map_or_else(Vec::new, |at| excerpt(new, at, len)),
         )
     };
-    let fields = layout::fields(old);
+    let fields = layout::fields(linktype, old);
     let mut at = range.start;
     while at < range.end {
         if !differs(at) {
@@ -274,10 +283,15 @@ mod tests {
     }
 
     fn words(old: &[u8], new: &[u8], moved: i64) -> Vec<String> {
-        changes((old, old.len()), (new, new.len()), moved)
-            .iter()
-            .map(Change::words)
-            .collect()
+        changes(
+            (old, old.len()),
+            (new, new.len()),
+            moved,
+            Linktype::ETHERNET,
+        )
+        .iter()
+        .map(Change::words)
+        .collect()
     }
 
     #[test]
@@ -339,7 +353,7 @@ mod tests {
         );
         // Not captured: only the length is known.
         assert_eq!(
-            changes((&old[..20], 58), (&old[..20], 42), 0),
+            changes((&old[..20], 58), (&old[..20], 42), 0, Linktype::ETHERNET),
             [Change::Removed {
                 at: 42,
                 len: 16,
@@ -367,9 +381,18 @@ mod tests {
         let mut pairs = Pairs::default();
         pairs.enter(&seen(5, 1, 0));
         pairs.enter(&seen(6, 1, 1));
-        assert_eq!(pairs.exit(&seen(5, 1, 0)), Diff::Changes(Vec::new()));
-        assert_eq!(pairs.exit(&seen(6, 1, 0)), Diff::Unknown);
-        assert_eq!(pairs.exit(&seen(6, 2, 1)), Diff::Unknown);
+        assert_eq!(
+            pairs.exit(&seen(5, 1, 0), Linktype::ETHERNET),
+            Diff::Changes(Vec::new())
+        );
+        assert_eq!(
+            pairs.exit(&seen(6, 1, 0), Linktype::ETHERNET),
+            Diff::Unknown
+        );
+        assert_eq!(
+            pairs.exit(&seen(6, 2, 1), Linktype::ETHERNET),
+            Diff::Unknown
+        );
     }
 
     proptest! {
@@ -380,7 +403,7 @@ mod tests {
             more in (0usize..100, 0usize..100),
             moved in -90i64..90,
         ) {
-            for change in changes((&old, old.len() + more.0), (&new, new.len() + more.1), moved) {
+            for change in changes((&old, old.len() + more.0), (&new, new.len() + more.1), moved, Linktype::RAW_IP) {
                 change.words();
             }
         }

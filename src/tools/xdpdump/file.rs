@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::capture::linktype::Linktype;
 use crate::capture::pcapng::{Counters, Format, Interface, Packet, Section, Writer};
 
 /// Bytes gathered before a write; a tick writes what there is.
@@ -37,7 +38,8 @@ pub struct CaptureFile {
     format: Format,
     section: Section,
     interfaces: Vec<Interface>,
-    snaplen: u32,
+    /// For classic pcap: one of each for the whole file.
+    head: (u32, Linktype),
     writer: Sink,
     begun: Instant,
     number: u32,
@@ -51,6 +53,7 @@ impl CaptureFile {
         rotation: Rotation,
         interfaces: Vec<Interface>,
         snaplen: u32,
+        linktype: Linktype,
     ) -> Result<Self> {
         let section = section();
         let first = if rotation.is_on() {
@@ -58,14 +61,14 @@ impl CaptureFile {
         } else {
             path.to_owned()
         };
-        let writer = begin(&first, format, &section, &interfaces, snaplen)?;
+        let writer = begin(&first, format, &section, &interfaces, (snaplen, linktype))?;
         Ok(CaptureFile {
             path: path.to_owned(),
             rotation,
             format,
             section,
             interfaces,
-            snaplen,
+            head: (snaplen, linktype),
             writer,
             begun: Instant::now(),
             number: 0,
@@ -99,7 +102,7 @@ impl CaptureFile {
             self.format,
             &self.section,
             &self.interfaces,
-            self.snaplen,
+            self.head,
         )?;
         self.kept.push_back(next);
         while self
@@ -138,7 +141,7 @@ fn begin(
     format: Format,
     section: &Section,
     interfaces: &[Interface],
-    snaplen: u32,
+    (snaplen, linktype): (u32, Linktype),
 ) -> Result<Sink> {
     let out: Box<dyn Write> = if path == Path::new("-") {
         Box::new(io::stdout())
@@ -153,6 +156,7 @@ fn begin(
         format,
         section,
         snaplen,
+        linktype,
     )
     .with_context(failed)?;
     for interface in interfaces {
@@ -189,7 +193,7 @@ fn section() -> Section {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::pcap_read::Reader;
+    use crate::capture::savefile::Reader;
 
     #[test]
     fn names_of_numbered_files() {
@@ -209,8 +213,16 @@ mod tests {
             time: None,
             keep: Some(2),
         };
-        let interfaces = vec![Interface::ethernet("v0")];
-        let mut file = CaptureFile::create(&path, Format::Pcapng, rotation, interfaces, 0).unwrap();
+        let interfaces = vec![Interface::new("v0", Linktype::ETHERNET)];
+        let mut file = CaptureFile::create(
+            &path,
+            Format::Pcapng,
+            rotation,
+            interfaces,
+            0,
+            Linktype::ETHERNET,
+        )
+        .unwrap();
         for id in 0..20 {
             file.packet(&Packet {
                 id: Some(id),
@@ -229,9 +241,9 @@ mod tests {
         assert_eq!(names.len(), 2);
         let mut last = None;
         for name in names {
-            let mut reader = Reader::new(File::open(name).unwrap()).unwrap();
+            let mut reader = Reader::open(&name).unwrap();
             while let Some(packet) = reader.next_packet().unwrap() {
-                last = packet.id.max(last);
+                last = packet.note.id.max(last);
             }
         }
         assert_eq!(last, Some(19));

@@ -19,10 +19,13 @@ use std::time::{Instant, SystemTime};
 use anyhow::{Context, Result};
 use libbpf_rs::{MapHandle, OpenObject};
 
+use crate::capture::linktype::Linktype;
 use crate::chain::attach as chain;
 use crate::chain::place::{self, Lock, Place, Watch};
 use crate::engine::drain::Drain;
 use crate::engine::merge::Record;
+use crate::filter::expr::{self, SNAPLEN};
+use crate::filter::pcap::Packets;
 use crate::kernel::clock::WallClock;
 use crate::kernel::features::Features;
 use crate::kernel::netns::Netns;
@@ -79,6 +82,8 @@ fn restore(ifaces: &[String]) -> Result<()> {
 struct Planned {
     iface: String,
     ifindex: u32,
+    linktype: Linktype,
+    options: Options,
     targets: Vec<Target>,
 }
 
@@ -89,7 +94,6 @@ struct Storage {
 }
 
 fn capture(args: &Args) -> Result<()> {
-    let (filter_text, filter) = args.filter()?.unzip();
     let planned = args
         .iface
         .iter()
@@ -98,11 +102,6 @@ fn capture(args: &Args) -> Result<()> {
     let stop = signals::stop_channel()?;
     let clock = WallClock::new()?;
     let begun = SystemTime::now();
-    let options = Options {
-        snaplen: args.capture_len(),
-        sample: args.sample,
-        filter,
-    };
     let mut storage = planned
         .iter()
         .map(|planned| Storage {
@@ -124,14 +123,7 @@ fn capture(args: &Args) -> Result<()> {
     let mut probes: Vec<Probe<'_>> = Vec::new();
     for (planned, storage) in planned.iter().zip(&mut storage) {
         let first = probes.len() as u32;
-        probes.extend(begin(
-            args,
-            planned,
-            first,
-            &options,
-            events.as_fd(),
-            storage,
-        )?);
+        probes.extend(begin(args, planned, first, events.as_fd(), storage)?);
     }
     let ifindices = planned
         .iter()
@@ -148,8 +140,12 @@ fn capture(args: &Args) -> Result<()> {
         }
     };
     let _promiscuous = promiscuous(args, &planned)?;
-    let sources = probes.iter().flat_map(Probe::sources).collect::<Vec<_>>();
-    let mut sink = Sink::open(args, filter_text.as_deref(), sources)?;
+    let mut sources = probes.iter().flat_map(Probe::sources).collect::<Vec<_>>();
+    for source in &mut sources {
+        let planned = planned.iter().find(|p| p.ifindex == source.ifindex);
+        source.linktype = planned.map_or(Linktype::ETHERNET, |planned| planned.linktype);
+    }
+    let mut sink = Sink::open(args, sources)?;
     let chains = probes.iter().filter_map(Probe::chain);
     let _watch = Watch::start(chains)?;
     output::ready(args.output.ready_file.as_deref())?;
@@ -203,9 +199,23 @@ fn capture(args: &Args) -> Result<()> {
 /// Decides what is to be watched at an interface.
 fn plan(args: &Args, iface: &str) -> Result<Planned> {
     let ifindex = netdev::index(iface)?;
+    let linktype = linktype(iface)?;
+    let packets = Packets::Of {
+        linktype,
+        snaplen: SNAPLEN,
+        netmask: netdev::netmask(iface),
+    };
+    let filter = args.filter(packets);
+    note_tags(args, iface);
     let mut planned = Planned {
         iface: iface.to_owned(),
         ifindex,
+        linktype,
+        options: Options {
+            snaplen: args.capture_len(),
+            sample: args.sample,
+            filter: filter.with_context(|| format!("{iface} ({})", linktype.name()))?,
+        },
         targets: Vec::new(),
     };
     let trace = match args.mode {
@@ -230,19 +240,49 @@ fn plan(args: &Args, iface: &str) -> Result<Planned> {
     Ok(planned)
 }
 
+/// Says that VLAN tags are not in the packets, where somebody may look for them: where the expression does, and below VLAN interfaces.
+fn note_tags(args: &Args, iface: &str) {
+    let asks = args
+        .filter_text()
+        .is_some_and(|text| expr::asks_vlan(&text));
+    let above = netdev::vlans_above(iface);
+    if (asks || !above.is_empty()) && netdev::takes_vlan_tags(iface) {
+        eprintln!(
+            "netprobe: {iface} takes VLAN tags off before XDP (rx-vlan-offload): packets are shown, and matched by `vlan`, without \
+             their outer tag; ethtool -K {iface} rxvlan off leaves it in the packet"
+        );
+    }
+}
+
+/// What the packets of an interface begin with.
+fn linktype(iface: &str) -> Result<Linktype> {
+    let hatype = netdev::hardware(iface)?;
+    Linktype::of_device(hatype).with_context(|| {
+        format!(
+            "{iface}: its packets have a link header that netprobe does not know (ARPHRD {hatype})"
+        )
+    })
+}
+
 /// Attaches to one interface. In auto mode tracing gives way to the chain where the kernel refuses it.
 fn begin<'a>(
     args: &Args,
     planned: &Planned,
     first: u32,
-    options: &Options,
     events: BorrowedFd<'_>,
     storage: &'a mut Storage,
 ) -> Result<Vec<Probe<'a>>> {
     let mut traces = Vec::new();
     let mut refused = None;
     for ((target, storage), index) in planned.targets.iter().zip(&mut storage.traces).zip(first..) {
-        match Trace::begin(target, index, options, args.points(), events, storage) {
+        match Trace::begin(
+            target,
+            index,
+            &planned.options,
+            args.points(),
+            events,
+            storage,
+        ) {
             Ok(trace) => traces.push(Probe::Trace {
                 trace,
                 iface: planned.iface.clone(),
@@ -273,7 +313,13 @@ fn begin<'a>(
     let modes = args
         .xdp_mode
         .modes(netdev::driver(&planned.iface).as_deref());
-    let capture = Capture::begin(&planned.iface, options, modes, events, &mut storage.chain)?;
+    let capture = Capture::begin(
+        &planned.iface,
+        &planned.options,
+        modes,
+        events,
+        &mut storage.chain,
+    )?;
     tell(&capture);
     Ok(vec![Probe::Chain(capture)])
 }
@@ -320,6 +366,7 @@ impl Probe<'_> {
                 point: Point::Chain,
                 program: 0,
                 function: None,
+                linktype: Linktype::ETHERNET,
             }],
             Probe::Trace {
                 trace,
@@ -334,6 +381,7 @@ impl Probe<'_> {
                     point,
                     program: *index,
                     function: Some(trace.function().to_owned()),
+                    linktype: Linktype::ETHERNET,
                 })
                 .collect(),
         }
@@ -428,7 +476,7 @@ impl Consumer for Live<'_> {
                 pairs.enter(&seen);
                 return Ok(Flow::Continue);
             }
-            diff = Some(pairs.exit(&seen));
+            diff = Some(pairs.exit(&seen, self.sink.linktype(&seen)));
         }
         self.captured += 1;
         let wall = self.clock.wall(seen.ts);

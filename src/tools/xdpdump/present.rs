@@ -5,8 +5,11 @@ use std::io::Write;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::capture::linktype::Linktype;
 use crate::event::layout::joined;
-use crate::event::packet::{self, Frame, Line, Mac, Net, Transport, protocol_name};
+use crate::event::line::{self, Line};
+use crate::event::link::{self, Frame, Link};
+use crate::event::packet::{Mac, Net, Transport, protocol_name};
 use crate::kernel::clock::time_of_day;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
@@ -30,6 +33,7 @@ pub struct Shown<'a> {
     pub queue: Option<u32>,
     pub id: Option<u64>,
     pub verdict: Option<u32>,
+    pub linktype: Linktype,
     pub len: u32,
     pub data: &'a [u8],
     /// Out of the order of time.
@@ -63,7 +67,7 @@ impl Presenter {
     }
 
     pub fn packet(&mut self, out: &mut Output, shown: &Shown<'_>) -> Result<Flow> {
-        let frame = packet::decode(shown.data);
+        let frame = link::decode(shown.linktype, shown.data);
         if out.json() {
             return out.json_event(&row(shown, frame.as_ref()));
         }
@@ -127,7 +131,10 @@ impl Presenter {
         if let (true, Some(id)) = (self.details, shown.id) {
             let _ = write!(line, " id {id:#x}");
         }
-        line.push(b' ');
+        // A file may have no name of the interface.
+        if !line.ends_with(b" ") {
+            line.push(b' ');
+        }
         match frame {
             Some(frame) => {
                 let _ = write!(
@@ -140,7 +147,7 @@ impl Presenter {
                     }
                 );
             }
-            None => line.extend_from_slice(b"[|ether]"),
+            None => line.extend_from_slice(cut(shown.linktype).as_bytes()),
         }
         let captured = shown.data.len();
         if captured < shown.len as usize {
@@ -171,8 +178,8 @@ impl Presenter {
         }
         match self.hex {
             0 => {}
-            1 => packet::push_hex(line, shown.data.get(link_len(frame)..).unwrap_or_default()),
-            _ => packet::push_hex(line, shown.data),
+            1 => line::push_hex(line, shown.data.get(link_len(frame)..).unwrap_or_default()),
+            _ => line::push_hex(line, shown.data),
         }
     }
 }
@@ -217,9 +224,17 @@ pub fn summary(out: &mut Output, sum: Counts, captured: u64, loss: &Loss) -> Res
     out.flush()
 }
 
+/// A packet that ends within its link header.
+fn cut(linktype: Linktype) -> String {
+    match linktype {
+        Linktype::ETHERNET => "[|ether]".to_owned(),
+        other => format!("[|{}]", other.name().to_ascii_lowercase()),
+    }
+}
+
 /// Bytes of the link header with its tags.
 fn link_len(frame: Option<&Frame>) -> usize {
-    frame.map_or(0, |frame| 14 + frame.vlans.len() * 4)
+    frame.map_or(0, |frame| frame.header)
 }
 
 #[derive(Serialize)]
@@ -266,6 +281,9 @@ struct Row {
     len: u32,
     captured: usize,
     late: bool,
+    /// Where the packet begins with another header than Ethernet's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    linktype: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     src_mac: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -342,6 +360,10 @@ fn row(shown: &Shown<'_>, frame: Option<&Frame>) -> Row {
         Net::Ip(ip) => Some(ip),
         _ => None,
     });
+    let macs = frame.and_then(|frame| match frame.link {
+        Link::Ethernet { dst, src } => Some((Mac(src), Mac(dst))),
+        _ => None,
+    });
     let ports = ip.and_then(|ip| ip.ports());
     let icmp = ip.and_then(|ip| match ip.transport {
         Transport::Icmp { kind, sequence, .. } => Some((kind, sequence)),
@@ -358,9 +380,12 @@ fn row(shown: &Shown<'_>, frame: Option<&Frame>) -> Row {
         len: shown.len,
         captured: shown.data.len(),
         late: shown.late,
-        src_mac: frame.map(|frame| Mac(frame.src).to_string()),
-        dst_mac: frame.map(|frame| Mac(frame.dst).to_string()),
-        ethertype: frame.map(|frame| frame.ethertype),
+        linktype: (shown.linktype != Linktype::ETHERNET).then(|| shown.linktype.name()),
+        src_mac: macs.map(|(src, _)| src.to_string()),
+        dst_mac: macs.map(|(_, dst)| dst.to_string()),
+        ethertype: frame
+            .map(|frame| frame.ethertype)
+            .filter(|ethertype| macs.is_some() || *ethertype != 0),
         vlans: frame
             .map(|frame| frame.vlans.iter().map(|tag| tag & 0xfff).collect())
             .unwrap_or_default(),
@@ -381,7 +406,7 @@ fn row(shown: &Shown<'_>, frame: Option<&Frame>) -> Row {
                 }
                 .to_string()
             })
-            .unwrap_or_else(|| "[|ether]".to_owned()),
+            .unwrap_or_else(|| cut(shown.linktype)),
         comment: shown.comment.map(|comment| escaped(comment.as_bytes())),
         changes: shown.diff.map(|diff| match diff {
             Diff::Changes(changes) => Some(changes.iter().map(ChangeRow::from).collect()),

@@ -12,7 +12,7 @@ use libbpf_rs::{
 use crate::bpf;
 use crate::bpf::xdpdump::types::np_xdp_stats;
 use crate::bpf::xdpdump::{OpenXdpdumpSkel, XdpdumpSkel, XdpdumpSkelBuilder};
-use crate::filter::{self, expr::Compiled};
+use crate::filter::{self, cbpf::Program};
 use crate::kernel;
 use crate::kernel::xdp::{Mode, Traits};
 use crate::run::log;
@@ -21,11 +21,12 @@ use crate::run::loss::Loss;
 use crate::chain::attach::{Chain, Parts, Plan};
 use crate::chain::place::{self, CHAIN_EMPTY, EMPTY, Lock, Place};
 
-/// What the programs of all interfaces have in common.
+/// What the programs of an interface are to send.
 pub struct Options {
     pub snaplen: u32,
     pub sample: u32,
-    pub filter: Option<Compiled>,
+    /// For the link type of the interface.
+    pub filter: Option<Program>,
 }
 
 /// Packets at one interface, as the kernel counted them.
@@ -213,7 +214,7 @@ fn load<'a>(
         .context("failed to share the perf buffers")?;
     let object = open.open_object_mut();
     match &options.filter {
-        Some(filter) => filter::inject_xdp(object, &filter.l2, plan.traits.frags)?,
+        Some(filter) => filter::inject_xdp(object, filter, plan.traits.frags)?,
         None => {
             kernel::bpf_object::prepare(object)?;
             filter::prune(object)?;

@@ -5,7 +5,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 
+use crate::capture::linktype::Linktype;
 use crate::capture::pcapng::{Counters, Direction, Interface, Packet};
+use crate::event::link;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::session::Flow;
@@ -28,6 +30,7 @@ pub struct Source {
     pub program: u32,
     /// Name of the traced function.
     pub function: Option<String>,
+    pub linktype: Linktype,
 }
 
 impl Source {
@@ -77,19 +80,23 @@ enum Kind {
     File {
         file: Box<CaptureFile>,
         dropped: u64,
+        linktype: Linktype,
     },
 }
 
 impl Sink {
-    pub fn open(args: &Args, filter: Option<&str>, sources: Vec<Source>) -> Result<Self> {
+    pub fn open(args: &Args, sources: Vec<Source>) -> Result<Self> {
         let out = Output::open(&args.output)?;
         let kind = match &args.write {
             None => Kind::Lines(Box::new(Presenter::new(args))),
             Some(path) => {
+                let linktype = common(&sources);
+                // Readers refuse packets that are longer.
+                let snaplen = args.told_snaplen().saturating_add(link::MADE_UP_LEN);
                 let interfaces = sources.iter().map(|source| Interface {
-                    snaplen: args.told_snaplen(),
-                    filter: filter.map(str::to_owned),
-                    ..Interface::ethernet(source.block_name())
+                    snaplen,
+                    filter: args.filter_text(),
+                    ..Interface::new(source.block_name(), linktype)
                 });
                 let rotation = Rotation {
                     bytes: args.rotate_size.map(|mb| mb * 1_000_000),
@@ -102,11 +109,13 @@ impl Sink {
                     args.format(),
                     rotation,
                     interfaces,
-                    args.told_snaplen(),
+                    snaplen,
+                    linktype,
                 )?;
                 Kind::File {
                     file: Box::new(file),
                     dropped: 0,
+                    linktype,
                 }
             }
         };
@@ -146,6 +155,7 @@ impl Sink {
                     queue: Some(seen.queue),
                     id: Some(seen.id),
                     verdict: seen.verdict,
+                    linktype: source.map_or(Linktype::ETHERNET, |(source, _)| source.linktype),
                     len: seen.len,
                     data: seen.data,
                     late,
@@ -154,19 +164,30 @@ impl Sink {
                 };
                 presenter.packet(&mut self.out, &shown)
             }
-            Kind::File { file, dropped } => {
+            Kind::File {
+                file,
+                dropped,
+                linktype,
+            } => {
                 let dropped = std::mem::take(dropped);
+                let source = self.sources.get(at).map(|(source, _)| source.linktype);
+                let header = if source == Some(*linktype) {
+                    None
+                } else {
+                    link::made_up_header(seen.data)
+                };
+                let framed = header.map(|header| [&header[..], seen.data].concat());
                 file.packet(&Packet {
                     interface: at as u32,
                     ts: wall,
-                    len: seen.len,
-                    data: seen.data,
+                    len: seen.len + header.map_or(0, |header| header.len() as u32),
+                    data: framed.as_deref().unwrap_or(seen.data),
                     direction: Some(Direction::Inbound),
                     id: Some(seen.id),
                     queue: Some(seen.queue),
                     verdict: seen.verdict.map(u64::from),
                     dropped: (dropped > 0).then_some(dropped),
-                    comment: None,
+                    comment: header.map(|_| link::MADE_UP),
                 })?;
                 Ok(Flow::Continue)
             }
@@ -191,6 +212,12 @@ impl Sink {
                 Ok(())
             }
         }
+    }
+
+    /// What the packet begins with.
+    pub fn linktype(&self, seen: &Seen<'_>) -> Linktype {
+        let source = self.sources.iter().find(|(source, _)| source.is_of(seen));
+        source.map_or(Linktype::ETHERNET, |(source, _)| source.linktype)
     }
 
     /// So many packets were lost just now: the next one in the file says it.
@@ -239,6 +266,17 @@ impl Sink {
             eprintln!("netprobe: {count} times: {words}");
         }
         present::summary(&mut self.out, total, captured, loss)
+    }
+}
+
+/// The link type of a file with packets of all these: theirs, or that of Ethernet where they differ.
+fn common(sources: &[Source]) -> Linktype {
+    let mut types = sources.iter().map(|source| source.linktype);
+    let first = types.next().unwrap_or(Linktype::ETHERNET);
+    if types.all(|linktype| linktype == first) {
+        first
+    } else {
+        Linktype::ETHERNET
     }
 }
 

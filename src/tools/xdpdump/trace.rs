@@ -177,7 +177,7 @@ impl<'a> Trace<'a> {
                 .with_context(|| format!("failed to find {} in its program", target.name()))?;
         }
         if let Some(filter) = &options.filter {
-            filter::inject_l2(open.open_object_mut(), &filter.l2)?;
+            filter::inject_l2(open.open_object_mut(), filter)?;
         }
         let refused = |error: libbpf_rs::Error| {
             let locked = features::lockdown().is_some_and(|mode| mode != "none");
