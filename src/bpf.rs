@@ -92,7 +92,7 @@ unsafe impl Plain for skb::types::skb_data {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_map {}
 // SAFETY: see above.
-unsafe impl Plain for skb::types::skb_nft {}
+unsafe impl Plain for skb::types::nf_decision {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_members {}
 // SAFETY: see above.

@@ -42,7 +42,7 @@ static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
 	hit.func = func_addr(ctx);
 	if (returns_on)
 		return_expect(ctx, hit.func, skb_ptr, hit.packet);
-	if (sections & SKB_SECTION_CALLER)
+	if (sections & (SKB_SECTION_CALLER | SKB_SECTION_NFT))
 		hit.caller = caller_addr(ctx);
 	write_event_by(ctx, buf, skb, tuple, &hit, use_cast);
 	return 1;
@@ -131,22 +131,22 @@ int skb_drop_2(struct pt_regs *ctx)
 	return 0;
 }
 
-/* consume_skb(skb) and its like, where tracking is on */
+/* consume_skb(skb) and its like, where tracking is on or lives are numbered */
 SEC("kprobe/skb_free_1")
 int skb_free_1(struct pt_regs *ctx)
 {
-	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_HIT, 0, true))
+	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_HIT, 0, true) || lives)
 		track_dying(TRACK_SKB(1));
 	return 0;
 }
 
-/* kfree_skbmem(skb), where tracking is on: the entry goes behind the event. */
+/* kfree_skbmem(skb), in the same case: the entry goes behind the event. */
 SEC("kprobe/skb_gone_1")
 int skb_gone_1(struct pt_regs *ctx)
 {
 	__u64 key = PT_REGS_PARM1(ctx);
 
-	if (handle(ctx, key, 0, SKB_KIND_HIT, 0, false))
+	if (handle(ctx, key, 0, SKB_KIND_HIT, 0, false) || lives)
 		bpf_map_delete_elem(&tracked, &key);
 	return 0;
 }

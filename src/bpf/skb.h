@@ -5,6 +5,7 @@
 
 #include "event.h"
 #include "members.h"
+#include "netfilter.h"
 #include "packet.h"
 
 #define SKB_KIND_HIT 1 /* a function was entered with this skb */
@@ -30,8 +31,10 @@
 #define SKB_SECTION_SHINFO (1U << 8) /* struct skb_copy, skb_shared_info */
 #define SKB_SECTION_DATA (1U << 9) /* struct skb_data and snap_len bytes */
 #define SKB_SECTION_MEMBERS (1U << 10) /* struct np_members of the sk_buff */
-#define SKB_SECTION_NFT (1U << 11) /* struct skb_nft */
+#define SKB_SECTION_NFT (1U << 11) /* struct nf_decision */
 #define SKB_SECTION_MAP (1U << 12) /* struct skb_map */
+#define SKB_SECTION_LIFE \
+	(1U << 13) /* __u64 number of its life, see skb_track */
 #define SKB_SECTION_STACK (1U << 15) /* __u64 addresses, to the end */
 
 #define SKB_STACK_DEPTH 64
@@ -119,21 +122,6 @@ struct skb_map {
 
 _Static_assert(sizeof(struct skb_map) == 544,
 	       "skb_map is part of the contract");
-/* The nft rule that dropped a packet, or the table of the older iptables. */
-#define SKB_NFT_RULES 1
-#define SKB_NFT_LEGACY 2
-#define SKB_NFT_NAME_LEN 64 /* longer names are cut off */
-struct skb_nft {
-	__u64 handle; /* of the rule; 0: not known */
-	__u8 known; /* SKB_NFT_*; 0: nothing is */
-	__u8 family; /* NFPROTO_* */
-	__u8 pad[6];
-	__u8 table[SKB_NFT_NAME_LEN]; /* NUL-padded */
-	__u8 chain[SKB_NFT_NAME_LEN]; /* of the rule, else the base chain */
-};
-
-_Static_assert(sizeof(struct skb_nft) == 144,
-	       "skb_nft is part of the contract");
 _Static_assert(sizeof(struct skb_copy) == 392,
 	       "skb_copy is part of the contract");
 _Static_assert(sizeof(struct skb_data) == 16,

@@ -21,7 +21,6 @@
 #include "skb_track.bpf.h"
 #include "skb_return.bpf.h"
 #include "skb_xdp.bpf.h"
-#include "skb_nft.bpf.h"
 
 /* SKB_SECTION_* to write. */
 const volatile __u32 sections = 0;
@@ -37,8 +36,8 @@ struct skb_scratch {
 		   sizeof(struct np_tuple) + SKB_CB_LEN +
 		   2 * sizeof(struct skb_copy) + sizeof(struct skb_data) +
 		   SKB_SNAP_MAX + sizeof(struct np_members) +
-		   sizeof(struct skb_nft) +
-		   (2 + SKB_STACK_DEPTH) * sizeof(__u64)];
+		   sizeof(struct nf_decision) +
+		   (3 + SKB_STACK_DEPTH) * sizeof(__u64)];
 };
 
 struct {
@@ -280,6 +279,8 @@ static __always_inline __u64 caller_addr(struct pt_regs *ctx)
 	return addr;
 }
 
+#include "netfilter.bpf.h"
+
 /* What a hit is, beside the skb. */
 struct hit {
 	__u64 func;
@@ -371,6 +372,25 @@ static __always_inline struct np_tuple *tuple_place(struct skb_scratch *buf)
 	return (struct np_tuple *)&buf->bytes[at];
 }
 
+/* SKB_DROP_REASON_NETFILTER_DROP of this kernel; 0: it has none. */
+const volatile __u32 nf_drop_reason = 0;
+
+/* Who in netfilter has dropped this packet, if it is freed for that. */
+static __always_inline void read_decision(__u64 skb, const struct hit *hit,
+					  struct nf_decision *to)
+{
+	bool dropped = hit->kind == SKB_KIND_DROPPED;
+
+	if (dropped || hit->kind == SKB_KIND_DROP)
+		nf_read(skb, dropped ? hit->func : hit->caller, to);
+	else
+		to->known = 0;
+	/* What a queue held may be freed without this reason: its place says it. */
+	if (hit->reason != nf_drop_reason &&
+	    !(dropped && to->verdict == NF_QUEUE))
+		to->known = 0;
+}
+
 /* The sections that are seldom asked for, from `len` on; the new length. */
 static __always_inline __u64 write_more(struct skb_scratch *buf, __u64 len,
 					struct sk_buff *skb,
@@ -418,9 +438,13 @@ static __always_inline __u64 write_more(struct skb_scratch *buf, __u64 len,
 		len += sizeof(struct np_members);
 	}
 	if (sections & SKB_SECTION_NFT) {
-		nft_read((__u64)skb, hit->kind, hit->reason,
-			 (struct skb_nft *)&buf->bytes[len]);
-		len += sizeof(struct skb_nft);
+		read_decision((__u64)skb, hit,
+			      (struct nf_decision *)&buf->bytes[len]);
+		len += sizeof(struct nf_decision);
+	}
+	if (sections & SKB_SECTION_LIFE) {
+		*(__u64 *)&buf->bytes[len] = track_life(skb);
+		len += sizeof(__u64);
 	}
 	return len;
 }

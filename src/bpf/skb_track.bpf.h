@@ -21,6 +21,8 @@
 
 /* --filter-track-skb */
 const volatile __u8 track = 0;
+/* Number the lives of sk_buffs, without tracking: from the first event to the free. */
+const volatile __u8 lives = 0;
 /* --filter-track-skb-by-stackid */
 const volatile __u8 track_stack = 0;
 
@@ -134,6 +136,18 @@ static __always_inline __u64 track_number(void)
 	(*n)++;
 	return *n << SKB_PACKET_CPU_BITS |
 	       (bpf_get_smp_processor_id() & SKB_PACKET_CPU_MASK);
+}
+
+/* The number of this sk_buff's life; a new one with its first event. */
+static __always_inline __u64 track_life(struct sk_buff *skb)
+{
+	__u64 life = track_find(skb);
+
+	if (life)
+		return life;
+	life = track_number();
+	track_set(skb, life, false);
+	return life;
 }
 
 /* Where this code runs: the task, or the CPU where not on the task's stack. */

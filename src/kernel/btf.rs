@@ -186,6 +186,46 @@ impl Btf {
         found
     }
 
+    /// Names of the functions of vmlinux and of `modules` that netfilter can call at a hook, by their type: `f(void *priv, struct sk_buff *,
+    /// const struct nf_hook_state *)`.
+    pub fn functions_like_hooks(&self, modules: &[String]) -> Result<Vec<String>> {
+        let states = self.struct_ids("nf_hook_state");
+        let mut found = self.own_functions_like_hooks(&states);
+        for module in modules {
+            let btf = self.module(module)?;
+            let states = [&states[..], &btf.struct_ids("nf_hook_state")].concat();
+            found.extend(btf.own_functions_like_hooks(&states));
+        }
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    }
+
+    fn own_functions_like_hooks(&self, states: &[u32]) -> Vec<String> {
+        let target = |id: u32| {
+            let pointer = self.get(self.skip_modifiers(id))?;
+            (pointer.kind() == KIND_PTR).then(|| self.skip_modifiers(pointer.size_or_type()))
+        };
+        let mut names = Vec::new();
+        for id in self.first..self.count() {
+            let Some(func) = self.get(id).filter(|t| t.kind() == KIND_FUNC) else {
+                continue;
+            };
+            let proto = self.get(func.size_or_type());
+            // struct btf_param { __u32 name_off; __u32 type; } behind the type
+            let is_hook = proto.is_some_and(|p| {
+                p.kind() == KIND_FUNC_PROTO
+                    && p.vlen() == 3
+                    && target(p.word(1)) == Some(0)
+                    && target(p.word(5)).is_some_and(|id| states.contains(&id))
+            });
+            if is_hook {
+                names.push(func.name_off());
+            }
+        }
+        self.names(names)
+    }
+
     /// Values and names of an enum of vmlinux; empty where there is none.
     pub fn enum_values(&self, name: &str) -> Vec<(i64, String)> {
         let Some(&id) = self.ids(KIND_ENUM, name).first() else {

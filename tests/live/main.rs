@@ -15,6 +15,7 @@ mod icmp_more;
 mod skb;
 mod skb_ends;
 mod skb_more;
+mod skb_netfilter;
 mod skb_output;
 mod skb_programs;
 mod skb_track;
@@ -37,6 +38,7 @@ fn main() {
     cases.extend(skb_more::cases());
     cases.extend(files::cases());
     cases.extend(filter::cases());
+    cases.extend(skb_netfilter::cases());
     cases.extend(skb_output::cases());
     cases.extend(xdpdump_trace::cases());
     cases.extend(skb_programs::cases());

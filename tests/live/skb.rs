@@ -51,6 +51,8 @@ pub fn cases() -> Vec<Case> {
         case("skb_stack_names_the_callers", stack).trace(),
         case("skb_json_parses_and_keeps_zeros", json).trace(),
         case("skb_relative_time_and_order", relative_time).trace(),
+        case("skb_relative_time_of_one_life", relative_time_of_one_life).trace(),
+        case("skb_relative_time_of_a_packet", relative_time_of_a_packet).trace(),
         case("skb_config_is_pinned", config_is_pinned).trace(),
     ]
 }
@@ -534,6 +536,92 @@ fn relative_time() -> Result<()> {
         rows.iter().any(|r| r["since_ns"].as_u64() > Some(0)),
         "no time passed at all"
     );
+    Ok(())
+}
+
+/// Rows of a run with relative time, and how long ago the same skb was seen before, in a run that forgets nothing.
+fn relative_rows(
+    net: &Pair,
+    filter: &str,
+    args: &[&str],
+    traffic: &dyn Fn() -> Result<()>,
+) -> Result<Vec<serde_json::Value>> {
+    let run = Netprobe::new("skb")
+        .args(["--timestamp", "relative", "--output-json"])
+        .args(["--filter-func", filter])
+        .args(args)
+        .start()?;
+    traffic()?;
+    // A packet that ends the run: all others have come by then.
+    net.client.udp_send(net.server.v4(4), b"last")?;
+    run.wait_line("\"dport\":4,")?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    done.json_of("event")
+}
+
+/// An sk_buff that uses the address of one that was freed has no past, whether its free is shown or not, v4 and v6, and one received
+/// on another CPU, too.
+fn relative_time_of_one_life() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let traffic = || {
+        for _ in 0..30 {
+            ensure!(net.client.ping(net.server.v4(0), 1)?);
+            ensure!(net.client.ping(net.server.v6(0), 1)?);
+            net.client.udp_send(net.server.v4(3), b"x")?;
+        }
+        Ok(())
+    };
+    let first = "__ip_local_out|ip6_output";
+    for filter in [
+        "__ip_local_out|ip_rcv|icmp_rcv|ip6_output|ipv6_rcv",
+        "__ip_local_out|ip_rcv|icmp_rcv|ip6_output|ipv6_rcv|consume_skb|kfree_skbmem|kfree_skb_reason|kfree_skb",
+    ] {
+        let rows = relative_rows(&net, filter, &[], &traffic)?;
+        let mut again = 0;
+        let mut seen = HashSet::new();
+        for row in &rows {
+            let func = row["func"].as_str().unwrap_or_default();
+            let new = seen.insert(row["skb"].to_string());
+            if first.split('|').any(|f| f == func) {
+                again += usize::from(!new);
+                ensure!(
+                    row["since_ns"] == 0,
+                    "a packet that begins has a past: {row}"
+                );
+            }
+        }
+        ensure!(again > 0, "no address was used twice");
+        // Received where it was sent: one life across the veth pair.
+        let received = rows.iter().filter(|r| r["func"] == "ip_rcv");
+        ensure!(received.clone().count() > 0);
+        for row in received {
+            ensure!(row["since_ns"].as_u64() > Some(0), "no past: {row}");
+        }
+    }
+    Ok(())
+}
+
+/// With tracking time goes on with the packet: from the sk_buff that was sent to its clone that a packet socket gets.
+fn relative_time_of_a_packet() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let traffic = || {
+        for _ in 0..20 {
+            net.client.udp_send(net.server.v4(3), b"x")?;
+        }
+        Ok(())
+    };
+    let filter = "__ip_local_out|ip_rcv|udp_rcv";
+    let rows = relative_rows(&net, filter, &["--filter-track-skb"], &traffic)?;
+    let mut seen = HashSet::new();
+    for row in &rows {
+        let new = seen.insert(row["packet"].to_string());
+        let since = row["since_ns"].as_u64().context("no since_ns")?;
+        ensure!(new == (since == 0), "{row}");
+    }
+    ensure!(seen.len() > 20, "{} packets", seen.len());
     Ok(())
 }
 

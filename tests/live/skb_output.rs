@@ -29,27 +29,8 @@ pub fn cases() -> Vec<Case> {
         case("skb_output_non_skb_funcs", non_skb_funcs).trace(),
         case("skb_output_columns", columns).trace(),
         case("skb_output_metadata", metadata).trace(),
-        case("skb_output_nft", nft_rules)
-            .trace()
-            .program("nft")
-            .kernel(5, 17),
         case("skb_output_const_parameters", const_parameters).trace(),
         case("skb_output_kernel_btf", kernel_btf).trace().fentry(),
-        case("skb_output_nft_legacy", nft_legacy)
-            .trace()
-            .kernel(5, 17)
-            .program("iptables-legacy")
-            .when(|_| {
-                // Loads the module, where there is one.
-                let listed = std::process::Command::new("iptables-legacy")
-                    .arg("-S")
-                    .output();
-                (!listed.is_ok_and(|o| o.status.success()))
-                    .then(|| "this kernel has no iptables of the older kind".into())
-            }),
-        case("skb_output_nft_refused", nft_refused)
-            .trace()
-            .kernel_before(5, 11),
         case("skb_output_netns_without_device", netns_without_device).trace(),
     ]
 }
@@ -524,91 +505,6 @@ fn metadata() -> Result<()> {
     Ok(())
 }
 
-/// The handle of the one rule in `chain` that has `with` in it.
-fn handle(net: &Pair, chain: &str, with: &str) -> Result<u64> {
-    let mut command = std::process::Command::new("nft");
-    let list = net
-        .client
-        .output(command.args(["-a", "list", "chain"]).args(chain.split(' ')))?;
-    let line = list.lines().find(|l| l.contains(with));
-    line.and_then(|l| l.rsplit(' ').next()?.parse().ok())
-        .ok_or_else(|| anyhow::anyhow!("no rule with {with}:\n{list}"))
-}
-
-/// The rule that dropped: in a base chain, in one jumped to, one that rejects; and a policy, which is no rule.
-fn nft_rules() -> Result<()> {
-    let net = Pair::new()?;
-    net.fix_neighbours()?;
-    net.client.nft(
-        "table inet t { chain before { udp dport 99 drop; }; \
-         chain sub { udp dport 99 drop; udp dport 9 counter drop; }; \
-         chain out { type filter hook output priority 0; jump before; udp dport 9 jump sub; udp dport 10 drop; udp dport 11 reject; udp dport vmap { 14 : drop }; }; }; \
-         table ip p { chain o { type filter hook output priority 1; policy drop; udp dport != 12 accept; }; }",
-    )?;
-    let expected = [
-        (
-            9,
-            "inet",
-            "t",
-            "sub",
-            Some(handle(&net, "inet t sub", "dport 9 ")?),
-        ),
-        (
-            10,
-            "inet",
-            "t",
-            "out",
-            Some(handle(&net, "inet t out", "dport 10 ")?),
-        ),
-        (
-            11,
-            "inet",
-            "t",
-            "out",
-            Some(handle(&net, "inet t out", "reject")?),
-        ),
-        // A verdict out of a map, and a policy: no rule says them.
-        (14, "inet", "t", "out", None),
-        (12, "ip", "p", "o", None),
-    ];
-    let run = Netprobe::new("skb")
-        .args(["--drops", "--output-nft", "--output-json"])
-        .args(["--filter-proto", "udp", "--filter-netns", net.client.name()])
-        .start()?;
-    for (port, ..) in expected {
-        net.client.udp_send(net.server.v4(port), b"x")?;
-    }
-    run.wait_line("\"dport\":12,")?;
-    let done = run.stop()?;
-    done.expect_success()?;
-    let rows = done.json()?;
-    for (port, family, table, chain, handle) in expected {
-        let row = rows.iter().find(|r| r["tuple"]["dport"] == port);
-        let said = row.map(|r| &r["nft"]);
-        let right = serde_json::json!({ "family": family, "table": table, "chain": chain, "handle": handle });
-        ensure!(said == Some(&right), "port {port}: {right}\n{done}");
-    }
-    // By functions, in text; a packet that nft let pass has no rule.
-    let run = Netprobe::new("skb")
-        .args(["--output-nft", "--filter-func"])
-        .arg("kfree_skb|kfree_skb_reason|sk_skb_reason_drop|nf_hook_slow")
-        .args(["--filter-proto", "udp", "--filter-netns", net.client.name()])
-        .start()?;
-    net.client
-        .udp_send("127.0.0.1:13".parse()?, b"nobody listens")?;
-    net.client.udp_send(net.server.v4(10), b"x")?;
-    let rule = expected[1].4.unwrap_or_default();
-    let line = run.wait_line("[nft ")?;
-    ensure!(
-        line.contains("NETFILTER_DROP")
-            && line.ends_with(&format!(" [nft inet t out handle {rule}]")),
-        "{line}"
-    );
-    let done = run.stop()?;
-    ensure!(done.lines_with("[nft ").len() == 1, "{done}");
-    done.expect_success()
-}
-
 /// skb_copy_datagram_iter(const struct sk_buff *, ...)
 fn const_parameters() -> Result<()> {
     let net = Pair::new()?;
@@ -643,33 +539,6 @@ fn kernel_btf() -> Result<()> {
     ensure!(line.ends_with(" skb->len=38"), "{line}");
     probe.wait_line(".len = (unsigned int)38")?;
     probe.stop()?.expect_success()
-}
-
-/// The table and the chain of the older iptables; of its rules nothing is known.
-fn nft_legacy() -> Result<()> {
-    let net = Pair::new()?;
-    net.client
-        .cmd("iptables-legacy -A OUTPUT -p udp --dport 10 -j DROP")?;
-    // nft lets it pass first.
-    net.client
-        .nft("table ip t { chain o { type filter hook output priority -200; }; }")?;
-    let run = Netprobe::new("skb")
-        .args(["--drops", "--output-nft"])
-        .args(["--filter-proto", "udp", "--filter-netns", net.client.name()])
-        .start()?;
-    net.client.udp_send(net.server.v4(10), b"x")?;
-    let line = run.wait_line(":10(udp)")?;
-    ensure!(
-        line.contains("NETFILTER_DROP") && line.ends_with(" [iptables ip filter OUTPUT]"),
-        "{line}"
-    );
-    run.stop()?.expect_success()
-}
-
-fn nft_refused() -> Result<()> {
-    let done = Netprobe::new("skb").arg("--output-nft").run()?;
-    done.expect_code(1)?;
-    done.expect_stderr("5.11")
 }
 
 /// Where TCP has taken the device away, or has used its place for a tree, the namespace is the socket's (the filter finds the packet by

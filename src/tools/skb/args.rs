@@ -28,6 +28,7 @@ pub const SECTION_DATA: u32 = 1 << 9;
 pub const SECTION_MEMBERS: u32 = 1 << 10;
 pub const SECTION_NFT: u32 = 1 << 11;
 pub const SECTION_MAP: u32 = 1 << 12;
+pub const SECTION_LIFE: u32 = 1 << 13;
 pub const SECTION_STACK: u32 = 1 << 15;
 
 /// How functions are attached to.
@@ -46,7 +47,7 @@ pub enum Timestamp {
     None,
     /// the kernel's monotonic clock, seconds
     Current,
-    /// since the same skb's last event, microseconds
+    /// since the last event of the same skb (with tracking: of the same packet), microseconds
     Relative,
     /// wall clock, UTC
     Absolute,
@@ -209,7 +210,7 @@ pub struct Args {
     )]
     pub output_xdp_metadata: Vec<String>,
 
-    /// Show which nft table, chain and rule (its handle) dropped a packet, or which table of the older iptables (kernels with BTF of modules, from 5.11; the rule from 5.17)
+    /// Show who in netfilter dropped a packet: nft table, chain and rule (its handle) or policy, table of the older iptables, or the function of another hook (kernels with BTF of modules, from 5.11; the rule from 5.17)
     #[arg(long, help_heading = "Output")]
     pub output_nft: bool,
 
@@ -274,6 +275,7 @@ impl Args {
             (self.write.is_some(), SECTION_DATA),
             (!self.output_skb_metadata.is_empty(), SECTION_MEMBERS),
             (self.output_nft, SECTION_NFT),
+            (self.lives(), SECTION_LIFE),
             (self.output_stack, SECTION_STACK),
         ] {
             if wanted {
@@ -301,6 +303,11 @@ impl Args {
     /// Packets are followed by their skb.
     pub fn track(&self) -> bool {
         self.filter_track_skb || self.track_stack()
+    }
+
+    /// The lives of sk_buffs are numbered: time counts from the last event of the same life.
+    pub fn lives(&self) -> bool {
+        self.timestamp() == Timestamp::Relative && !self.track() && !self.drops
     }
 
     /// Packets are followed by the stack too.

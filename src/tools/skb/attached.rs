@@ -1,5 +1,6 @@
 //! What `netprobe skb` has attached: links, the functions' names by address, what the kernel refused and what it skipped.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{Context, Result, anyhow};
@@ -51,6 +52,10 @@ pub struct Attached {
     pub(super) refused: usize,
     /// the first function that the kernel refused, and why
     pub(super) refusal: Option<String>,
+    /// functions of netfilter's hooks whose entries are seen
+    netfilter: HashSet<String>,
+    /// what is attached now goes to such functions
+    pub(super) of_netfilter: bool,
 }
 
 impl Attached {
@@ -67,6 +72,8 @@ impl Attached {
             functions: 0,
             refused: 0,
             refusal: None,
+            netfilter: HashSet::new(),
+            of_netfilter: false,
         }
     }
 
@@ -168,6 +175,9 @@ impl Attached {
 
     fn taken(&mut self, t: &Target) {
         self.functions += 1;
+        if self.of_netfilter {
+            self.netfilter.insert(t.name.clone());
+        }
         if t.addr != 0 {
             self.name_at(t.addr, &t.name);
         }
@@ -208,6 +218,11 @@ impl Attached {
     /// How functions are attached to.
     pub fn backend(&self) -> Backend {
         self.backend
+    }
+
+    /// Functions of netfilter's hooks whose entries are seen.
+    pub fn netfilter_hooks(&self) -> &HashSet<String> {
+        &self.netfilter
     }
 
     /// Names by address.

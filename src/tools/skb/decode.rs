@@ -2,16 +2,17 @@
 
 use crate::bpf::read;
 use crate::bpf::skb::types::{
-    np_members, np_tuple, skb_copy, skb_data, skb_event, skb_map, skb_meta, skb_nft, skb_owner,
+    nf_decision, np_members, np_tuple, skb_copy, skb_data, skb_event, skb_map, skb_meta, skb_owner,
 };
 use crate::event::head::Head;
 use crate::event::tuple::{Tuple, address};
 
 use super::args::{
-    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_MAP, SECTION_MEMBERS, SECTION_META,
-    SECTION_NFT, SECTION_OWNER, SECTION_PACKET, SECTION_SHINFO, SECTION_SKB, SECTION_STACK,
-    SECTION_TUNNEL, SECTION_TUPLE,
+    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_LIFE, SECTION_MAP, SECTION_MEMBERS,
+    SECTION_META, SECTION_NFT, SECTION_OWNER, SECTION_PACKET, SECTION_SHINFO, SECTION_SKB,
+    SECTION_STACK, SECTION_TUNNEL, SECTION_TUPLE,
 };
+use super::netfilter::Decision;
 
 /// SKB_KIND_DROP
 const KIND_DROP: u16 = 2;
@@ -26,8 +27,6 @@ const KIND_LEAVE: u16 = 7;
 /// SKB_MAP_KEY, SKB_MAP_VALUE
 const MAP_KEY: u32 = 1;
 const MAP_VALUE: u32 = 2;
-/// SKB_NFT_LEGACY
-const NFT_LEGACY: u8 = 2;
 /// SKB_PACKET_CPU_BITS
 const PACKET_CPU_BITS: u32 = 16;
 
@@ -65,9 +64,11 @@ pub struct Event {
     pub data: Option<Data>,
     /// bytes as they were read, `None` where they could not be: `members` knows what they are
     pub members: Option<[Option<u64>; 4]>,
-    /// the rule that dropped the packet
-    pub nft: Option<Nft>,
+    /// who in netfilter dropped the packet
+    pub nft: Option<Decision>,
     pub map: Option<MapCall>,
+    /// number of the sk_buff's life, from its first event to its free
+    pub life: Option<u64>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
 }
@@ -118,36 +119,6 @@ pub struct Data {
     /// ARPHRD_* of the device; 0 where it has none
     pub hatype: u16,
     pub bytes: Vec<u8>,
-}
-
-/// `struct skb_nft`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Nft {
-    /// NFPROTO_*
-    pub family: u8,
-    /// NUL-padded
-    pub table: [u8; 64],
-    /// NUL-padded; of the rule, else the base chain
-    pub chain: [u8; 64],
-    /// of the rule, where one is known
-    pub handle: Option<u64>,
-    /// a table of the older iptables: which rule of it is not known
-    pub legacy: bool,
-}
-
-impl Nft {
-    /// The family as nft(8) calls it; enum in include/uapi/linux/netfilter.h.
-    pub fn family(&self) -> &'static str {
-        match self.family {
-            1 => "inet",
-            2 => "ip",
-            3 => "arp",
-            5 => "netdev",
-            7 => "bridge",
-            10 => "ip6",
-            _ => "?",
-        }
-    }
 }
 
 /// A packet's identity: the number that the CPU which saw it first gave it.
@@ -221,6 +192,7 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
         members: None,
         nft: None,
         map: None,
+        life: None,
         stack: None,
     };
     if e.sections & SECTION_META != 0 {
@@ -305,15 +277,9 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
         event.members = Some(std::array::from_fn(|i| known(i).then(|| m.values[i])));
     }
     if e.sections & SECTION_NFT != 0 {
-        let (n, r) = read::<skb_nft>(rest)?;
+        let (n, r) = read::<nf_decision>(rest)?;
         rest = r;
-        event.nft = (n.known != 0).then_some(Nft {
-            family: n.family,
-            table: n.table,
-            chain: n.chain,
-            handle: (n.handle != 0).then_some(n.handle),
-            legacy: n.known == NFT_LEGACY,
-        });
+        event.nft = Decision::new(&n);
     }
     if e.sections & SECTION_MAP != 0 {
         let (m, r) = read::<skb_map>(rest)?;
@@ -330,6 +296,11 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
             key_size: m.key_size,
             value_size: m.value_size,
         });
+    }
+    if e.sections & SECTION_LIFE != 0 {
+        let life;
+        (life, rest) = word(rest)?;
+        event.life = Some(life);
     }
     if e.sections & SECTION_STACK != 0 {
         event.stack = Some(

@@ -38,6 +38,14 @@ pub const TRACK: [Hook; 25] = [
     ("track_head_1", "pskb_expand_head"),
 ];
 
+/// Those of them that end the life of an sk_buff, or move its head.
+pub fn is_of_life(hook: &Hook) -> bool {
+    !matches!(
+        hook.0,
+        "track_copy_to_1" | "track_copy_to_2" | "track_merge_to_1"
+    )
+}
+
 /// --output-owner (src/bpf/skb_owner.bpf.h)
 pub const OWNER: [Hook; 14] = [
     ("owner_made", "sock_init_data"),
@@ -69,15 +77,41 @@ pub const XDP: [Hook; 7] = [
     ("xdp_passed_1", "eth_type_trans"),
 ];
 
-/// --output-nft (src/bpf/skb_nft.bpf.h)
-pub const NFT: [Hook; 7] = [
-    ("nft_chain", "nft_do_chain"),
+/// The program that sees netfilter enter a function of a hook: which there are, BTF tells.
+pub const NETFILTER_HOOK: &str = "nf_enter";
+/// The programs at the start and the end of an expression of nft.
+pub const EXPRESSION: &str = "nft_eval";
+pub const EXPRESSION_END: &str = "nft_eval_end";
+
+/// --output-nft (src/bpf/netfilter.bpf.h)
+pub const NETFILTER: [Hook; 26] = [
+    ("nf_run", "nf_hook_slow"),
+    ("nft_enter", "nft_do_chain"),
     ("nft_immediate", "nft_immediate_eval"),
-    ("nft_rejects", "nft_reject_ipv4_eval"),
-    ("nft_rejects", "nft_reject_ipv6_eval"),
-    ("nft_rejects", "nft_reject_inet_eval"),
-    ("nft_legacy", "ipt_do_table"),
-    ("nft_legacy", "ip6t_do_table"),
+    // Expressions that may give a verdict that ends an evaluation, or a jump.
+    (EXPRESSION, "nft_lookup_eval"),
+    (EXPRESSION, "nft_reject_ipv4_eval"),
+    (EXPRESSION, "nft_reject_ipv6_eval"),
+    (EXPRESSION, "nft_reject_inet_eval"),
+    (EXPRESSION, "nft_reject_bridge_eval"),
+    (EXPRESSION, "nft_reject_netdev_eval"),
+    (EXPRESSION, "nft_queue_eval"),
+    (EXPRESSION, "nft_queue_sreg_eval"),
+    (EXPRESSION, "nft_target_eval_xt"),
+    (EXPRESSION, "nft_target_eval_bridge"),
+    (EXPRESSION, "nft_nat_eval"),
+    (EXPRESSION, "nft_nat_inet_eval"),
+    (EXPRESSION, "nft_masq_eval"),
+    (EXPRESSION, "nft_masq_ipv4_eval"),
+    (EXPRESSION, "nft_masq_ipv6_eval"),
+    (EXPRESSION, "nft_masq_inet_eval"),
+    (EXPRESSION, "nft_redir_eval"),
+    (EXPRESSION, "nft_synproxy_eval"),
+    (EXPRESSION, "nft_objref_eval"),
+    (EXPRESSION, "nft_objref_map_eval"),
+    (EXPRESSION, "nft_connlimit_eval"),
+    (EXPRESSION, "nft_ct_set_zone_eval"),
+    (EXPRESSION, "nft_exthdr_tcp_strip_eval"),
 ];
 
 /// The program that shows a hit and does what `hook`'s own program does, where tracking needs both in one.
@@ -96,7 +130,7 @@ mod tests {
 
     #[test]
     fn each_function_once() {
-        for table in [&TRACK[..], &OWNER[..], &XDP[..], &NFT[..]] {
+        for table in [&TRACK[..], &OWNER[..], &XDP[..], &NETFILTER[..]] {
             let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
             assert_eq!(names.len(), table.len());
         }

@@ -13,8 +13,9 @@ use crate::run::loss::Loss;
 use crate::text::escape::{Escaped, escaped};
 use crate::text::format::{Addr, Hex};
 
-use super::decode::{Event, MapCall, Nft, Owner, Packet, Point};
+use super::decode::{Event, MapCall, Owner, Packet, Point};
 use super::extras::cb_words;
+use super::netfilter::{Hook, Legacy, Nft};
 use super::programs::Program;
 
 /// An event.
@@ -79,7 +80,11 @@ pub struct Row<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xdp_metadata: Option<BTreeMap<&'a str, Option<i128>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub nft: Option<NftRow>,
+    pub nft: Option<Nft>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iptables: Option<Legacy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netfilter: Option<Option<Hook>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sk_buff: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -128,30 +133,6 @@ pub struct OwnerRow {
     pub sock: Hex,
     pub cookie: u64,
     pub inode: u64,
-}
-
-/// The nft rule that dropped a packet; `handle` is null where it is not known.
-#[derive(Serialize)]
-pub struct NftRow {
-    pub family: &'static str,
-    pub table: String,
-    pub chain: String,
-    pub handle: Option<u64>,
-    /// a table and a built-in chain of the older iptables
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub legacy: bool,
-}
-
-impl NftRow {
-    pub fn new(nft: &Nft) -> Self {
-        Self {
-            family: nft.family(),
-            table: escaped(&nft.table),
-            chain: escaped(&nft.chain),
-            handle: nft.handle,
-            legacy: nft.legacy,
-        }
-    }
 }
 
 /// A tc or XDP program; its name is the event's `func`.
@@ -312,7 +293,9 @@ impl<'a> Row<'a> {
             cb: event.cb.as_ref().map(cb_words),
             skb_metadata: None,
             xdp_metadata: None,
-            nft: event.nft.as_ref().map(NftRow::new),
+            nft: None,
+            iptables: None,
+            netfilter: None,
             sk_buff: None,
             shared_info: None,
             caller: None,

@@ -58,6 +58,7 @@ fn is_plain(event: &Event) -> bool {
         members,
         nft,
         map,
+        life: _,
         stack,
     } = event;
     !dropped

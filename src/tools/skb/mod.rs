@@ -10,6 +10,7 @@ mod hooks;
 mod json;
 mod json_again;
 mod members;
+mod netfilter;
 mod present;
 mod probes;
 mod programs;
@@ -72,6 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let wants = Wants {
         track: args.track(),
+        lives: args.lives(),
         owner: args.output_owner,
         drops: args.drops,
         returns: args.output_retval,
@@ -154,6 +156,7 @@ pub fn run(args: &Args) -> Result<()> {
         let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
         let names = attached.names().clone();
         let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
+        presenter.hooks(attached.netfilter_hooks());
         if let Some(programs) = &mut programs {
             presenter.programs(programs.start()?);
         }
@@ -164,7 +167,7 @@ pub fn run(args: &Args) -> Result<()> {
             presenter: &mut presenter,
             capture,
             out: &mut out,
-            sweeper: wants.track.then(|| Sweeper::new(&skel.maps.tracked)),
+            sweeper: (wants.track || wants.lives).then(|| Sweeper::new(&skel.maps.tracked)),
             snap_len: args.snap_len() as usize,
             programs,
             undecodable: 0,
@@ -237,16 +240,19 @@ fn load<'a>(
     for (to, from) in rodata.np_paths.iter_mut().zip(members.paths()) {
         *to = from;
     }
-    rodata.nft_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
+    rodata.nf_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
     rodata.track = u8::from(args.track());
+    rodata.lives = u8::from(args.lives());
     rodata.track_stack = u8::from(args.track_stack());
     rodata.returns_on = u8::from(args.output_retval);
     let size = |map: &mut OpenMapMut<'_>, entries: u32| {
         map.set_max_entries(entries)
             .context("failed to set the size of a map")
     };
-    if args.track() {
+    if args.track() || args.lives() {
         size(&mut open.maps.tracked, args.track_entries)?;
+    }
+    if args.track() {
         size(&mut open.maps.contexts, 4096)?;
     }
     if args.output_retval {
@@ -259,7 +265,8 @@ fn load<'a>(
         size(&mut open.maps.owners, args.track_entries)?;
     }
     if args.output_nft {
-        size(&mut open.maps.nft_ways, 4096)?;
+        size(&mut open.maps.nf_ways, 4096)?;
+        size(&mut open.maps.nft_calls, 4096)?;
     }
     args.transport.prepare(&mut open.maps.rings)?;
     plan.prepare(&mut open);

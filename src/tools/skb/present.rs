@@ -1,6 +1,6 @@
 //! The lines of `netprobe skb`: text columns and JSON.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io::Write;
 
@@ -20,14 +20,15 @@ use crate::text::escape::{escaped, push_escaped};
 use crate::text::format::{self, Hex, push_dec, push_hex};
 
 use super::args::{Args, Timestamp};
-use super::decode::{Event, Meta, Owner};
+use super::decode::{Event, Meta, Owner, Point};
 use super::extras::{Extras, Shown, cb_words};
-use super::json::{Frame, LossRow, MapRow, NftRow, OwnerRow, ProgramRow, Row, packet_name};
+use super::json::{Frame, LossRow, MapRow, OwnerRow, ProgramRow, Row, packet_name};
 use super::json_again::{Tails, When};
 use super::members::Members;
+use super::netfilter::Who;
 use super::programs::{Kind, Program};
 
-/// skbs whose last event is remembered for relative time stamps.
+/// Packets or skbs whose last event is remembered for relative time stamps.
 const REMEMBERED: usize = 65_536;
 
 /// Turns events into lines. Columns grow to what they have held, so that lines below each other line up.
@@ -37,6 +38,8 @@ pub struct Presenter {
     timestamp: Timestamp,
     clock: WallClock,
     names: ByAddress<String>,
+    /// functions of netfilter's hooks whose entries are seen
+    hooks: HashSet<String>,
     /// tc and XDP programs by the id that stands in their events for an address
     programs: HashMap<u64, Program>,
     reasons: DropReasons,
@@ -50,7 +53,8 @@ pub struct Presenter {
     members: [Members; 2],
     holders: Option<SocketHolders>,
     symbols: KernelSymbols,
-    last_seen: HashMap<u64, u64>,
+    /// by packet or skb: its life, and when it was seen last
+    last_seen: HashMap<u64, (u64, u64)>,
     widths: Widths,
     last: Last,
     tails: Tails,
@@ -92,6 +96,7 @@ impl Presenter {
             timestamp: args.timestamp(),
             clock: WallClock::new()?,
             names,
+            hooks: HashSet::new(),
             programs: HashMap::new(),
             reasons,
             drops: args.drops,
@@ -121,6 +126,11 @@ impl Presenter {
     /// To be called now and then.
     pub fn tick(&mut self) -> Result<()> {
         self.clock.refresh()
+    }
+
+    /// Entries of these functions of netfilter's hooks are seen.
+    pub fn hooks(&mut self, hooks: &HashSet<String>) {
+        self.hooks.clone_from(hooks);
     }
 
     /// From now on events of these programs may come.
@@ -191,6 +201,9 @@ impl Presenter {
         if let Some(caller) = event.caller {
             self.symbols.resolve(&[caller])?;
         }
+        if let Some(nft) = &event.nft {
+            self.symbols.resolve(&nft.addresses())?;
+        }
         if event.dropped {
             self.symbols.resolve(&[event.func])?;
         } else if !self.names.contains_key(&event.func) {
@@ -232,20 +245,37 @@ impl Presenter {
         flow
     }
 
-    /// ns since the last event of the same skb; 0 with its first.
+    /// ns since the last event of the same packet, where packets are tracked, else of the same life of an skb; 0 with its first.
     fn since_last(&mut self, event: &Event) -> Option<u64> {
         if self.timestamp != Timestamp::Relative {
             return None;
         }
+        if event.dropped {
+            // One event a packet.
+            return Some(0);
+        }
         if self.last_seen.len() >= REMEMBERED {
             // The oldest half goes.
-            let mut times: Vec<u64> = self.last_seen.values().copied().collect();
+            let mut times: Vec<u64> = self.last_seen.values().map(|(_, t)| *t).collect();
             times.sort_unstable();
             let middle = times[times.len() / 2];
-            self.last_seen.retain(|_, t| *t > middle);
+            self.last_seen.retain(|_, (_, t)| *t > middle);
         }
-        let last = self.last_seen.insert(event.skb, event.head.ts);
-        Some(last.map_or(0, |l| event.head.ts.saturating_sub(l)))
+        let xdp = self.programs.get(&event.func).map(|p| p.kind) == Some(Kind::Xdp);
+        if event.packet.is_none() && xdp && event.program == Some(Point::Enter) {
+            // The memory of an xdp_buff is used for one packet after the other.
+            self.last_seen.remove(&event.skb);
+        }
+        let key = match event.packet {
+            Some(p) => p.number << 16 | u64::from(p.cpu),
+            None => event.skb,
+        };
+        let last = self.last_seen.get(&key).copied();
+        // Returns of functions have no number: they are of the life that was seen last.
+        let life = event.life.or(last.map(|(life, _)| life)).unwrap_or(0);
+        self.last_seen.insert(key, (life, event.head.ts));
+        let since = last.filter(|(then, _)| *then == life);
+        Some(since.map_or(0, |(_, t)| event.head.ts.saturating_sub(t)))
     }
 
     fn text(
@@ -388,15 +418,16 @@ impl Presenter {
     /// The function with its drop reason and its caller, or the reason and the place of a drop; the rule that dropped it.
     fn place(&mut self, line: &mut Vec<u8>, event: &Event) {
         self.function(line, event);
-        if let Some(nft) = event.nft.as_ref().map(NftRow::new) {
-            let what = if nft.legacy { "iptables" } else { "nft" };
-            let (family, table, chain) = (nft.family, nft.table, nft.chain);
-            let _ = write!(line, " [{what} {family} {table} {chain}");
-            if let Some(handle) = nft.handle {
-                let _ = write!(line, " handle {handle}");
-            }
-            line.push(b']');
+        if let Some(who) = self.who(event) {
+            let _ = write!(line, " {who}");
         }
+    }
+
+    /// Who in netfilter dropped the packet.
+    fn who(&self, event: &Event) -> Option<Who> {
+        let place = event.dropped.then(|| self.symbols.get(event.func));
+        let place = place.map(|symbol| symbol.map_or("?", |s| &s.name));
+        (event.nft.as_ref()?).who(place, &self.symbols, &self.hooks)
     }
 
     fn function(&mut self, line: &mut Vec<u8>, event: &Event) {
@@ -517,6 +548,13 @@ impl Presenter {
         match self.members(event) {
             Some((values, true)) => row.xdp_metadata = Some(values.into_iter().collect()),
             Some((values, false)) => row.skb_metadata = Some(values.into_iter().collect()),
+            None => {}
+        }
+        match self.who(event) {
+            Some(Who::Nft(nft)) => row.nft = Some(nft),
+            Some(Who::Legacy(legacy)) => row.iptables = Some(legacy),
+            Some(Who::Hook(hook)) => row.netfilter = Some(Some(hook)),
+            Some(Who::Unknown) => row.netfilter = Some(None),
             None => {}
         }
         row.caller = event.caller.map(|addr| self.frame(addr));

@@ -49,6 +49,8 @@ fn program_of(f: &Function) -> Prog {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Wants {
     pub track: bool,
+    /// where the lives of sk_buffs end
+    pub lives: bool,
     pub owner: bool,
     /// the tracepoint of drops in place of functions
     pub drops: bool,
@@ -115,10 +117,12 @@ impl Plan {
         plan.batch = args.filter_kprobe_batch;
         plan.loaded = helpers::programs(args);
         let hooks = plan.hooks_wanted(wants);
+        let netfilter = netfilter_hooks(btf, wants)?;
         let names: HashSet<&str> = functions
             .iter()
             .map(|f| f.name.as_str())
             .chain(hooks.iter().map(|(_, f)| *f))
+            .chain(netfilter.iter().map(String::as_str))
             .chain(args.filter_non_skb_funcs.iter().map(String::as_str))
             .collect();
         let traceable = plan.traceable(btf, &names);
@@ -135,6 +139,7 @@ impl Plan {
             );
         }
         plan.add_hooks(&hooks, &traceable);
+        plan.add_netfilter(&netfilter, &traceable);
         Ok(plan)
     }
 
@@ -148,9 +153,12 @@ impl Plan {
         let mut plan = Self::empty(choose(features, backend)?, wants);
         let hooks = plan.hooks_wanted(wants);
         if !hooks.is_empty() {
-            let names: HashSet<&str> = hooks.iter().map(|(_, f)| *f).collect();
+            let netfilter = netfilter_hooks(btf, wants)?;
+            let names = hooks.iter().map(|(_, f)| *f);
+            let names = names.chain(netfilter.iter().map(String::as_str)).collect();
             let traceable = plan.traceable(btf, &names);
             plan.add_hooks(&hooks, &traceable);
+            plan.add_netfilter(&netfilter, &traceable);
         }
         Ok(plan)
     }
@@ -170,12 +178,14 @@ impl Plan {
     }
 
     fn hooks_wanted(&self, wants: Wants) -> Vec<Hook> {
-        let track = wants.track.then_some(&hooks::TRACK[..]);
+        let track = (wants.track || wants.lives).then_some(&hooks::TRACK[..]);
         let owner = wants.owner.then_some(&hooks::OWNER[..]);
         let xdp = (wants.xdp && wants.track).then_some(&hooks::XDP[..]);
-        let nft = wants.nft.then_some(&hooks::NFT[..]);
+        let nft = wants.nft.then_some(&hooks::NETFILTER[..]);
         let tables = [track, owner, xdp, nft].into_iter().flatten();
-        tables.flatten().copied().collect()
+        let all = tables.flatten().copied();
+        all.filter(|hook| wants.track || hooks::is_of_life(hook))
+            .collect()
     }
 
     /// Of these functions, those that can be traced. A single kprobe goes to a name, and the kernel's list without addresses does.
@@ -222,6 +232,27 @@ impl Plan {
         }
     }
 
+    /// The functions of netfilter's hooks, and the ends of the expressions that are watched.
+    fn add_netfilter(&mut self, names: &[String], traceable: &TraceableSet) {
+        for name in names {
+            let places = traceable.everywhere(name).iter();
+            // By its name alone one of several cannot be meant.
+            let targets = places.map(|place| Target {
+                name: name.clone(),
+                addr: place.addr,
+            });
+            let targets: Vec<Target> = targets.collect();
+            if targets.len() == 1 || targets.iter().all(|t| t.addr != 0) {
+                let hooks = self.hooks.entry(hooks::NETFILTER_HOOK).or_default();
+                hooks.extend(targets);
+            }
+        }
+        if let Some(targets) = self.hooks.get(hooks::EXPRESSION) {
+            let ends = targets.clone();
+            self.returns.insert(hooks::EXPRESSION_END, ends);
+        }
+    }
+
     fn add(&mut self, f: &Function, traceable: &TraceableSet, wants: Wants) {
         let places = traceable.get(&f.name, f.module.as_deref());
         let by_addr = places.iter().all(|p| p.addr != 0);
@@ -247,7 +278,7 @@ impl Plan {
         self.count += usable.len();
         if !usable.is_empty() {
             let mut prog = program_of(f);
-            if wants.track && prog == "skb_1" {
+            if (wants.track || wants.lives) && prog == "skb_1" {
                 let hook = hooks::TRACK.iter().find(|(_, name)| *name == f.name);
                 prog = hook.and_then(|(p, _)| hooks::shown(p)).unwrap_or(prog);
             }
@@ -286,8 +317,10 @@ impl Plan {
         let mut progress = Progress::new("netprobe: attaching", self.count + hooks);
         // Hooks first: a packet must not be seen before its end can be.
         for (prog, targets) in &self.hooks {
+            attached.of_netfilter = *prog == hooks::NETFILTER_HOOK;
             attached.group(skel, prog, targets, &mut progress, stop)?;
         }
+        attached.of_netfilter = false;
         attached.at_return = true;
         for (prog, targets) in &self.returns {
             attached.group(skel, prog, targets, &mut progress, stop)?;
@@ -348,6 +381,14 @@ fn modules(args: &Args) -> Result<Vec<String>> {
         )),
         None => Ok(loaded),
     }
+}
+
+/// The functions that netfilter's hooks may have, where they are to be watched.
+fn netfilter_hooks(btf: &Btf, wants: Wants) -> Result<Vec<String>> {
+    if !wants.nft {
+        return Ok(Vec::new());
+    }
+    btf.functions_like_hooks(&btf::modules())
 }
 
 /// What --output-nft needs.

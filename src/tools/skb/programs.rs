@@ -23,8 +23,8 @@ use crate::text::escape::escaped;
 use crate::tools::Transport;
 
 use super::args::{
-    Args, SECTION_CALLER, SECTION_CB, SECTION_MEMBERS, SECTION_NFT, SECTION_OWNER, SECTION_SHINFO,
-    SECTION_SKB,
+    Args, SECTION_CALLER, SECTION_CB, SECTION_LIFE, SECTION_MEMBERS, SECTION_NFT, SECTION_OWNER,
+    SECTION_SHINFO, SECTION_SKB,
 };
 use super::helpers::Helpers;
 use super::members::Members;
@@ -36,7 +36,7 @@ const PROGRAM_ID: i32 = 0x4e50_b1d0;
 /// which members there are, each kind of program has its own say.
 const OF_FUNCTIONS: u32 = SECTION_CALLER | SECTION_NFT | SECTION_MEMBERS;
 /// Sections that an XDP packet does not have: it has no sk_buff, and no socket as yet.
-const OF_SKBS: u32 = SECTION_OWNER | SECTION_CB | SECTION_SKB | SECTION_SHINFO;
+const OF_SKBS: u32 = SECTION_OWNER | SECTION_CB | SECTION_SKB | SECTION_SHINFO | SECTION_LIFE;
 
 /// What decides which runs of programs are shown, and which members with them.
 #[derive(Clone, Copy)]

@@ -1,0 +1,318 @@
+//! Who in netfilter has dropped a packet (--output-nft): out of what the kernel side saw of one run of a hook, and of the evaluation
+//! of nft in it. Where it did not see enough the answer is "unknown".
+
+use std::collections::HashSet;
+use std::fmt::{self, Write as _};
+
+use serde::Serialize;
+
+use crate::bpf::skb::types::nf_decision;
+use crate::kernel::ksyms::{KernelSymbols, Symbol};
+use crate::text::escape::escaped;
+
+/// NF_DECIDED_* of src/bpf/netfilter.h
+const RULE: u8 = 1;
+const POLICY: u8 = 2;
+const NFT: u8 = 3;
+const PASSED: u8 = 5;
+/// NFPROTO_BRIDGE, NFPROTO_NETDEV; NF_QUEUE
+const BRIDGE: u8 = 7;
+const NETDEV: u8 = 5;
+const QUEUE: u8 = 3;
+
+/// `struct nf_decision`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Decision {
+    known: u8,
+    /// NFPROTO_*
+    family: u8,
+    at: u8,
+    verdict: u8,
+    handle: Option<u64>,
+    table: String,
+    chain: String,
+    hook: u64,
+    following: [u64; 2],
+}
+
+impl Decision {
+    /// Nothing where the kernel side knew nothing.
+    pub fn new(n: &nf_decision) -> Option<Self> {
+        (n.known != 0).then(|| Self {
+            known: n.known,
+            family: n.family,
+            at: n.at,
+            verdict: n.verdict,
+            handle: (n.handle != 0).then_some(n.handle),
+            table: escaped(&n.table),
+            chain: escaped(&n.chain),
+            hook: n.hook,
+            following: n.following,
+        })
+    }
+
+    /// Addresses that [`Decision::who`] asks for by their symbols.
+    pub fn addresses(&self) -> [u64; 3] {
+        [self.hook, self.following[0], self.following[1]]
+    }
+
+    /// Who it was. `place`: the function that freed the packet, where it is known; `probed`: the functions of hooks whose entries are seen.
+    pub fn who(
+        &self,
+        place: Option<&str>,
+        symbols: &KernelSymbols,
+        probed: &HashSet<String>,
+    ) -> Option<Who> {
+        let queue = self.verdict == QUEUE;
+        let by_hook = place.is_none_or(|p| matches!(p, "nf_hook_slow" | "nft_do_chain"));
+        let by_queue = place.is_some_and(|p| {
+            ["nf_queue", "__nf_queue", "nf_reinject", "nfqnl_"]
+                .iter()
+                .any(|known| p.starts_with(known))
+        });
+        if !(by_hook || queue && by_queue) {
+            return None;
+        }
+        let of_nft = |chain: Option<String>| Nft {
+            family: family(self.family),
+            table: self.table.clone(),
+            chain,
+            handle: None,
+            policy: false,
+            queue: false,
+        };
+        Some(match self.known {
+            RULE => Who::Nft(Nft {
+                handle: self.handle,
+                queue,
+                ..of_nft(Some(self.chain.clone()))
+            }),
+            POLICY => Who::Nft(Nft {
+                policy: true,
+                ..of_nft(Some(self.chain.clone()))
+            }),
+            NFT => Who::Nft(of_nft(None)),
+            _ => self.function(symbols, probed),
+        })
+    }
+
+    /// The function of a hook that is no nft chain.
+    fn function(&self, symbols: &KernelSymbols, probed: &HashSet<String>) -> Who {
+        let [first, second] = self.following;
+        let seen = |addr| addr == 0 || symbols.get(addr).is_some_and(|s| probed.contains(&s.name));
+        let passed = self.hook == 0 || self.known == PASSED;
+        let addr = match (passed, first) {
+            (false, _) if seen(first) => self.hook,
+            (true, 1..) if !seen(first) && seen(second) => first,
+            _ => return Who::Unknown,
+        };
+        let Some(symbol) = symbols.get(addr) else {
+            return Who::Unknown;
+        };
+        let legacy = ["ipt_do_table", "ip6t_do_table", "arpt_do_table"];
+        if legacy.contains(&&*symbol.name) && addr == self.hook {
+            return Who::Legacy(Legacy {
+                family: family(self.family),
+                table: self.table.clone(),
+                hook: hook(self.family, self.at),
+            });
+        }
+        Who::Hook(Hook::new(symbol))
+    }
+}
+
+/// Who dropped a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Who {
+    Nft(Nft),
+    Legacy(Legacy),
+    Hook(Hook),
+    Unknown,
+}
+
+/// A rule of nft or the policy of a base chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Nft {
+    pub family: &'static str,
+    pub table: String,
+    /// null where it is not known which
+    pub chain: Option<String>,
+    /// of the rule; null where there is none, or it is not known
+    pub handle: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub policy: bool,
+    /// the rule gave it to a queue, whose program dropped it or which has none
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub queue: bool,
+}
+
+/// A table of the older iptables, and the hook at which it was asked: which of its chains and rules it was is not known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Legacy {
+    pub family: &'static str,
+    pub table: String,
+    pub hook: &'static str,
+}
+
+/// Another function that netfilter calls.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Hook {
+    pub function: String,
+    /// what is known of this function
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub what: Option<&'static str>,
+}
+
+impl Hook {
+    fn new(symbol: &Symbol) -> Self {
+        let name = &*symbol.name;
+        let of = |part: &str| name.contains(part);
+        let what = if of("defrag") {
+            Some("reassembly")
+        } else if of("conntrack")
+            || of("nf_confirm")
+            || name == "ipv4_confirm"
+            || name == "ipv6_confirm"
+        {
+            Some("connection tracking")
+        } else if of("nf_nat") {
+            Some("address translation")
+        } else if name.starts_with("br_nf") {
+            Some("bridge netfilter")
+        } else if name.starts_with("ip_vs") {
+            Some("IPVS")
+        } else if name.starts_with("selinux") || name.starts_with("apparmor") {
+            Some("security module")
+        } else {
+            None
+        };
+        Self {
+            function: symbol.name.clone(),
+            what,
+        }
+    }
+}
+
+/// As a line's end has it: `[nft ip filter input handle 4]`.
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Who::Nft(nft) => {
+                write!(f, "[nft {} {}", nft.family, nft.table)?;
+                let Some(chain) = &nft.chain else {
+                    return f.write_str(", chain and rule unknown]");
+                };
+                write!(f, " {chain}")?;
+                match nft.handle {
+                    _ if nft.policy => f.write_str(" policy")?,
+                    Some(handle) => write!(f, " handle {handle}")?,
+                    None => f.write_str(", rule unknown")?,
+                }
+                f.write_str(if nft.queue { " queue]" } else { "]" })
+            }
+            Who::Legacy(legacy) => {
+                let Legacy {
+                    family,
+                    table,
+                    hook,
+                } = legacy;
+                write!(
+                    f,
+                    "[iptables {family} {table}, hook {hook}, chain and rule unknown]"
+                )
+            }
+            Who::Hook(hook) => {
+                f.write_str("[netfilter ")?;
+                f.write_str(&hook.function)?;
+                if let Some(what) = hook.what {
+                    write!(f, ": {what}")?;
+                }
+                f.write_char(']')
+            }
+            Who::Unknown => f.write_str("[netfilter, hook unknown]"),
+        }
+    }
+}
+
+/// A family as nft(8) calls it; enum in include/uapi/linux/netfilter.h.
+fn family(number: u8) -> &'static str {
+    match number {
+        1 => "inet",
+        2 => "ip",
+        3 => "arp",
+        NETDEV => "netdev",
+        BRIDGE => "bridge",
+        10 => "ip6",
+        _ => "?",
+    }
+}
+
+/// A hook as iptables calls its built-in chain.
+fn hook(family: u8, number: u8) -> &'static str {
+    const INET: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+    const ARP: [&str; 3] = ["INPUT", "OUTPUT", "FORWARD"];
+    let names = if family == 3 { &ARP[..] } else { &INET[..] };
+    names.get(usize::from(number)).copied().unwrap_or("?")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decision(known: u8) -> Decision {
+        Decision {
+            known,
+            family: 2,
+            at: 3,
+            table: "t".into(),
+            chain: "c".into(),
+            handle: Some(7),
+            ..Decision::default()
+        }
+    }
+
+    fn said(decision: &Decision, place: Option<&str>) -> String {
+        let who = decision.who(place, &KernelSymbols::default(), &HashSet::new());
+        who.map_or_else(String::new, |who| who.to_string())
+    }
+
+    #[test]
+    fn rules_and_policies() {
+        let place = Some("nft_do_chain");
+        assert_eq!(said(&decision(RULE), place), "[nft ip t c handle 7]");
+        assert_eq!(said(&decision(POLICY), place), "[nft ip t c policy]");
+        assert_eq!(
+            said(&decision(NFT), place),
+            "[nft ip t, chain and rule unknown]"
+        );
+        let long = Decision {
+            handle: None,
+            ..decision(RULE)
+        };
+        assert_eq!(said(&long, None), "[nft ip t c, rule unknown]");
+        assert_eq!(said(&decision(RULE), Some("ip_rcv_core")), "");
+        assert_eq!(said(&decision(RULE), Some("nf_queue")), "");
+        let queue = Decision {
+            verdict: QUEUE,
+            ..decision(RULE)
+        };
+        assert_eq!(
+            said(&queue, Some("nf_queue")),
+            "[nft ip t c handle 7 queue]"
+        );
+    }
+
+    #[test]
+    fn no_function_is_guessed() {
+        // No symbols: nobody would have seen the function.
+        let hook = Decision {
+            hook: 1,
+            following: [2, 0],
+            ..decision(4)
+        };
+        assert_eq!(
+            said(&hook, Some("nf_hook_slow")),
+            "[netfilter, hook unknown]"
+        );
+    }
+}
