@@ -124,6 +124,8 @@ unsafe impl Plain for tcpconnect::types::np_head {}
 // SAFETY: see above.
 unsafe impl Plain for tcpconnect::types::tcp_event {}
 // SAFETY: see above.
+unsafe impl Plain for tcpconnect::types::tcp_outcome {}
+// SAFETY: see above.
 unsafe impl Plain for tcpconnect::types::tcp_exe {}
 // SAFETY: see above.
 unsafe impl Plain for tcpconnect::types::tcp_flow {}

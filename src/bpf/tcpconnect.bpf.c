@@ -195,6 +195,7 @@ static __always_inline void count(const struct tcp_event *e)
 }
 
 #include "tcpconnect_outcome.bpf.h"
+#include "tcpconnect_loss.bpf.h"
 
 /* The return of the function of this IP version. */
 static __always_inline int leave(void *ctx, int ret, __u8 version)

@@ -5,9 +5,10 @@
 
 #include "event.h"
 #include "dns.h"
+#include "listen.h"
 
 #define TCP_KIND_CONNECT 1 /* connect has sent its SYN: struct tcp_event */
-#define TCP_KIND_OUTCOME 2 /* a connect is decided: struct tcp_event */
+#define TCP_KIND_OUTCOME 2 /* a connect is decided: struct tcp_outcome */
 /* DNS_KIND_ANSWER (dns.h) is the third. */
 
 /* Bits of the variable `mode`: what a run does with a connect. */
@@ -49,7 +50,8 @@ struct tcp_filter {
 #define TCP_FLAG_SYN_DATA (1U << 4) /* the SYN had data (Fast Open) */
 #define TCP_FLAG_DEFERRED (1U << 5) /* the SYN waited for the first data */
 #define TCP_FLAG_EXITING (1U << 6) /* closed by the end of the process */
-#define TCP_FLAG_DROPPED (1U << 7) /* drop_at and drop_reason are set */
+#define TCP_FLAG_FLOODED (1U << 7) /* a bridge sent its SYN to several ports */
+#define TCP_FLAG_SOFT (1U << 8) /* error is the soft error, which was read */
 #define TCP_FLAG_IN_CALL (1U << 31) /* connect has not returned yet */
 
 /* How a connect was decided: tcp_event.decided. */
@@ -74,9 +76,6 @@ struct tcp_event {
 	__u64 cgroup; /* id of the process's cgroup (v2) */
 	__u64 saddr[2]; /* network byte order; IPv4 as ::ffff:a.b.c.d */
 	__u64 daddr[2];
-	__u64 drop_at; /* the kernel dropped a packet of it here */
-	__u32 drop_reason; /* enum skb_drop_reason (kernels from 5.17) */
-	__u32 drops;
 	__u32 netns; /* inode */
 	__u32 uid;
 	__u32 retransmits; /* of the SYN */
@@ -91,8 +90,29 @@ struct tcp_event {
 	__u8 pad[2];
 };
 
-_Static_assert(sizeof(struct tcp_event) == 152,
+_Static_assert(sizeof(struct tcp_event) == 136,
 	       "tcp_event is part of the contract");
+
+/* Packets of a handshake that the kernel dropped; the place and reason of the last. */
+struct tcp_drop {
+	__u64 at;
+	__u32 reason; /* enum skb_drop_reason (kernels from 5.17), enum np_listen */
+	__u32 packets; /* 0: none */
+};
+
+/* A connect that is followed until it is decided. */
+struct tcp_outcome {
+	struct tcp_event connect;
+	struct tcp_drop drop;
+	struct tcp_drop
+		copy; /* by a host that they were not addressed to, by a packet socket */
+	__u64 soft_at; /* soft_error was set, ns */
+	__u32 soft_error; /* sk_err_soft: the program reads it by SO_ERROR */
+	__u32 isn; /* sequence number of its SYN */
+};
+
+_Static_assert(sizeof(struct tcp_outcome) == 184,
+	       "tcp_outcome is part of the contract");
 
 #define TCP_STACK_TOP 16
 #define TCP_EXE_NAMES 16

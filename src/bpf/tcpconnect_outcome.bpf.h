@@ -14,66 +14,52 @@
 
 #define PF_EXITING 0x00000004
 
-/* The tracepoint kfree_skb says why (kernels from 5.17). */
-const volatile __u8 has_drop_reason = 0;
-
-/* Addresses and ports of a connect that is pending. */
-struct pending_key {
-	__u64 saddr[2];
-	__u64 daddr[2];
-	__u16 sport;
-	__u16 dport;
-	__u32 pad;
-};
-
 /* Connects that are not decided, by socket. The size is set before loading. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
 	__type(key, __u64);
-	__type(value, struct tcp_event);
+	__type(value, struct tcp_outcome);
 } pending SEC(".maps");
 
-/* The same by addresses, for packets without a socket; the value is the key above. */
+/* The same by the sequence number of the SYN: to the key above. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
-	__type(key, struct pending_key);
+	__type(key, __u32);
 	__type(value, __u64);
-} pending_by_addr SEC(".maps");
+} pending_by_isn SEC(".maps");
 
-static __always_inline void forget(const struct tcp_event *e)
+/* For the types in the skeleton. */
+struct tcp_outcome tcp_outcome_type;
+enum np_listen np_listen_type;
+
+static __always_inline void forget(const struct tcp_outcome *o)
 {
-	__u64 sock = e->sock;
-	struct pending_key key = {
-		.saddr = {e->saddr[0], e->saddr[1]},
-		.daddr = {e->daddr[0], e->daddr[1]},
-		.sport = e->sport,
-		.dport = e->dport,
-	};
+	__u64 sock = o->connect.sock;
+	__u32 isn = o->isn;
 
-	bpf_map_delete_elem(&pending_by_addr, &key);
+	bpf_map_delete_elem(&pending_by_isn, &isn);
 	bpf_map_delete_elem(&pending, &sock);
 }
 
-static __always_inline void remember_addr(const struct tcp_event *e)
+/* The SYN is about to be sent: its number is the next that the socket has. */
+static __always_inline void remember_isn(struct tcp_outcome *o)
 {
-	__u64 sock = e->sock;
-	struct pending_key key = {
-		.saddr = {e->saddr[0], e->saddr[1]},
-		.daddr = {e->daddr[0], e->daddr[1]},
-		.sport = e->sport,
-		.dport = e->dport,
-	};
+	struct tcp_sock *tp = (struct tcp_sock *)o->connect.sock;
+	__u64 sock = o->connect.sock;
+	__u32 isn = BPF_CORE_READ(tp, write_seq);
 
-	if (bpf_map_update_elem(&pending_by_addr, &key, &sock, BPF_ANY))
+	o->isn = isn;
+	if (bpf_map_update_elem(&pending_by_isn, &isn, &sock, BPF_ANY))
 		np_count_map_full();
 }
 
-/* A connect is decided: sends it, and forgets it. */
-static __always_inline void decide(void *ctx, struct tcp_event *e, __u8 decided,
-				   __u32 error)
+/* A connect is decided: sends it. */
+static __always_inline void decide(void *ctx, struct tcp_outcome *o,
+				   __u8 decided, __u32 error)
 {
+	struct tcp_event *e = &o->connect;
 	struct tcp_sock *tp = (struct tcp_sock *)e->sock;
 	__u64 now = bpf_ktime_get_ns();
 	__u64 since = e->syn ? e->syn : e->start;
@@ -91,44 +77,54 @@ static __always_inline void decide(void *ctx, struct tcp_event *e, __u8 decided,
 			e->flags |= TCP_FLAG_SYN_DATA | TCP_FLAG_FASTOPEN;
 	}
 	if (now - since >= filter.min_ns)
-		np_output(ctx, &e->head, sizeof(*e));
+		np_output(ctx, &e->head, sizeof(*o));
+}
+
+/* The scratch as an outcome, its connect filled in. */
+static __always_inline struct tcp_outcome *as_outcome(struct tcp_scratch *buf)
+{
+	struct tcp_outcome *o = (struct tcp_outcome *)buf;
+
+	__builtin_memset((void *)o + sizeof(o->connect), 0,
+			 sizeof(*o) - sizeof(o->connect));
+	return o;
 }
 
 static __always_inline void leave_outcome(void *ctx, struct tcp_scratch *buf,
 					  struct inside *in, int ret)
 {
-	struct tcp_event *e = bpf_map_lookup_elem(&pending, &in->sock);
+	struct tcp_outcome *o = bpf_map_lookup_elem(&pending, &in->sock);
 	__u64 sock = in->sock;
 
-	if (ret == 0 && e) {
-		e->flags &= ~TCP_FLAG_IN_CALL;
+	if (ret == 0 && o) {
+		o->connect.flags &= ~TCP_FLAG_IN_CALL;
 		if (mode & TCP_MODE_STACKS) {
-			buf->event = *e;
+			buf->event = o->connect;
 			buf->event.head.ts = bpf_ktime_get_ns();
 			send_connect(ctx, buf);
 		}
 		return;
 	}
+	fill(&buf->event, in, ret != 0);
 	if (ret == 0) {
 		/* Fast Open: the SYN waits for the first data. */
-		fill(&buf->event, in, false);
 		buf->event.flags |= TCP_FLAG_DEFERRED;
 		if (!match_socket(&buf->event))
 			return;
-		if (bpf_map_update_elem(&pending, &sock, &buf->event, BPF_ANY))
+		if (bpf_map_update_elem(&pending, &sock, as_outcome(buf),
+					BPF_ANY))
 			np_count_map_full();
 		else if (mode & TCP_MODE_STACKS)
 			send_connect(ctx, buf);
 		return;
 	}
-	fill(&buf->event, in, true);
 	if (match_socket(&buf->event)) {
 		if (mode & TCP_MODE_STACKS)
 			send_connect(ctx, buf);
-		decide(ctx, &buf->event, TCP_DECIDED_AT_ONCE, -ret);
+		decide(ctx, as_outcome(buf), TCP_DECIDED_AT_ONCE, -ret);
 	}
-	if (e)
-		forget(e);
+	if (o)
+		forget(o);
 }
 
 /* The SYN is about to be sent: inside of connect, or with the first data (Fast Open). */
@@ -137,15 +133,16 @@ int BPF_KPROBE(syn, struct sock *sk)
 {
 	__u64 id = bpf_get_current_pid_tgid(), sock = (__u64)sk;
 	struct inside *in = bpf_map_lookup_elem(&inside, &id);
-	struct tcp_event *e;
+	struct tcp_outcome *o;
 	struct tcp_scratch *buf;
+	struct tcp_event *e;
 	__u32 room = TCP_ROOM_SYN;
 
 	if (!in || in->sock != sock) {
-		e = bpf_map_lookup_elem(&pending, &sock);
-		if (e && !e->syn) {
-			e->syn = bpf_ktime_get_ns();
-			remember_addr(e);
+		o = bpf_map_lookup_elem(&pending, &sock);
+		if (o && !o->connect.syn) {
+			o->connect.syn = bpf_ktime_get_ns();
+			remember_isn(o);
 		}
 		return 0;
 	}
@@ -160,13 +157,29 @@ int BPF_KPROBE(syn, struct sock *sk)
 	}
 	e->syn = e->head.ts;
 	e->flags |= TCP_FLAG_IN_CALL;
-	if (bpf_map_update_elem(&pending, &sock, e, BPF_ANY)) {
+	o = as_outcome(buf);
+	remember_isn(o);
+	if (bpf_map_update_elem(&pending, &sock, o, BPF_ANY)) {
 		np_count_map_full();
 		in->refused = 1;
-		return 0;
 	}
-	remember_addr(e);
 	return 0;
+}
+
+/*
+ * The error that the program has got of a socket that closes, 0 where it closed
+ * the socket without one. A soft error that is no longer in the socket was read
+ * (SO_ERROR): an acknowledgement, which clears it too, would have decided the
+ * connect.
+ */
+static __always_inline __u32 error_of(struct sock *sk, struct tcp_outcome *o)
+{
+	__u32 error = BPF_CORE_READ(sk, sk_err);
+
+	if (error || !o->soft_error || BPF_CORE_READ(sk, sk_err_soft))
+		return error;
+	o->connect.flags |= TCP_FLAG_SOFT;
+	return o->soft_error;
 }
 
 SEC("raw_tp/inet_sock_set_state")
@@ -176,83 +189,31 @@ int state(struct bpf_raw_tracepoint_args *ctx)
 	int to = ctx->args[2];
 	__u64 sock = (__u64)sk;
 	struct task_struct *task;
-	struct tcp_event *e;
+	struct tcp_outcome *o;
 	__u32 error;
 
 	if (to != TCP_ESTABLISHED && to != TCP_CLOSE)
 		return 0;
-	e = bpf_map_lookup_elem(&pending, &sock);
-	if (!e)
+	o = bpf_map_lookup_elem(&pending, &sock);
+	if (!o)
 		return 0;
 	if (to == TCP_ESTABLISHED) {
-		decide(ctx, e, TCP_DECIDED_ESTABLISHED, 0);
-		forget(e);
+		decide(ctx, o, TCP_DECIDED_ESTABLISHED, 0);
+		forget(o);
 		return 0;
 	}
-	error = BPF_CORE_READ(sk, sk_err);
+	error = error_of(sk, o);
 	if (!error) {
 		/* A failing connect closes the socket: its return tells more. */
-		if ((e->flags & TCP_FLAG_IN_CALL) &&
-		    e->head.pid == (__u32)bpf_get_current_pid_tgid())
+		if ((o->connect.flags & TCP_FLAG_IN_CALL) &&
+		    o->connect.head.pid == (__u32)bpf_get_current_pid_tgid())
 			return 0;
 		task = (void *)bpf_get_current_task();
 		if (BPF_CORE_READ(task, flags) & PF_EXITING)
-			e->flags |= TCP_FLAG_EXITING;
+			o->connect.flags |= TCP_FLAG_EXITING;
 	}
-	decide(ctx, e, TCP_DECIDED_CLOSED, error);
-	forget(e);
-	return 0;
-}
-
-/* The connect that a packet belongs to: by its socket, else by its addresses. */
-static __always_inline struct tcp_event *connect_of(struct sk_buff *skb)
-{
-	struct np_tuple t = {};
-	struct pending_key key = {};
-	__u64 sock = (__u64)NP_READ(skb, sk), *found;
-	struct tcp_event *e;
-
-	if (sock) {
-		e = bpf_map_lookup_elem(&pending, &sock);
-		if (e)
-			return e;
-	}
-	np_read_tuple(skb, &t);
-	if (!t.l3_version || t.l4_proto != IPPROTO_TCP)
-		return NULL;
-	__builtin_memcpy(key.saddr, t.saddr, sizeof(key.saddr));
-	__builtin_memcpy(key.daddr, t.daddr, sizeof(key.daddr));
-	key.sport = t.sport;
-	key.dport = t.dport;
-	found = bpf_map_lookup_elem(&pending_by_addr, &key);
-	if (!found) {
-		/* An answer. */
-		__builtin_memcpy(key.saddr, t.daddr, sizeof(key.saddr));
-		__builtin_memcpy(key.daddr, t.saddr, sizeof(key.daddr));
-		key.sport = t.dport;
-		key.dport = t.sport;
-		found = bpf_map_lookup_elem(&pending_by_addr, &key);
-	}
-	if (!found)
-		return NULL;
-	sock = *found;
-	return bpf_map_lookup_elem(&pending, &sock);
-}
-
-/* The kernel drops a packet: is it a SYN of ours, or its answer? */
-SEC("raw_tp/kfree_skb")
-int drop(struct bpf_raw_tracepoint_args *ctx)
-{
-	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
-	struct tcp_event *e = connect_of(skb);
-
-	if (!e)
-		return 0;
-	e->drop_at = ctx->args[1];
-	if (has_drop_reason)
-		e->drop_reason = ctx->args[2];
-	e->drops++;
-	e->flags |= TCP_FLAG_DROPPED;
+	decide(ctx, o, TCP_DECIDED_CLOSED, error);
+	forget(o);
 	return 0;
 }
 

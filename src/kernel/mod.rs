@@ -13,6 +13,7 @@ pub mod features;
 mod ftrace;
 pub mod functions;
 pub mod ksyms;
+pub mod listen;
 pub mod members;
 pub mod netdev;
 pub mod netns;

@@ -34,14 +34,21 @@ pub struct Loss {
     pub lost: u64,
     /// the same by CPU, those with a loss only
     pub lost_by_cpu: BTreeMap<usize, u64>,
-    /// hits of a probe while another ran on the same CPU, or without a place left for its return: the kernel skips those
+    /// hits of a probe while another ran on the same CPU: the kernel skips those
     pub missed: u64,
+    /// calls whose return was not seen: the kernel had no place left for it
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unreturned: u64,
     /// insertions that a full map refused
     pub map_full: u64,
     /// printed, but out of the order of time
     pub late: u64,
     /// events that could not be decoded
     pub undecodable: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 impl Loss {
@@ -71,7 +78,7 @@ impl Loss {
 
     /// Anything to tell?
     pub fn any(&self) -> bool {
-        self.lost + self.missed + self.map_full + self.late + self.undecodable > 0
+        self.lost + self.missed + self.unreturned + self.map_full + self.late + self.undecodable > 0
     }
 
     /// One line a cause, for stderr.
@@ -94,6 +101,12 @@ impl Loss {
             lines.push(format!(
                 "missed {} hits: the kernel skips a probe that is hit while another runs on the same CPU",
                 self.missed
+            ));
+        }
+        if self.unreturned > 0 {
+            lines.push(format!(
+                "{} calls are missing, their return was not seen: the kernel has places for the returns of few threads at once",
+                self.unreturned
             ));
         }
         if self.map_full > 0 {

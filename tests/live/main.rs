@@ -20,6 +20,7 @@ mod skb_output;
 mod skb_programs;
 mod skb_track;
 mod tcpconnect;
+mod tcpconnect_loss;
 mod tcpconnect_more;
 mod tcpconnect_outcome;
 mod xdp;
@@ -51,6 +52,7 @@ fn main() {
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_more::cases());
+    cases.extend(tcpconnect_loss::cases());
     cases.extend(skb_ends::last());
     common::run(cases)
 }

@@ -263,6 +263,13 @@ fn stack() -> Result<()> {
             names("kernel_stack").iter().any(|n| n.contains("connect")),
             "{row:#}"
         );
+        // It begins with the kernel's own functions: none of ours is on top.
+        ensure!(
+            !names("kernel_stack")
+                .iter()
+                .any(|n| n == "?" || n.starts_with("bpf_") || n.contains("rethook")),
+            "{row:#}"
+        );
         let frames = row["user_stack"].as_array().context("no user stack")?;
         let caller = frames
             .iter()
@@ -309,7 +316,7 @@ fn burst() -> Result<()> {
     let printed = rows.iter().filter(|r| r["type"] == "connect").count() as u64;
     let loss = rows.iter().find(|r| r["type"] == "loss");
     let count = |key: &str| loss.and_then(|l| l[key].as_u64()).unwrap_or(0);
-    let lost = count("lost") + count("missed") + count("map_full");
+    let lost = count("lost") + count("missed") + count("unreturned") + count("map_full");
     eprintln!("tcpconnect_burst: {printed} printed, {lost} counted as lost");
     ensure!(
         printed + lost == THREADS * EACH,

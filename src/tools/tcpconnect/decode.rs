@@ -3,7 +3,9 @@
 use std::net::IpAddr;
 
 use crate::bpf::read;
-use crate::bpf::tcpconnect::types::{dns_event, tcp_event, tcp_exe, tcp_flow};
+use crate::bpf::tcpconnect::types::{
+    dns_event, tcp_drop, tcp_event, tcp_exe, tcp_flow, tcp_outcome,
+};
 use crate::event::head::Head;
 use crate::event::tuple::address;
 
@@ -11,6 +13,10 @@ use crate::event::tuple::address;
 const KIND_CONNECT: u16 = 1;
 const KIND_OUTCOME: u16 = 2;
 const KIND_ANSWER: u16 = 3;
+
+/// TCP_DECIDED_*
+pub const DECIDED_ESTABLISHED: u8 = 1;
+pub const DECIDED_AT_ONCE: u8 = 2;
 
 /// TCP_FLAG_*
 pub const FLAG_MAPPED: u32 = 1 << 0;
@@ -20,7 +26,8 @@ pub const FLAG_FASTOPEN: u32 = 1 << 3;
 pub const FLAG_SYN_DATA: u32 = 1 << 4;
 pub const FLAG_DEFERRED: u32 = 1 << 5;
 pub const FLAG_EXITING: u32 = 1 << 6;
-pub const FLAG_DROPPED: u32 = 1 << 7;
+pub const FLAG_FLOODED: u32 = 1 << 7;
+pub const FLAG_SOFT: u32 = 1 << 8;
 
 /// What the programs send.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,10 +59,27 @@ pub struct Connect {
     pub decided: u8,
     pub error: u32,
     pub flags: u32,
-    pub drops: u32,
-    pub drop_at: u64,
-    pub drop_reason: u32,
     pub stacks: Option<Stacks>,
+    pub fate: Fate,
+}
+
+/// What else `struct tcp_outcome` has: what happened until the connect was decided.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Fate {
+    pub drop: Option<Drop>,
+    /// of packets that a packet socket got, or a host that they were not addressed to
+    pub copy: Option<Drop>,
+    /// errno; 0: none
+    pub soft_error: u32,
+    pub soft_at: u64,
+}
+
+/// `struct tcp_drop`: packets of the handshake that the kernel dropped, the place and the reason of the last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drop {
+    pub at: u64,
+    pub reason: u32,
+    pub packets: u32,
 }
 
 impl Connect {
@@ -63,10 +87,19 @@ impl Connect {
         self.flags & flag != 0
     }
 
-    /// From the SYN, or from the call where none was sent, to the event; ns.
+    /// From the SYN, or from the call where none was sent, to the event or to the error that was read; ns.
     pub fn latency(&self) -> u64 {
         let since = if self.syn == 0 { self.start } else { self.syn };
-        self.head.ts.saturating_sub(since)
+        let until = match self.has(FLAG_SOFT) {
+            true => self.fate.soft_at,
+            false => self.head.ts,
+        };
+        until.saturating_sub(since)
+    }
+
+    /// The SYN that was answered is the only one that was sent: what the kernel dropped of it was a copy.
+    pub fn answered_at_once(&self) -> bool {
+        self.decided == DECIDED_ESTABLISHED && self.retransmits == 0
     }
 }
 
@@ -121,7 +154,7 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
     };
     match head.kind {
         KIND_CONNECT => connect(head, bytes).map(Event::Connect),
-        KIND_OUTCOME => connect(head, bytes).map(Event::Outcome),
+        KIND_OUTCOME => outcome(head, bytes).map(Event::Outcome),
         KIND_ANSWER => answer(head, bytes).map(Event::Answer),
         _ => None,
     }
@@ -129,14 +162,35 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
 
 fn connect(head: Head, bytes: &[u8]) -> Option<Box<Connect>> {
     let (e, rest) = read::<tcp_event>(bytes)?;
-    if !matches!(e.version, 4 | 6) {
-        return None;
-    }
     let stacks = match rest.is_empty() {
         true => None,
         false => Some(stacks(&e, rest)?),
     };
-    Some(Box::new(Connect {
+    let c = of_event(head, &e)?;
+    Some(Box::new(Connect { stacks, ..c }))
+}
+
+fn outcome(head: Head, bytes: &[u8]) -> Option<Box<Connect>> {
+    let (o, _) = read::<tcp_outcome>(bytes)?;
+    let drop = |d: tcp_drop| {
+        (d.packets != 0).then_some(Drop {
+            at: d.at,
+            reason: d.reason,
+            packets: d.packets,
+        })
+    };
+    let fate = Fate {
+        drop: drop(o.drop),
+        copy: drop(o.copy),
+        soft_error: o.soft_error,
+        soft_at: o.soft_at,
+    };
+    let c = of_event(head, &o.connect)?;
+    Some(Box::new(Connect { fate, ..c }))
+}
+
+fn of_event(head: Head, e: &tcp_event) -> Option<Connect> {
+    matches!(e.version, 4 | 6).then(|| Connect {
         head,
         sock: e.sock,
         start: e.start,
@@ -153,11 +207,9 @@ fn connect(head: Head, bytes: &[u8]) -> Option<Box<Connect>> {
         decided: e.decided,
         error: e.error,
         flags: e.flags,
-        drops: e.drops,
-        drop_at: e.drop_at,
-        drop_reason: e.drop_reason,
-        stacks,
-    }))
+        stacks: None,
+        fate: Fate::default(),
+    })
 }
 
 fn stacks(e: &tcp_event, rest: &[u8]) -> Option<Stacks> {
@@ -254,14 +306,28 @@ mod tests {
 
     #[test]
     fn an_outcome_and_every_cut_of_it() {
-        let e = sample();
-        let Some(Event::Outcome(c)) = decode(bytes(&e)) else {
+        let mut o = tcp_outcome {
+            connect: sample(),
+            ..tcp_outcome::default()
+        };
+        o.drop = tcp_drop {
+            at: 7,
+            reason: 8,
+            packets: 2,
+        };
+        o.soft_at = 60;
+        let Some(Event::Outcome(mut c)) = decode(bytes(&o)) else {
             panic!("no outcome");
         };
         assert_eq!(c.daddr.to_string(), "10.0.0.2");
         assert_eq!((c.dport, c.error, c.latency()), (80, 111, 100));
-        for cut in 0..bytes(&e).len() {
-            assert_eq!(decode(&bytes(&e)[..cut]), None, "{cut}");
+        let drop = c.fate.drop.unwrap();
+        assert_eq!((drop.at, drop.reason, drop.packets), (7, 8, 2));
+        assert_eq!(c.fate.copy, None);
+        c.flags |= FLAG_SOFT;
+        assert_eq!(c.latency(), 50, "to the error that the program read");
+        for cut in 0..bytes(&o).len() {
+            assert_eq!(decode(&bytes(&o)[..cut]), None, "{cut}");
         }
     }
 

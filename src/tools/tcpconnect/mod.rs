@@ -22,6 +22,7 @@ use crate::engine::drain::Drain;
 use crate::engine::merge::Record;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
+use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::Ahead;
 use crate::run::loss::{CpuStats, Loss};
@@ -49,14 +50,17 @@ pub fn run(args: &Args) -> Result<()> {
     let features = Features::with(btf.as_ref().ok());
     features.require_tracing("tcpconnect")?;
     let btf = btf?;
-    let reasons = btf.enum_values("skb_drop_reason");
+    let reasons = match args.outcome {
+        true => DropReasons::load(&btf),
+        false => DropReasons::default(),
+    };
     let pairs = probes::pairs(args, &features, &btf);
     let ahead = match pairs.first() {
         Some(Pair::Fexit | Pair::Fentry) => Ahead::start(&btf),
         _ => None,
     };
     let mut pairs = pairs.into_iter().peekable();
-    let kernel = Kernel::new(args, features, &btf);
+    let kernel = Kernel::new(args, features, &btf, &reasons);
     let core = CoreBtf::new(&btf, bpf::TCPCONNECT_TYPES)?;
     // 3 MB less while libbpf works.
     drop(btf);
@@ -147,7 +151,7 @@ fn loss(
     };
     loss.add_stats(&skel.maps.stats)?;
     // A thread that entered connect and was not seen to return.
-    loss.missed += skel.maps.inside.keys().count() as u64 + overwritten(skel)?;
+    loss.unreturned = skel.maps.inside.keys().count() as u64 + overwritten(skel)?;
     Ok(loss)
 }
 

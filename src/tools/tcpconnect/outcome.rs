@@ -2,11 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::decode::{self, Connect};
-
-/// TCP_DECIDED_*
-const DECIDED_ESTABLISHED: u8 = 1;
-const DECIDED_AT_ONCE: u8 = 2;
+use super::decode::{self, Connect, DECIDED_AT_ONCE, DECIDED_ESTABLISHED, Drop};
 
 /// The word for it. One of: established, failed, interrupted, refused, reset, timed-out, unreachable, aborted.
 pub fn word(c: &Connect) -> &'static str {
@@ -25,10 +21,68 @@ pub fn error_name(c: &Connect) -> Option<String> {
     if c.error == 0 {
         return None;
     }
-    match Errno::from_raw(c.error as i32) {
-        Errno::UnknownErrno => Some(format!("errno {}", c.error)),
-        e => Some(format!("{e:?}")),
+    Some(errno_name(c.error))
+}
+
+/// A soft error of the socket that its process never asked for: by SO_ERROR it would have got it.
+pub fn unread_error(c: &Connect) -> Option<String> {
+    let unread = word(c) == "interrupted" && c.fate.soft_error != 0;
+    unread.then(|| errno_name(c.fate.soft_error))
+}
+
+fn errno_name(error: u32) -> String {
+    match Errno::from_raw(error as i32) {
+        Errno::UnknownErrno => format!("errno {error}"),
+        e => format!("{e:?}"),
     }
+}
+
+/// What the kernel's drops of packets of a handshake were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// packets of the handshake
+    pub drop: Option<Drop>,
+    /// copies of them: another one went on
+    pub copy: Option<Drop>,
+    /// by a host that they were not addressed to: copies, or packets with a wrong hardware address
+    pub other_host: Option<Drop>,
+}
+
+/// Sorts the drops. `place` names the function at an address.
+pub fn dropped(c: &Connect, place: impl Fn(u64) -> String) -> Dropped {
+    let (mut drop, mut copy) = (c.fate.drop, c.fate.copy);
+    // Without a reason to go by, the program takes all that is for another host's hardware address for a copy: a bridge drops such too.
+    if let Some(c) = copy.filter(|c| c.reason == 0 && !receives(&place(c.at))) {
+        copy = None;
+        drop = drop.or(Some(c));
+    }
+    if let Some(d) = drop.filter(|d| is_packet_socket(&place(d.at))) {
+        drop = None;
+        copy = copy.or(Some(d));
+    }
+    if c.answered_at_once() {
+        return Dropped {
+            copy: drop.or(copy),
+            ..Dropped::default()
+        };
+    }
+    let certain =
+        c.has(decode::FLAG_FLOODED) || copy.is_some_and(|d| is_packet_socket(&place(d.at)));
+    Dropped {
+        drop,
+        copy: copy.filter(|_| certain),
+        other_host: copy.filter(|_| !certain),
+    }
+}
+
+/// ip_rcv, ip_rcv_core and the like: where a packet for another host's hardware address ends.
+fn receives(function: &str) -> bool {
+    function.starts_with("ip_rcv") || function.starts_with("ip6_rcv")
+}
+
+/// packet_rcv, tpacket_rcv: a packet socket has no room for its copy.
+fn is_packet_socket(function: &str) -> bool {
+    function.starts_with("packet_rcv") || function.starts_with("tpacket_rcv")
 }
 
 /// What else is worth telling, as words without blanks.
@@ -72,6 +126,7 @@ const RULES: [(&[i32], &str); 6] = [
 
 #[cfg(test)]
 mod tests {
+    use super::super::decode::Fate;
     use super::*;
     use crate::event::head::Head;
     use std::net::Ipv4Addr;
@@ -94,10 +149,8 @@ mod tests {
             decided,
             error: error as u32,
             flags,
-            drops: 0,
-            drop_at: 0,
-            drop_reason: 0,
             stacks: None,
+            fate: Fate::default(),
         }
     }
 
@@ -131,5 +184,55 @@ mod tests {
             error_name(&connect(3, 9999, 0)).as_deref(),
             Some("errno 9999")
         );
+    }
+
+    #[test]
+    fn drops_and_copies() {
+        let place = |at: u64| {
+            ["nf_hook_slow", "ip_rcv_core", "br_forward", "tpacket_rcv"][at as usize].to_owned()
+        };
+        let at = |at: u64, reason: u32| {
+            Some(Drop {
+                at,
+                reason,
+                packets: 1,
+            })
+        };
+        let mut c = connect(3, 0, 0);
+        c.fate.drop = at(0, 5);
+        c.fate.copy = at(1, 6);
+        let d = dropped(&c, place);
+        assert_eq!((d.drop, d.copy, d.other_host), (at(0, 5), None, at(1, 6)));
+        c.flags = decode::FLAG_FLOODED;
+        assert_eq!(dropped(&c, place).copy, at(1, 6));
+        // A packet that got through and was sent once was lost nowhere.
+        let mut c = connect(1, 0, 0);
+        c.fate.drop = at(0, 5);
+        let d = dropped(&c, place);
+        assert_eq!((d.drop, d.copy), (None, at(0, 5)));
+        c.retransmits = 1;
+        assert_eq!(dropped(&c, place).drop, at(0, 5));
+        // Without reasons the place tells.
+        let mut c = connect(3, 0, 0);
+        c.fate.copy = at(2, 0);
+        assert_eq!(dropped(&c, place).drop, at(2, 0));
+        c.fate.copy = at(1, 0);
+        assert_eq!(dropped(&c, place).other_host, at(1, 0));
+        c.fate = Fate {
+            drop: at(3, 0),
+            ..Fate::default()
+        };
+        let d = dropped(&c, place);
+        assert_eq!((d.drop, d.copy), (None, at(3, 0)));
+    }
+
+    #[test]
+    fn a_soft_error_that_nobody_read() {
+        let mut c = connect(3, 0, 0);
+        assert_eq!(unread_error(&c), None);
+        c.fate.soft_error = libc::EHOSTUNREACH as u32;
+        assert_eq!(unread_error(&c).as_deref(), Some("EHOSTUNREACH"));
+        c.error = libc::ETIMEDOUT as u32;
+        assert_eq!(unread_error(&c), None);
     }
 }

@@ -1,6 +1,5 @@
 //! The lines of `netprobe tcpconnect`: bcc's columns, what was asked for beside them, and JSON.
 
-use std::collections::HashMap;
 use std::io::Write;
 
 use anyhow::Result;
@@ -8,7 +7,9 @@ use serde::Serialize;
 
 use crate::kernel::cgroup::CgroupNames;
 use crate::kernel::clock::WallClock;
+use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
+use crate::kernel::listen;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::session::Flow;
@@ -31,7 +32,7 @@ pub struct Presenter {
     outcome: bool,
     dns: bool,
     cgroup_name: bool,
-    reasons: HashMap<u32, String>,
+    reasons: DropReasons,
     cgroups: CgroupNames,
     symbols: KernelSymbols,
     clock: WallClock,
@@ -57,7 +58,7 @@ pub struct Row<'a> {
 }
 
 impl Presenter {
-    pub fn new(args: &Args, reasons: Vec<(i64, String)>) -> Result<Self> {
+    pub fn new(args: &Args, reasons: DropReasons) -> Result<Self> {
         Ok(Self {
             timestamp: args.timestamp,
             uid: args.print_uid,
@@ -65,10 +66,7 @@ impl Presenter {
             outcome: args.outcome,
             dns: args.dns,
             cgroup_name: args.cgroup_name,
-            reasons: reasons
-                .into_iter()
-                .filter_map(|(v, n)| u32::try_from(v).ok().map(|v| (v, n)))
-                .collect(),
+            reasons,
             cgroups: CgroupNames::default(),
             symbols: KernelSymbols::default(),
             clock: WallClock::new()?,
@@ -118,9 +116,10 @@ impl Presenter {
     pub fn row(&mut self, out: &mut Output, row: &Row<'_>) -> Result<Flow> {
         self.clock.refresh()?;
         let first = *self.first.get_or_insert(row.connect.head.ts);
-        if row.connect.has(decode::FLAG_DROPPED) {
-            self.symbols.resolve(&[row.connect.drop_at])?;
-        }
+        let fate = &row.connect.fate;
+        let drops = [fate.drop, fate.copy].into_iter().flatten();
+        self.symbols
+            .resolve(&drops.map(|d| d.at).collect::<Vec<_>>())?;
         if out.json() {
             let json = self.json(row);
             return out.json_event(&json);
@@ -192,10 +191,19 @@ impl Presenter {
         );
         let mut details: Vec<String> = outcome::error_name(c).into_iter().collect();
         details.extend(outcome::notes(c).into_iter().map(str::to_string));
-        if let Some(drop) = self.drop(c) {
+        if let Some(error) = outcome::unread_error(c) {
+            details.push(format!("unread:{error}"));
+        }
+        let dropped = self.dropped(c);
+        for (what, drop) in [
+            ("dropped", dropped.drop),
+            ("copy-dropped", dropped.copy),
+            ("other-host-dropped", dropped.other_host),
+        ] {
+            let Some(drop) = drop else { continue };
             details.push(match drop.reason {
-                Some(reason) => format!("dropped:{reason}@{}", drop.at),
-                None => format!("dropped@{}", drop.at),
+                Some(reason) => format!("{what}:{}@{}", reason.replace(' ', "-"), drop.at),
+                None => format!("{what}@{}", drop.at),
             });
         }
         if details.is_empty() {
@@ -207,25 +215,36 @@ impl Presenter {
         line.pop();
     }
 
-    /// The last packet of the connect, or answer to it, that the kernel dropped before it was decided.
-    fn drop(&self, c: &Connect) -> Option<Drop> {
-        if !c.has(decode::FLAG_DROPPED) {
-            return None;
-        }
-        // 0: the kernel has no reasons (before 5.17).
-        let reason = (c.drop_reason != 0).then(|| match self.reasons.get(&c.drop_reason) {
-            Some(name) => name.clone(),
-            None => format!("{:#x}", c.drop_reason),
-        });
-        let at = match self.symbols.get(c.drop_at) {
-            Some(Symbol { name, .. }) => escaped(name.as_bytes()),
-            None => format!("{:#x}", c.drop_at),
+    /// What the kernel dropped of the handshake before it was decided, in names.
+    fn dropped(&mut self, c: &Connect) -> DroppedJson {
+        let dropped = outcome::dropped(c, |at| self.place(at));
+        let mut named = |drop: Option<decode::Drop>| {
+            drop.map(|d| Drop {
+                // 0: the kernel has no reasons (before 5.17).
+                reason: (d.reason != 0).then(|| self.reason(d.reason)),
+                at: self.place(d.at),
+                packets: d.packets,
+            })
         };
-        Some(Drop {
-            reason,
-            at,
-            packets: c.drops,
-        })
+        DroppedJson {
+            drop: named(dropped.drop),
+            copy: named(dropped.copy),
+            other_host: named(dropped.other_host),
+        }
+    }
+
+    fn reason(&mut self, reason: u32) -> String {
+        match listen::reason(reason) {
+            Some(name) => name.to_owned(),
+            None => self.reasons.name(reason),
+        }
+    }
+
+    fn place(&self, at: u64) -> String {
+        match self.symbols.get(at) {
+            Some(Symbol { name, .. }) => escaped(name.as_bytes()),
+            None => format!("{at:#x}"),
+        }
     }
 
     fn json<'a>(&mut self, row: &Row<'a>) -> Json<'a> {
@@ -240,7 +259,8 @@ impl Presenter {
             syn_data: c.has(decode::FLAG_SYN_DATA),
             syn_deferred: c.has(decode::FLAG_DEFERRED),
             process_ended: c.has(decode::FLAG_EXITING),
-            drop: self.drop(c),
+            unread_error: outcome::unread_error(c),
+            dropped: self.dropped(c),
         });
         Json {
             kind: "connect",
@@ -327,7 +347,20 @@ struct OutcomeJson {
     syn_data: bool,
     syn_deferred: bool,
     process_ended: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unread_error: Option<String>,
+    #[serde(flatten)]
+    dropped: DroppedJson,
+}
+
+/// [`outcome::Dropped`] with names.
+#[derive(Serialize)]
+struct DroppedJson {
     drop: Option<Drop>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copy: Option<Drop>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    other_host: Option<Drop>,
 }
 
 #[derive(Serialize)]

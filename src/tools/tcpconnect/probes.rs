@@ -13,6 +13,7 @@ use crate::bpf::tcpconnect::{OpenTcpconnectSkel, TcpconnectSkel, TcpconnectSkelB
 use crate::kernel::bpf_object;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
+use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::{self, Targets};
 use crate::run::log;
@@ -67,15 +68,21 @@ pub struct Kernel {
     pub features: Features,
     /// arguments of udp_recvmsg
     recv_args: Option<usize>,
+    /// drop reasons of copies; 0: none
+    reason_otherhost: u32,
+    reason_packet_sock: u32,
     targets: Targets,
 }
 
 impl Kernel {
-    pub fn new(args: &Args, features: Features, btf: &Btf) -> Self {
+    pub fn new(args: &Args, features: Features, btf: &Btf, reasons: &DropReasons) -> Self {
+        let reason = |name| reasons.number(name).unwrap_or(0);
         let receive = RECEIVE.iter().filter(|_| args.dns);
         Self {
             features,
             recv_args: btf.argument_count("udp_recvmsg"),
+            reason_otherhost: reason("OTHERHOST"),
+            reason_packet_sock: reason("PACKET_SOCK_ERROR"),
             targets: Targets::new(btf, CONNECT.iter().chain(receive)),
         }
     }
@@ -102,6 +109,8 @@ pub fn load<'a>(
         .context("the BPF object has no .rodata")?;
     rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
     rodata.has_drop_reason = u8::from(kernel.features.drop_reasons);
+    rodata.reason_otherhost = kernel.reason_otherhost;
+    rodata.reason_packet_sock = kernel.reason_packet_sock;
     rodata.mode = args.mode();
     rodata.filter = types::tcp_filter {
         cgroup: filter.cgroup,
@@ -165,6 +174,13 @@ fn set_programs(args: &Args, pair: Pair, open: &mut OpenTcpconnectSkel<'_>) {
         &mut open.progs.syn,
         &mut open.progs.state,
         &mut open.progs.drop,
+        &mut open.progs.flooded,
+        &mut open.progs.listener,
+        &mut open.progs.listener_return,
+        &mut open.progs.icmp4,
+        &mut open.progs.icmp4_return,
+        &mut open.progs.icmp6,
+        &mut open.progs.icmp6_return,
     ] {
         program.set_autoload(args.outcome);
     }
@@ -203,7 +219,7 @@ fn set_maps(
     }
     if args.outcome {
         maps.pending.set_max_entries(PENDING)?;
-        maps.pending_by_addr.set_max_entries(PENDING)?;
+        maps.pending_by_isn.set_max_entries(PENDING)?;
     }
     if args.dns && pair == Pair::Multi {
         maps.dns_calls.set_max_entries(DNS_CALLS)?;
@@ -324,6 +340,7 @@ pub fn attach(
         attach_dns(kernel, pair, skel, &mut attached)?;
     }
     if args.outcome {
+        attach_losses(skel, &mut attached)?;
         attached.counted(&p.drop, p.drop.attach(), "the tracepoint kfree_skb")?;
         attached.counted(
             &p.state,
@@ -376,6 +393,45 @@ pub fn attach(
         }
     }
     Ok(attached)
+}
+
+/// What else becomes of the packets of a handshake, each by entry and return. What a kernel does not have is told.
+fn attach_losses(skel: &TcpconnectSkel<'_>, attached: &mut Attached) -> Result<()> {
+    let p = &skel.progs;
+    for (returns, entry, function, blank) in [
+        (
+            &p.listener_return,
+            &p.listener,
+            "tcp_conn_request",
+            "SYNs that a full listener drops are not named",
+        ),
+        (
+            &p.icmp4_return,
+            &p.icmp4,
+            "tcp_v4_err",
+            "errors by ICMP during connect are not known",
+        ),
+        (
+            &p.icmp6_return,
+            &p.icmp6,
+            "tcp_v6_err",
+            "errors by ICMPv6 during connect are not known",
+        ),
+    ] {
+        match returns.attach() {
+            Ok(link) => attached.add(Ok(link), function)?,
+            Err(e) => {
+                eprintln!("netprobe: the kernel refuses a probe on {function} ({e:#}): {blank}");
+                continue;
+            }
+        };
+        attached.counted(entry, entry.attach(), function)?;
+    }
+    // The module may not be there: then nothing floods.
+    if let Ok(link) = p.flooded.attach() {
+        attached.counted(&p.flooded, Ok(link), "br_flood")?;
+    }
+    Ok(())
 }
 
 /// What processes receive: by entry and return, or by the return alone.

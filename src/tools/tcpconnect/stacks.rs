@@ -55,8 +55,8 @@ impl StackTable {
         };
         let user_stack = self.user.frames(c.head.tgid, &s.user, &s.top, program);
         self.kernel.resolve(&s.kernel)?;
-        let kernel_stack = s
-            .kernel
+        let kernel_stack = self
+            .without_probes(&s.kernel)
             .iter()
             .map(|&addr| KernelFrame {
                 addr: format!("{addr:#x}"),
@@ -74,10 +74,31 @@ impl StackTable {
         Ok(())
     }
 
+    /// The stack without what our own probe put on top of it.
+    fn without_probes<'a>(&self, stack: &'a [u64]) -> &'a [u64] {
+        let ours = |addr: &&u64| {
+            let symbol = self.kernel.get(**addr);
+            symbol.is_none_or(|s| is_of_a_probe(&s.name))
+        };
+        let named = stack.iter().any(|&a| self.kernel.get(a).is_some());
+        match stack.iter().take_while(ours).count() {
+            // All of it, nameless: rather as it is.
+            _ if !named => stack,
+            n => &stack[n..],
+        }
+    }
+
     /// The stacks of a connect whose row is printed now.
     pub fn take(&mut self, c: &Connect) -> Option<NamedStacks> {
         self.waiting.remove(&c.sock)
     }
+}
+
+/// BPF programs and the trampolines that lead to them, which may also be without a name (net.core.bpf_jit_kallsyms).
+fn is_of_a_probe(function: &str) -> bool {
+    ["bpf_prog_", "bpf_trampoline_", "arch_rethook_", "rethook_"]
+        .iter()
+        .any(|start| function.starts_with(start))
 }
 
 impl NamedStacks {
@@ -141,6 +162,13 @@ fn push_place(line: &mut Vec<u8>, file: Option<&String>, number: Option<u32>) {
 mod tests {
     use super::*;
     use crate::kernel::usyms::Inlined;
+
+    #[test]
+    fn names_of_probes() {
+        assert!(is_of_a_probe("bpf_trampoline_6442508870"));
+        assert!(is_of_a_probe("bpf_prog_8f1_v4_fexit"));
+        assert!(!is_of_a_probe("__inet_stream_connect"));
+    }
 
     #[test]
     fn text() {
