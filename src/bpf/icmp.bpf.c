@@ -31,6 +31,7 @@ static __always_inline bool paused(void)
 }
 
 #include "icmp_softirq.bpf.h"
+#include "icmp_seen.bpf.h"
 
 /* Look at the stages of a request (else only at who handles it). */
 const volatile __u8 with_stages = 0;
@@ -41,23 +42,30 @@ const volatile __s32 want_cpu = -1;
 /* For the types in the skeleton. */
 struct icmp_event icmp_event_type;
 
-/* Where requests that are not handled yet have been. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, struct icmp_key);
-	__type(value, struct icmp_times);
-} arriving SEC(".maps");
+/*
+ * A request whose reply has not reached a device yet: by its connection in
+ * conntrack and its sequence number (whatever is translated is in one), and by
+ * its addresses, for those without.
+ */
+struct due_key {
+	__u64 ct; /* 0: by addresses */
+	struct icmp_key key; /* with ct: seq and version alone */
+};
 
-/* Requests whose reply has not reached a device yet. */
+struct due {
+	__u64 request;
+	__u64 ct;
+	struct icmp_key key;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
-	__type(key, struct icmp_key);
-	__type(value, __u8);
+	__type(key, struct due_key);
+	__type(value, struct due);
 } answering SEC(".maps");
 
-/* Not less than the entries of `answering`: while it is 0 no reply is looked for. */
+/* Not less than the requests in `answering`: while it is 0 no reply is looked for. */
 __u64 answers_due = 0;
 
 static __always_inline bool match_addr(const __u64 *addr, const __u64 *mask,
@@ -125,6 +133,90 @@ static __always_inline __u8 current_context(const struct np_head *head)
 
 #include "icmp_sent.bpf.h"
 
+/* The key in `answering` by connection. */
+static __always_inline void by_connection(struct due_key *k, __u64 ct,
+					  const struct icmp_key *key)
+{
+	__builtin_memset(k, 0, sizeof(*k));
+	k->ct = ct;
+	k->key.seq = key->seq;
+	k->key.version = key->version;
+}
+
+/* The reply to this request is looked for from now on. */
+static __noinline int answer_due(void *skb_ptr, const struct icmp_key *key,
+				 __u64 request)
+{
+	struct sk_buff *skb = skb_ptr;
+	struct due due = {.request = request};
+	struct due_key k = {};
+
+	due.ct = conntrack_of(NP_CAST(sk_buff, skb_ptr));
+	k.key = *key;
+	/* To a group or to all: the reply has an address of this host's own. */
+	if (BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type) != NP_PACKET_HOST)
+		k.key.daddr[0] = k.key.daddr[1] = 0;
+	due.key = k.key;
+	__sync_fetch_and_add(&answers_due, 1);
+	bpf_map_update_elem(&answering, &k, &due, BPF_ANY);
+	if (due.ct) {
+		by_connection(&k, due.ct, key);
+		bpf_map_update_elem(&answering, &k, &due, BPF_ANY);
+	}
+	return 0;
+}
+
+/* The number of the request that this packet is the reply to; it is no longer looked for. */
+static __noinline __u64 answer_found(void *skb_ptr, const struct icmp_key *key)
+{
+	__u64 ct = conntrack_of(NP_CAST(sk_buff, skb_ptr)), request;
+	struct due_key k;
+	struct due *due = NULL;
+
+	if (ct) {
+		by_connection(&k, ct, key);
+		due = bpf_map_lookup_elem(&answering, &k);
+	}
+	if (!due) {
+		k.ct = 0;
+		k.key = *key;
+		due = bpf_map_lookup_elem(&answering, &k);
+	}
+	if (!due) {
+		k.key.daddr[0] = k.key.daddr[1] = 0;
+		due = bpf_map_lookup_elem(&answering, &k);
+	}
+	if (!due)
+		return 0;
+	request = due->request;
+	ct = due->ct;
+	k.ct = 0;
+	k.key = due->key;
+	if (!bpf_map_delete_elem(&answering, &k))
+		__sync_fetch_and_add(&answers_due, -1);
+	if (ct) {
+		by_connection(&k, ct, key);
+		bpf_map_delete_elem(&answering, &k);
+	}
+	return request;
+}
+
+/* A request is handled: takes what was seen of its way in. */
+static __noinline int take_times(void *skb_ptr, const struct icmp_key *key,
+				 struct icmp_times *to)
+{
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct seen *s = seen_at((__u64)skb_ptr, key, false);
+
+	if (!s)
+		s = seen_at((__u64)NP_READ(skb, head), key, false);
+	if (!s)
+		return 0;
+	*to = s->times;
+	seen_forget(skb_ptr);
+	return 0;
+}
+
 /* A request is handled now: skb's transport header is the ICMP header. */
 static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 {
@@ -132,9 +224,6 @@ static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct net_device *dev = NP_READ(skb, dev);
 	struct icmp_event e = {};
-	struct icmp_times *times;
-	struct np_stats *count;
-	__u8 one = 1;
 
 	if (!read_handled(skb, version, &e.key, &e.icmp_type))
 		return 0;
@@ -146,18 +235,11 @@ static __always_inline int handle_echo(void *ctx, void *skb_ptr, __u8 version)
 	e.context = current_context(&e.head);
 	read_dev(&e, dev);
 	e.len = l3_len(skb);
+	e.request = new_request();
 	if (with_stages) {
-		times = bpf_map_lookup_elem(&arriving, &e.key);
-		if (times) {
-			e.times = *times;
-			bpf_map_delete_elem(&arriving, &e.key);
-		}
-		__sync_fetch_and_add(&answers_due, 1);
-		bpf_map_update_elem(&answering, &e.key, &one, BPF_ANY);
+		take_times(skb_ptr, &e.key, &e.times);
+		answer_due(skb_ptr, &e.key, e.request);
 	}
-	count = np_stats_get();
-	if (count)
-		count->hits++;
 	np_output(ctx, &e.head, sizeof(e));
 	return 0;
 }
@@ -186,19 +268,23 @@ static __noinline int queued_echo(void *skb_ptr, __u8 backlog)
 {
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct icmp_softirq *running;
-	struct icmp_times t = {};
-	struct icmp_key key = {};
+	struct icmp_times *t;
+	struct seen s = {};
 
-	if (read_received(skb, &key) != wanted())
+	if (read_received(skb, &s.key) != wanted())
 		return 0;
-	t.queued = bpf_ktime_get_ns();
-	t.queued_cpu = bpf_get_smp_processor_id();
-	t.receive_cpu = t.queued_cpu;
-	t.backlog = backlog;
+	s.reply = with_sent;
+	if (with_sent)
+		s.request = follow(skb_ptr, &s.key, true, true);
+	t = &s.times;
+	t->queued = bpf_ktime_get_ns();
+	t->queued_cpu = bpf_get_smp_processor_id();
+	t->receive_cpu = t->queued_cpu;
+	t->backlog = backlog;
 	running = softirq_running();
 	if (running)
-		t.first = *running;
-	bpf_map_update_elem(&arriving, &key, &t, BPF_ANY);
+		t->first = *running;
+	seen_put(skb_ptr, &s);
 	return 0;
 }
 
@@ -222,30 +308,35 @@ int receive_entry(struct bpf_raw_tracepoint_args *ctx)
 
 static __noinline int received_echo(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
+	void *skb_ptr = (void *)ctx->args[0];
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct icmp_softirq *running;
-	struct icmp_times *seen, t = {};
-	struct icmp_key key = {};
+	struct icmp_times *t;
+	struct seen s = {}, *before;
+	int echo = read_received(skb, &s.key);
 
-	if (read_received(skb, &key) != wanted())
+	if (with_sent && echo == ECHO_REQUEST)
+		return request_received(skb_ptr, &s.key);
+	if (echo != wanted())
 		return 0;
+	s.reply = with_sent;
+	t = &s.times;
 	/* Of an earlier hop (a bridge, a lower device) nothing is kept. */
-	seen = bpf_map_lookup_elem(&arriving, &key);
-	if (seen && !seen->receive)
-		t = *seen;
-	t.receive = bpf_ktime_get_ns();
-	t.receive_cpu = bpf_get_smp_processor_id();
-	if (!t.queued)
-		t.queued_cpu = t.receive_cpu;
+	before = seen_at((__u64)skb_ptr, &s.key, s.reply);
+	if (before && !before->times.receive)
+		*t = before->times;
+	t->receive = bpf_ktime_get_ns();
+	t->receive_cpu = bpf_get_smp_processor_id();
+	if (!t->queued)
+		t->queued_cpu = t->receive_cpu;
 	running = softirq_running();
 	if (running)
-		t.last = *running;
-	if (with_sent) {
-		bpf_map_delete_elem(&arriving, &key);
-		sent_return(ctx, &key, &t);
-	} else {
-		bpf_map_update_elem(&arriving, &key, &t, BPF_ANY);
-	}
+		t->last = *running;
+	if (with_sent)
+		s.request = reply_received(skb_ptr, &s.key);
+	seen_put(skb_ptr, &s);
+	if (with_sent)
+		sent_return(ctx, &s);
 	return 0;
 }
 
@@ -266,15 +357,14 @@ static __noinline __u64 sent_echo(struct bpf_raw_tracepoint_args *ctx)
 	int echo = read_sent(skb, &e.key);
 
 	if (with_sent) {
-		return echo == ECHO_REQUEST ? sent_xmit(ctx, &e, skb, dev) : 0;
+		if (echo == ECHO_REPLY)
+			follow((void *)ctx->args[0], &e.key, true, false);
+		return echo == ECHO_REQUEST ? sent_xmit(ctx, &e, dev) : 0;
 	}
 	if (echo != ECHO_REPLY)
 		return 0;
-	if (!bpf_map_lookup_elem(&answering, &e.key))
-		return 0;
-	if (!bpf_map_delete_elem(&answering, &e.key))
-		__sync_fetch_and_add(&answers_due, -1);
-	if (paused())
+	e.request = answer_found((void *)ctx->args[0], &e.key);
+	if (!e.request || paused())
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_REPLY);
 	read_dev(&e, dev);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * The events of `netprobe icmp`. All that belong to one echo have the same
- * key: user space joins them by it.
+ * number, `request`: user space joins them by it. Addresses and ids do not tell:
+ * they are translated on the way, and two namespaces may have the same.
  */
 #ifndef NETPROBE_ICMP_H
 #define NETPROBE_ICMP_H
@@ -28,6 +29,10 @@
 #define ICMP_CONTEXT_TASK 0
 #define ICMP_CONTEXT_IDLE 1
 #define ICMP_CONTEXT_KSOFTIRQD 2
+
+/* Bits of icmp_event.drop. */
+#define ICMP_DROP_COPY 1 /* another copy of the packet has not been dropped */
+#define ICMP_DROP_UNQUEUED 2 /* its socket had no room for it */
 
 #define ICMP_IFNAMSIZ 16
 
@@ -63,6 +68,7 @@ struct icmp_times {
 
 struct icmp_event {
 	struct np_head head;
+	__u64 request; /* number of the echo in this run; 0: none */
 	struct icmp_key key;
 	struct icmp_times times; /* ECHO; RETURN: of the reply */
 	__u64 start; /* SEND: entry of the system call's sendmsg */
@@ -73,7 +79,7 @@ struct icmp_event {
 	__u8 icmp_type;
 	__u8 context; /* ECHO: ICMP_CONTEXT_* */
 	__u8 reply; /* DROP: it is the reply that is freed */
-	__u8 pad;
+	__u8 drop; /* DROP: ICMP_DROP_* */
 	__u8 ifname[ICMP_IFNAMSIZ]; /* NUL-padded */
 };
 
@@ -112,7 +118,7 @@ _Static_assert(sizeof(struct icmp_key) == 48,
 	       "icmp_key is part of the contract");
 _Static_assert(sizeof(struct icmp_times) == 72,
 	       "icmp_times is part of the contract");
-_Static_assert(sizeof(struct icmp_event) == 208,
+_Static_assert(sizeof(struct icmp_event) == 216,
 	       "icmp_event is part of the contract");
 
 #endif

@@ -19,6 +19,7 @@
 #ifndef PF_KTHREAD
 #define PF_KTHREAD 0x00200000
 #endif
+#define NP_PACKET_HOST 0 /* PACKET_HOST, linux/if_packet.h */
 #define NP_ICMPV6 58
 #define NP_IPV6_FRAGMENT 44
 

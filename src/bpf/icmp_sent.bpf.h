@@ -7,10 +7,14 @@
 #ifndef NETPROBE_ICMP_SENT_BPF_H
 #define NETPROBE_ICMP_SENT_BPF_H
 
-/* Look at the sending side, and not at the answering one. */
-const volatile __u8 with_sent = 0;
+#include "icmp_names.bpf.h"
+
 /* The tracepoint kfree_skb says why (kernels from 5.17). */
 const volatile __u8 has_reason = 0;
+
+/* RTCF_BROADCAST, RTCF_MULTICAST, linux/in_route.h */
+#define NP_RTCF_BROADCAST 0x10000000
+#define NP_RTCF_MULTICAST 0x20000000
 
 /* Threads in sendmsg on a raw or ping socket, since when; taken by a request. */
 struct {
@@ -19,31 +23,6 @@ struct {
 	__type(key, __u64);
 	__type(value, __u64);
 } senders SEC(".maps");
-
-/* A request on its way, until its sender reads the reply. */
-struct asked {
-	__u32 netns;
-	__u32 tgid;
-	__u8 xmitted;
-	__u8 returned;
-	__u8 delivered;
-	__u8 pad;
-};
-
-/* By key, its netns 0: a drop in another namespace of this kernel counts. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, struct icmp_key);
-	__type(value, struct asked);
-} asking SEC(".maps");
-
-/* The request that this packet belongs to. Sets key->netns to 0. */
-static __always_inline struct asked *asked_find(struct icmp_key *key)
-{
-	key->netns = 0;
-	return bpf_map_lookup_elem(&asking, key);
-}
 
 static __always_inline int sender(void)
 {
@@ -90,20 +69,55 @@ static __always_inline __u64 sender_take(void)
 	return start;
 }
 
-static __always_inline void ask(const struct icmp_event *e, __u8 xmitted)
+/* A request begins its way. Gives its number. */
+static __noinline __u64 ask(__u64 sock, __u32 netns, bool xmitted, bool wide)
 {
-	struct icmp_key key = e->key;
-	struct asked value = {
-		.netns = e->key.netns,
-		.tgid = e->head.tgid,
+	struct asked asked = {
+		.sock = sock,
+		.netns = netns,
+		.tgid = bpf_get_current_pid_tgid() >> 32,
+		.copies[0] = 1,
 		.xmitted = xmitted,
+		.wide = wide,
 	};
-	struct np_stats *count = np_stats_get();
+	__u64 request = new_request();
 
-	key.netns = 0;
-	bpf_map_update_elem(&asking, &key, &value, BPF_ANY);
-	if (count)
-		count->hits++;
+	bpf_map_update_elem(&asking, &request, &asked, BPF_ANY);
+	return request;
+}
+
+/* This packet is the request. */
+static __noinline int ask_by(void *skb_ptr, const struct icmp_key *key,
+			     __u64 request)
+{
+	struct seen s = {.request = request};
+
+	s.key = *key;
+	seen_put(skb_ptr, &s);
+	return 0;
+}
+
+/* The request of the event is known from now on, by all that it goes by. */
+static __always_inline void ask_out(struct icmp_event *e, void *skb_ptr,
+				    __u64 sock, bool wide)
+{
+	bool xmitted = e->head.kind == ICMP_KIND_XMIT;
+
+	e->request = ask(sock, e->key.netns, xmitted, wide);
+	ask_by(skb_ptr, &e->key, e->request);
+	name_wire(&e->key, e->request, sock, wide);
+	name_socket(&e->key, e->request, sock);
+}
+
+/* Does this go to a group, or to all hosts? */
+static __always_inline bool is_wide(const struct icmp_key *key, void *dst)
+{
+	__u8 first = ((const __u8 *)key->daddr)[0];
+
+	if (key->version == 6)
+		return first == 0xff;
+	return dst && (BPF_CORE_READ((struct rtable *)dst, rt_flags) &
+		       (NP_RTCF_BROADCAST | NP_RTCF_MULTICAST));
 }
 
 /* Is this request one of those that are shown? (np_filter_skb() beside it) */
@@ -117,8 +131,8 @@ static __always_inline bool sent_match(const struct icmp_event *e,
 }
 
 /* A request with its headers, before netfilter: skb->protocol is not set. */
-static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
-				__u16 proto)
+static __always_inline int sent(void *ctx, void *net_ptr, void *sk,
+				void *skb_ptr, __u16 proto)
 {
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct net *net = NP_CAST(net, net_ptr);
@@ -126,22 +140,32 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 	struct dst_entry *dst;
 	struct net_device *dev;
 	struct icmp_event e = {};
+	int echo = read_echo(l3, proto, &e.key);
+	__u64 ref;
 
-	if (read_echo(l3, proto, &e.key) != ECHO_REQUEST)
+	if (echo == ECHO_NONE)
 		return 0;
+	if (echo == ECHO_REPLY)
+		return reply_begins(skb_ptr, &e.key);
 	e.start = sender_take();
-	if (!e.start)
+	if (!e.start) {
+		/* Not of a socket, or once more (ipvlan). */
+		follow(skb_ptr, &e.key, false, true);
 		return 0;
+	}
 	e.key.netns = NP_READ(net, ns.inum);
 	/* Bit 0 of the address says that no reference is held. */
-	dst = NP_CAST(dst_entry, NP_READ(skb, _skb_refdst) & ~1ULL);
+	ref = NP_READ(skb, _skb_refdst) & ~1ULL;
+	dst = NP_CAST(dst_entry, ref);
 	dev = NP_READ(dst, dev);
-	if (!sent_match(&e, skb, dev) || !np_filter_skb(skb_ptr))
+	if (!sent_match(&e, skb, dev) || !np_filter_skb(skb_ptr)) {
+		seen_forget(skb_ptr);
 		return 0;
+	}
 	np_head_fill(&e.head, ICMP_KIND_SEND);
 	read_dev(&e, dev);
 	e.len = l3_len(skb);
-	ask(&e, 0);
+	ask_out(&e, skb_ptr, (__u64)sk, is_wide(&e.key, (void *)ref));
 	np_output(ctx, &e.head, sizeof(e));
 	return 0;
 }
@@ -149,13 +173,13 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *skb_ptr,
 SEC("kprobe/__ip_local_out")
 int BPF_KPROBE(sent_4, void *net, void *sk, void *skb)
 {
-	return sent(ctx, net, skb, bpf_htons(ETH_P_IP));
+	return sent(ctx, net, sk, skb, bpf_htons(ETH_P_IP));
 }
 
 SEC("kprobe/__ip6_local_out")
 int BPF_KPROBE(sent_6, void *net, void *sk, void *skb)
 {
-	return sent(ctx, net, skb, bpf_htons(ETH_P_IPV6));
+	return sent(ctx, net, sk, skb, bpf_htons(ETH_P_IPV6));
 }
 
 /*
@@ -163,22 +187,34 @@ int BPF_KPROBE(sent_6, void *net, void *sk, void *skb)
  * been sending, where that made the IP header too (IP_HDRINCL), else 0: such a
  * request is not known yet (sent_own).
  */
-static __always_inline __u64 sent_xmit(void *ctx, struct icmp_event *e,
-				       struct sk_buff *skb,
+static __always_inline __u64 sent_xmit(struct bpf_raw_tracepoint_args *ctx,
+				       struct icmp_event *e,
 				       struct net_device *dev)
 {
-	__u32 netns = e->key.netns;
-	struct asked *asked = asked_find(&e->key);
+	void *skb_ptr = (void *)ctx->args[0];
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	__u64 request = follow(skb_ptr, &e->key, false, false);
+	struct asked *asked;
 
 	if (paused())
 		return 0;
-	if (!asked)
+	if (!request) {
+		request = asked_on_wire(&e->key);
+		/* In a new sk_buff: a fragment of it. */
+		if (request)
+			ask_by(skb_ptr, &e->key, request);
+	}
+	if (!request)
 		return sender_take();
-	/* The first device of its own namespace. */
-	if (asked->netns != netns || asked->xmitted)
+	asked = bpf_map_lookup_elem(&asking, &request);
+	/* Until it comes in somewhere it is on its sender's side: its device, and those below. */
+	if (!asked || asked->received)
+		return 0;
+	name_wire(&e->key, request, asked->sock, asked->wide);
+	if (asked->netns != e->key.netns || asked->xmitted)
 		return 0;
 	asked->xmitted = 1;
-	e->key.netns = netns;
+	e->request = request;
 	np_head_fill(&e->head, ICMP_KIND_XMIT);
 	read_dev(e, dev);
 	e->len = l3_len(skb);
@@ -189,7 +225,8 @@ static __always_inline __u64 sent_xmit(void *ctx, struct icmp_event *e,
 /* A request with its sender's IP header, which np_filter_skb() lets pass. */
 static __noinline int sent_own(struct bpf_raw_tracepoint_args *ctx, __u64 start)
 {
-	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
+	void *skb_ptr = (void *)ctx->args[0];
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct net_device *dev = NP_CAST(net_device, ctx->args[1]);
 	struct icmp_event e = {};
 
@@ -199,56 +236,117 @@ static __noinline int sent_own(struct bpf_raw_tracepoint_args *ctx, __u64 start)
 	np_head_fill(&e.head, ICMP_KIND_XMIT);
 	read_dev(&e, dev);
 	e.len = l3_len(skb);
-	ask(&e, 1);
+	ask_out(&e, skb_ptr, (__u64)NP_READ(skb, sk), false);
 	np_output(ctx, &e.head, sizeof(e));
 	return 0;
 }
 
-/* A reply is received: `key` is that of its request. */
-static __always_inline void sent_return(void *ctx, struct icmp_key *key,
-					const struct icmp_times *times)
+/* A request comes in, somewhere in this kernel. Its sender may get a copy too, before it has left. */
+static __noinline int request_received(void *skb_ptr,
+				       const struct icmp_key *key)
 {
-	__u32 netns = key->netns;
-	struct asked *asked = asked_find(key);
-	struct icmp_event e = {};
+	__u64 request = follow(skb_ptr, key, false, true);
+	struct asked *asked;
 
-	if (!asked || asked->netns != netns || asked->returned || paused())
-		return;
-	asked->returned = 1;
-	e.key = *key;
-	e.key.netns = netns;
-	e.times = *times;
-	np_head_fill(&e.head, ICMP_KIND_RETURN);
-	np_output(ctx, &e.head, sizeof(e));
+	if (!request)
+		return 0;
+	asked = bpf_map_lookup_elem(&asking, &request);
+	if (asked && asked->netns != key->netns)
+		asked->received = 1;
+	return 0;
 }
 
-static __noinline int delivered_echo(void *ctx, void *skb_ptr)
+/* A reply comes in: the number of the request that it answers. */
+static __noinline __u64 reply_received(void *skb_ptr,
+				       const struct icmp_key *key)
 {
-	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
-	struct icmp_event e = {};
-	struct asked *asked;
-	__u32 netns;
+	__u64 request = follow(skb_ptr, key, true, true);
 
-	if (read_sent(skb, &e.key) != ECHO_REPLY)
+	if (request)
+		return request;
+	request = asked_on_wire(key);
+	if (request)
+		count_copy(request, true);
+	return request;
+}
+
+/* Sends what is known of a reply that has come back. */
+static __noinline int send_return(void *ctx, const struct seen *s)
+{
+	struct icmp_event e = {};
+
+	e.request = s->request;
+	e.key = s->key;
+	e.times = s->times;
+	np_head_fill(&e.head, ICMP_KIND_RETURN);
+	np_output(ctx, &e.head, sizeof(e));
+	return 0;
+}
+
+/* A reply is received: in its request's namespace, or on a device below. */
+static __noinline int sent_return(void *ctx, const struct seen *s)
+{
+	__u64 request = s->request;
+	struct asked *asked = bpf_map_lookup_elem(&asking, &request);
+
+	if (!asked || asked->returned || paused())
 		return 0;
-	netns = e.key.netns;
-	asked = asked_find(&e.key);
-	if (!asked || asked->netns != netns || !asked->returned ||
-	    asked->delivered || paused())
+	if (asked->netns != s->key.netns && asked_on_wire(&s->key) != request)
 		return 0;
-	asked->delivered = 1;
-	e.key.netns = netns;
+	asked->returned = 1;
+	return send_return(ctx, s);
+}
+
+static __noinline int send_delivered(void *ctx, const struct icmp_key *key,
+				     __u64 request)
+{
+	struct icmp_event e = {};
+
+	e.request = request;
+	e.key = *key;
 	np_head_fill(&e.head, ICMP_KIND_DELIVER);
 	np_output(ctx, &e.head, sizeof(e));
 	return 0;
 }
 
-/* The reply is put into a socket's queue (of each raw socket in turn). */
+static __noinline int delivered_echo(void *ctx, __u64 sock, void *skb_ptr)
+{
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct seen s = {.reply = 1}, *before;
+	struct asked *asked;
+	__u64 at = (__u64)skb_ptr, request;
+
+	if (read_sent(skb, &s.key) != ECHO_REPLY)
+		return 0;
+	before = seen_at(at, &s.key, true);
+	if (!before)
+		before = seen_at((__u64)NP_READ(skb, head), &s.key, true);
+	if (before)
+		s.times = before->times;
+	/* Every raw socket gets a copy: only its sender's own counts. */
+	request = asked_by(sock, &s.key);
+	asked = bpf_map_lookup_elem(&asking, &request);
+	if (asked) {
+		s.request = request;
+		s.delivered = 1;
+	}
+	bpf_map_update_elem(&seen, &at, &s, BPF_ANY);
+	if (!asked || asked->delivered || paused())
+		return 0;
+	asked->delivered = 1;
+	if (!asked->returned) {
+		asked->returned = 1;
+		send_return(ctx, &s);
+	}
+	return send_delivered(ctx, &s.key, request);
+}
+
+/* The reply is about to be put into a socket's queue (of each raw socket in turn). */
 SEC("kprobe/sk_filter_trim_cap")
 int BPF_KPROBE(delivered, void *sk, void *skb_ptr)
 {
 	if (may_echo_sent(skb_ptr))
-		delivered_echo(ctx, skb_ptr);
+		delivered_echo(ctx, (__u64)sk, skb_ptr);
 	return 0;
 }
 
@@ -256,21 +354,23 @@ static __noinline int read_by_socket(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
 	struct icmp_event e = {};
+	__u64 at = ctx->args[0];
 	struct asked *asked;
+	struct seen *s;
 
 	if (read_sent(skb, &e.key) != ECHO_REPLY)
 		return 0;
-	asked = asked_find(&e.key);
-	if (!asked)
+	s = seen_at(at, &e.key, true);
+	if (!s || !s->delivered)
+		return 0;
+	e.request = s->request;
+	asked = bpf_map_lookup_elem(&asking, &e.request);
+	if (!asked || paused())
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_READ);
-	/* Every raw socket gets the reply: only its sender's own counts. */
-	if (asked->tgid != e.head.tgid || !asked->returned || paused())
-		return 0;
-	e.key.netns = asked->netns;
 	np_output(ctx, &e.head, sizeof(e));
-	e.key.netns = 0;
-	bpf_map_delete_elem(&asking, &e.key);
+	bpf_map_delete_elem(&asking, &e.request);
+	bpf_map_delete_elem(&seen, &at);
 	return 0;
 }
 
@@ -283,20 +383,40 @@ int read(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/* Which request a packet that is dropped is of, and ICMP_DROP_UNQUEUED. */
+static __noinline __u64 dropped_of(void *skb_ptr, const struct icmp_key *key,
+				   bool reply, __u8 *drop)
+{
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	__u64 at = (__u64)skb_ptr;
+	struct seen *s = seen_at(at, key, reply);
+	__u64 request = follow(skb_ptr, key, reply, false);
+
+	if (s && s->delivered && !NP_READ(skb, sk))
+		*drop |= ICMP_DROP_UNQUEUED;
+	if (!s && !request)
+		request = asked_on_wire(key);
+	bpf_map_delete_elem(&seen, &at);
+	return request;
+}
+
 static __noinline int dropped_echo(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
+	void *skb_ptr = (void *)ctx->args[0];
 	struct icmp_event e = {};
 	struct asked *asked;
-	int echo = read_sent(skb, &e.key);
+	int echo = read_sent(NP_CAST(sk_buff, skb_ptr), &e.key);
 
 	if (echo == ECHO_NONE)
 		return 0;
-	asked = asked_find(&e.key);
+	e.reply = echo == ECHO_REPLY;
+	e.request = dropped_of(skb_ptr, &e.key, e.reply, &e.drop);
+	asked = bpf_map_lookup_elem(&asking, &e.request);
 	if (!asked || paused())
 		return 0;
-	e.key.netns = asked->netns;
-	e.reply = echo == ECHO_REPLY;
+	__sync_fetch_and_add(&asked->drops[e.reply & 1], 1);
+	if (asked->copies[e.reply & 1] > asked->drops[e.reply & 1])
+		e.drop |= ICMP_DROP_COPY;
 	e.location = ctx->args[1];
 	if (has_reason)
 		e.reason = (__u32)ctx->args[2];

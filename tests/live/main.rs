@@ -11,6 +11,7 @@ mod filter;
 mod filter_scenarios;
 mod harness;
 mod icmp;
+mod icmp_identity;
 mod icmp_more;
 mod skb;
 mod skb_ends;
@@ -36,6 +37,7 @@ fn main() {
     cases.extend(harness::cases());
     cases.extend(icmp::cases());
     cases.extend(icmp_more::cases());
+    cases.extend(icmp_identity::cases());
     cases.extend(skb_more::cases());
     cases.extend(files::cases());
     cases.extend(filter::cases());

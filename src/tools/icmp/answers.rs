@@ -29,10 +29,10 @@ pub struct Answer {
 #[derive(Debug)]
 pub struct Answers {
     held: VecDeque<Answer>,
-    /// number of the first of `held`
+    /// place of the first of `held`
     base: u64,
-    /// number of the last request with a key
-    by_key: HashMap<Key, u64>,
+    /// place of each, by the number of its request
+    places: HashMap<u64, u64>,
     sequences: Sequences,
     /// replies are told at all
     with_replies: bool,
@@ -44,7 +44,7 @@ impl Answers {
         Self {
             held: VecDeque::new(),
             base: 0,
-            by_key: HashMap::new(),
+            places: HashMap::new(),
             sequences: Sequences {
                 on: all,
                 ..Sequences::default()
@@ -55,9 +55,9 @@ impl Answers {
 
     /// A request was handled.
     pub fn echo(&mut self, event: Event, late: bool) {
-        let number = self.base + self.held.len() as u64;
+        let place = self.base + self.held.len() as u64;
         if self.with_replies {
-            self.by_key.insert(event.key, number);
+            self.places.insert(event.request, place);
         }
         let gap = self.sequences.next(&event.key);
         self.held.push_back(Answer {
@@ -70,11 +70,11 @@ impl Answers {
     }
 
     /// A reply was handed to a driver.
-    pub fn reply(&mut self, key: &Key, ts: u64) {
-        let Some(number) = self.by_key.remove(key) else {
+    pub fn reply(&mut self, request: u64, ts: u64) {
+        let Some(place) = self.places.remove(&request) else {
             return;
         };
-        if let Some(answer) = self.held.get_mut((number - self.base) as usize) {
+        if let Some(answer) = self.held.get_mut((place - self.base) as usize) {
             answer.reply = Some(ts);
         }
     }
@@ -89,8 +89,8 @@ impl Answers {
             return None;
         }
         let mut answer = self.held.pop_front()?;
-        if answer.reply.is_none() && self.by_key.get(&answer.event.key) == Some(&self.base) {
-            self.by_key.remove(&answer.event.key);
+        if answer.reply.is_none() {
+            self.places.remove(&answer.event.request);
         }
         self.base += 1;
         answer.stages = Stages::of(&answer.event.times, answer.event.head.ts, answer.reply);
@@ -158,9 +158,9 @@ mod tests {
         a.echo(event(100, 1), false);
         a.echo(event(110, 2), false);
         assert!(a.next(200).is_none());
-        a.reply(&event(0, 2).key, 150);
+        a.reply(2, 150);
         assert!(a.next(200).is_none(), "the first one still waits");
-        a.reply(&event(0, 1).key, 160);
+        a.reply(1, 160);
         assert_eq!(a.next(200).unwrap().reply, Some(160));
         assert_eq!(a.next(200).unwrap().reply, Some(150));
         assert!(a.next(200).is_none());
@@ -172,10 +172,10 @@ mod tests {
         a.echo(event(100, 1), false);
         assert!(a.next(100 + HOLD_NS - 1).is_none());
         assert_eq!(a.next(100 + HOLD_NS).unwrap().reply, None);
-        a.reply(&event(0, 1).key, 160);
-        assert!(a.by_key.is_empty());
+        a.reply(1, 160);
+        assert!(a.places.is_empty());
         a.echo(event(300, 1), false);
-        a.reply(&event(0, 1).key, 360);
+        a.reply(1, 360);
         assert_eq!(a.next(400).unwrap().reply, Some(360));
     }
 

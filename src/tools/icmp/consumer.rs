@@ -1,12 +1,13 @@
 //! Events to lines, histograms and the summary: what a run does with all that comes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde::Serialize;
 
 use crate::engine::merge::Record;
+use crate::kernel::drop_reason::DropReasons;
 use crate::os::monotonic_ns;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
@@ -76,12 +77,8 @@ struct SummaryRow {
 }
 
 impl<'a> Session<'a> {
-    /// `reasons`: of drops, by value.
-    pub fn new(args: &Args, reasons: Vec<(i64, String)>, out: &'a mut Output) -> Result<Self> {
-        let reasons: HashMap<u32, String> = reasons
-            .into_iter()
-            .filter_map(|(v, n)| u32::try_from(v).ok().map(|v| (v, n)))
-            .collect();
+    /// `reasons`: of drops.
+    pub fn new(args: &Args, reasons: DropReasons, out: &'a mut Output) -> Result<Self> {
         let presenter = Presenter::new(args, reasons)?;
         if !args.histogram {
             presenter.header(out)?;
@@ -148,7 +145,7 @@ impl<'a> Session<'a> {
         self.counts.requests += 1;
         self.counts.replies += u64::from(request.read.is_some());
         self.counts.lost += u64::from(request.lost);
-        self.counts.dropped += u64::from(request.lost && request.drop.is_some());
+        self.counts.dropped += u64::from(request.is_dropped());
         self.figures.add(request.parts());
         if let Some(h) = &mut self.histograms {
             h.by_cpu.add(request.event.head.cpu, request.parts());
@@ -163,9 +160,13 @@ impl<'a> Session<'a> {
 
     fn message(&mut self, event: Event, late: bool) -> Result<Flow> {
         let ts = event.head.ts;
+        // What has waited too long by then was lost: the event may be of its reply.
+        if self.release(ts)? == Flow::Stop {
+            return Ok(Flow::Stop);
+        }
         match event.head.kind {
             decode::KIND_ECHO => self.answers.echo(event, late),
-            decode::KIND_REPLY => self.answers.reply(&event.key, ts),
+            decode::KIND_REPLY => self.answers.reply(event.request, ts),
             _ => {
                 let done = self.sent.as_mut().and_then(|s| s.event(event, late));
                 if let Some(request) = done {

@@ -16,6 +16,9 @@ pub const KIND_RETURN: u16 = 5;
 pub const KIND_READ: u16 = 6;
 pub const KIND_DROP: u16 = 7;
 pub const KIND_DELIVER: u16 = 10;
+/// ICMP_DROP_*
+const DROP_COPY: u8 = 1;
+const DROP_UNQUEUED: u8 = 2;
 const KIND_GAP: u16 = 8;
 const KIND_SAMPLE: u16 = 9;
 
@@ -109,6 +112,8 @@ impl Context {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     pub head: Head,
+    /// number of the echo in this run
+    pub request: u64,
     pub key: Key,
     pub times: Times,
     pub icmp_type: u8,
@@ -124,6 +129,10 @@ pub struct Event {
     pub location: u64,
     pub reason: u32,
     pub reply: bool,
+    /// DROP: another copy of the packet has not been dropped
+    pub copy: bool,
+    /// DROP: its socket had no room for it
+    pub unqueued: bool,
 }
 
 /// Decodes one event, without the padding that perf adds.
@@ -181,6 +190,7 @@ fn event(bytes: &[u8]) -> Option<Event> {
     let (e, _) = read::<icmp_event>(bytes)?;
     Some(Event {
         head: head(&e.head),
+        request: e.request,
         key: key(&e.key)?,
         times: Times {
             queued: seen(e.times.queued),
@@ -205,6 +215,8 @@ fn event(bytes: &[u8]) -> Option<Event> {
         location: e.location,
         reason: e.reason,
         reply: e.reply != 0,
+        copy: e.drop & DROP_COPY != 0,
+        unqueued: e.drop & DROP_UNQUEUED != 0,
     })
 }
 
@@ -253,6 +265,7 @@ pub mod test {
         let mut e = raw();
         e.head.ts = ts;
         e.key.seq = seq;
+        e.request = seq.into();
         super::event(crate::bpf::bytes_of(&e)).unwrap()
     }
 

@@ -26,6 +26,7 @@ use crate::engine::drain::Drain;
 use crate::filter::Filters;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
+use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
 use crate::run::loss::Loss;
@@ -53,9 +54,9 @@ pub fn run(args: &Args) -> Result<()> {
     features.require_tracing("icmp")?;
     let btf = btf?;
     let reasons = if args.sent {
-        btf.enum_values("skb_drop_reason")
+        DropReasons::load(&btf)
     } else {
-        Vec::new()
+        DropReasons::default()
     };
     let core = CoreBtf::new(&btf, bpf::ICMP_TYPES)?;
     // Some 3 MB.

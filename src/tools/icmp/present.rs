@@ -1,12 +1,13 @@
 //! The lines of `netprobe icmp`: the source script's columns, text columns, JSON.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io::Write;
 
 use anyhow::Result;
 use serde::Serialize;
 
 use crate::kernel::clock::WallClock;
+use crate::kernel::drop_reason::DropReasons;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::session::Flow;
@@ -25,8 +26,8 @@ pub struct Presenter {
     legacy: bool,
     sent: bool,
     stages: bool,
-    /// of drops, by value
-    pub(super) reasons: HashMap<u32, String>,
+    /// of drops
+    pub(super) reasons: DropReasons,
     timestamp: Timestamp,
     clock: WallClock,
     first_ts: Option<u64>,
@@ -44,7 +45,7 @@ struct Widths {
 }
 
 impl Presenter {
-    pub fn new(args: &Args, reasons: HashMap<u32, String>) -> Result<Self> {
+    pub fn new(args: &Args, reasons: DropReasons) -> Result<Self> {
         Ok(Self {
             legacy: args.legacy,
             sent: args.sent,

@@ -23,7 +23,7 @@ impl Presenter {
     ) -> Result<Flow> {
         self.begin(request.event.head.ts)?;
         let lost = match request.how_lost() {
-            Some(how) => Some(self.lost(how, names)?),
+            Some(how) => Some(self.lost(request, how, names)?),
             None => None,
         };
         if out.json() {
@@ -37,11 +37,12 @@ impl Presenter {
         if let Some(lost) = lost {
             line.extend_from_slice(b" lost: ");
             line.extend_from_slice(lost.why.as_bytes());
-            if let Some(reason) = &lost.reason {
-                line.extend_from_slice(format!(" ({reason})").as_bytes());
+            if let Some(dropped) = &lost.dropped {
+                dropped.push_text(&mut line);
             }
-            if let Some(location) = &lost.location {
-                line.extend_from_slice(format!(" at {location}").as_bytes());
+            if let Some(copy) = &lost.copy {
+                line.extend_from_slice(b"; a copy of the request was dropped");
+                copy.push_text(&mut line);
             }
         }
         if request.late {
@@ -50,7 +51,7 @@ impl Presenter {
         out.event(|b| b.extend_from_slice(&line))
     }
 
-    fn lost(&self, how: Lost, names: &mut Names) -> Result<LostRow> {
+    fn lost(&mut self, request: &Request, how: Lost, names: &mut Names) -> Result<LostRow> {
         let why = match how {
             Lost::RequestDropped(_) => "this kernel dropped the request",
             Lost::ReplyDropped(_) => "this kernel dropped the reply",
@@ -59,30 +60,22 @@ impl Presenter {
             Lost::NotDelivered => "the reply came back, and reached no socket",
             Lost::NotRead => "the reply is in the socket's queue, its process has not read it",
         };
-        let (reason, location) = match how {
-            Lost::RequestDropped(d) | Lost::ReplyDropped(d) => {
-                (self.reason(d), Some(names.place(d.location)?))
-            }
-            _ => (None, None),
+        let dropped = match how {
+            Lost::RequestDropped(d) | Lost::ReplyDropped(d) => Some(self.dropped(d, names)?),
+            _ => None,
         };
-        Ok(LostRow {
-            why,
-            reason,
-            location,
-        })
+        let copy = match request.copy.filter(|_| how == Lost::NoReply) {
+            Some(d) => Some(self.dropped(d, names)?),
+            None => None,
+        };
+        Ok(LostRow { why, dropped, copy })
     }
 
-    /// The reason's name; `None` on a kernel that gives none.
-    fn reason(&self, drop: Drop) -> Option<String> {
-        if self.reasons.is_empty() {
-            return None;
-        }
-        Some(match self.reasons.get(&drop.reason) {
-            Some(name) => name
-                .strip_prefix("SKB_DROP_REASON_")
-                .unwrap_or(name)
-                .to_owned(),
-            None => format!("reason {:#x}", drop.reason),
+    fn dropped(&mut self, drop: Drop, names: &mut Names) -> Result<DropRow> {
+        Ok(DropRow {
+            // A kernel before 5.17 gives none.
+            reason: self.reasons.any().then(|| self.reasons.short(drop.reason)),
+            location: names.place(drop.location)?,
         })
     }
 
@@ -115,11 +108,29 @@ impl Presenter {
 #[derive(Serialize)]
 struct LostRow {
     why: &'static str,
+    #[serde(flatten)]
+    dropped: Option<DropRow>,
+    /// of the request, while another went on
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copy: Option<DropRow>,
+}
+
+#[derive(Serialize)]
+struct DropRow {
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     /// function+offset
-    #[serde(skip_serializing_if = "Option::is_none")]
-    location: Option<String>,
+    location: String,
+}
+
+impl DropRow {
+    /// ` (NETFILTER_DROP) at nft_do_chain+0x1f`
+    fn push_text(&self, line: &mut Vec<u8>) {
+        if let Some(reason) = &self.reason {
+            line.extend_from_slice(format!(" ({reason})").as_bytes());
+        }
+        line.extend_from_slice(format!(" at {}", self.location).as_bytes());
+    }
 }
 
 /// One JSON object a line.

@@ -118,6 +118,12 @@ const PROBES: &[Probe] = &[
         dropped,
         Tracepoint("kfree_skb", "where this kernel dropped a lost one")
     ),
+    probe!(Sent, replies_4, Function(&["icmp_echo"])),
+    probe!(
+        Sent,
+        replies_6,
+        Function(&["icmpv6_echo_reply", "icmpv6_rcv"])
+    ),
     probe!(Sent, sent_4, Function(&["__ip_local_out"])),
     probe!(Sent, sent_6, Function(&["__ip6_local_out"])),
     probe!(
@@ -152,6 +158,8 @@ pub fn prepare(open: &mut OpenIcmpSkel<'_>, args: &Args) -> Result<()> {
     let maps = &mut open.maps;
     maps.senders.set_autocreate(args.sent)?;
     maps.asking.set_autocreate(args.sent)?;
+    maps.names.set_autocreate(args.sent)?;
+    maps.replying.set_autocreate(args.sent)?;
     maps.answering.set_autocreate(!args.sent)?;
     Ok(())
 }

@@ -2,8 +2,11 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::decode::{self, Event, Key, Times};
+use super::decode::{self, Event, Times};
 use super::stages::begin;
+
+/// The longest that a reply takes from the device to the socket: one that has come in is waited for beyond the limit.
+const COMING_IN_NS: u64 = 100_000_000;
 
 /// A part of a request's way and its reply's, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +61,8 @@ pub struct Request {
     pub delivered: Option<u64>,
     pub read: Option<u64>,
     pub drop: Option<Drop>,
+    /// of the request, while another copy of it went on
+    pub copy: Option<Drop>,
     /// no reply was read in time
     pub lost: bool,
 }
@@ -105,6 +110,14 @@ impl Request {
             .filter_map(|&p| self.part(p).map(|ns| (p as u8, p.name(), ns)))
     }
 
+    /// This kernel freed the request or its reply.
+    pub fn is_dropped(&self) -> bool {
+        matches!(
+            self.how_lost(),
+            Some(Lost::RequestDropped(_) | Lost::ReplyDropped(_))
+        )
+    }
+
     /// How it was lost, where it was.
     pub fn how_lost(&self) -> Option<Lost> {
         if !self.lost {
@@ -125,9 +138,10 @@ impl Request {
 #[derive(Debug)]
 pub struct Requests {
     timeout_ns: u64,
-    pending: HashMap<Key, Request>,
-    /// by start; what is not pending any more is skipped
-    order: VecDeque<(u64, Key)>,
+    /// by number
+    pending: HashMap<u64, Request>,
+    /// start and number; what is not pending any more is skipped
+    order: VecDeque<(u64, u64)>,
     /// replies that were read after their request had been told as lost
     pub late_replies: u64,
 }
@@ -142,20 +156,20 @@ impl Requests {
         }
     }
 
-    /// Takes an event; gives the requests that it completes: one whose reply was read, one that a new one with the same key replaces.
+    /// Takes an event; gives the request whose reply was read.
     pub fn event(&mut self, event: Event, late: bool) -> Option<Request> {
         let ts = event.head.ts;
         match event.head.kind {
-            decode::KIND_SEND => return self.begin(event, late, None),
-            decode::KIND_XMIT => match self.pending.get_mut(&event.key) {
+            decode::KIND_SEND => self.begin(event, late, None),
+            decode::KIND_XMIT => match self.pending.get_mut(&event.request) {
                 Some(r) => {
                     r.xmit.get_or_insert(ts);
                 }
-                None if event.start.is_some() => return self.begin(event, late, Some(ts)),
+                None if event.start.is_some() => self.begin(event, late, Some(ts)),
                 None => {}
             },
             kind => {
-                let Some(r) = self.pending.get_mut(&event.key) else {
+                let Some(r) = self.pending.get_mut(&event.request) else {
                     self.late_replies += u64::from(kind == decode::KIND_READ);
                     return None;
                 };
@@ -169,7 +183,7 @@ impl Requests {
                     decode::KIND_DROP => r.dropped(&event),
                     decode::KIND_READ => {
                         r.read = Some(ts);
-                        return self.pending.remove(&event.key);
+                        return self.pending.remove(&event.request);
                     }
                     _ => {}
                 }
@@ -178,9 +192,9 @@ impl Requests {
         None
     }
 
-    fn begin(&mut self, event: Event, late: bool, xmit: Option<u64>) -> Option<Request> {
+    fn begin(&mut self, event: Event, late: bool, xmit: Option<u64>) {
         let start = event.start.unwrap_or(event.head.ts);
-        self.order.push_back((start, event.key));
+        self.order.push_back((start, event.request));
         let request = Request {
             start,
             xmit,
@@ -189,28 +203,28 @@ impl Requests {
             delivered: None,
             read: None,
             drop: None,
+            copy: None,
             lost: false,
             event,
         };
-        // A sequence that has gone around.
-        self.pending
-            .insert(request.event.key, request)
-            .map(|old| Request { lost: true, ..old })
+        self.pending.insert(request.event.request, request);
     }
 
     /// The next request that has waited too long at the time `now`.
     pub fn expired(&mut self, now: u64) -> Option<Request> {
-        while let Some(&(start, key)) = self.order.front() {
-            let current = self.pending.get(&key).is_some_and(|r| r.start == start);
-            if current && start.saturating_add(self.timeout_ns) > now {
-                return None;
+        while let Some(&(start, number)) = self.order.front() {
+            if let Some(r) = self.pending.get(&number) {
+                let mut until = start.saturating_add(self.timeout_ns);
+                if r.is_coming_in(until) {
+                    until = until.saturating_add(COMING_IN_NS);
+                }
+                if until > now {
+                    return None;
+                }
             }
             self.order.pop_front();
-            if current {
-                return self
-                    .pending
-                    .remove(&key)
-                    .map(|r| Request { lost: true, ..r });
+            if let Some(r) = self.pending.remove(&number) {
+                return Some(Request { lost: true, ..r });
             }
         }
         None
@@ -221,8 +235,9 @@ impl Requests {
         let mut lost: Vec<Request> = Vec::new();
         let mut open = 0;
         for (_, r) in self.pending.drain() {
-            if r.drop.is_some() && r.delivered.is_none() {
-                lost.push(Request { lost: true, ..r });
+            let r = Request { lost: true, ..r };
+            if r.is_dropped() {
+                lost.push(r);
             } else {
                 open += 1;
             }
@@ -233,14 +248,31 @@ impl Requests {
 }
 
 impl Request {
+    /// Its reply has come in just before this time, and is on its way to the socket.
+    fn is_coming_in(&self, until: u64) -> bool {
+        let received = self.reply.as_ref().and_then(|t| t.receive);
+        self.delivered.is_none()
+            && self.drop.is_none()
+            && received.is_some_and(|ts| ts.saturating_add(COMING_IN_NS) > until)
+    }
+
     /// The first drop counts; of a reply the last, since the kernel also frees what it has given to a raw socket as a copy.
     fn dropped(&mut self, event: &Event) {
-        if event.reply || self.drop.is_none() {
-            self.drop = Some(Drop {
-                reply: event.reply,
-                reason: event.reason,
-                location: event.location,
-            });
+        let drop = Some(Drop {
+            reply: event.reply,
+            reason: event.reason,
+            location: event.location,
+        });
+        if event.unqueued {
+            // It was not put into the socket's queue after all.
+            self.delivered = None;
+            self.drop = drop;
+        } else if event.copy {
+            if !event.reply {
+                self.copy = drop;
+            }
+        } else if event.reply || self.drop.is_none() {
+            self.drop = drop;
         }
     }
 }
@@ -301,7 +333,7 @@ mod tests {
         r.event(of_kind(KIND_DELIVER, 160, 6), false);
         r.event(dropped(6, true), false);
         assert!(r.expired(1099).is_none());
-        let how: Vec<Lost> = std::iter::from_fn(|| r.expired(1100))
+        let how: Vec<Lost> = std::iter::from_fn(|| r.expired(1100 + COMING_IN_NS))
             .filter_map(|q| q.how_lost())
             .collect();
         let d = |reply| Drop {
@@ -336,14 +368,60 @@ mod tests {
     }
 
     #[test]
-    fn a_key_used_again_ends_the_first() {
+    fn a_reply_behind_the_time_limit() {
         let mut r = Requests::new(1000);
         send(&mut r, 110, 1);
-        let mut e = of_kind(KIND_SEND, 210, 1);
-        e.start = Some(200);
-        let old = r.event(e, false).unwrap();
-        assert!(old.lost && old.start == 100);
-        assert_eq!(r.expired(5000).unwrap().start, 200);
-        assert!(r.expired(5000).is_none());
+        r.event(of_kind(KIND_XMIT, 130, 1), false);
+        // The limit is looked at before an event: this one is too late.
+        let lost = r.expired(1200).unwrap();
+        assert_eq!(lost.how_lost(), Some(Lost::NoReply));
+        r.event(of_kind(KIND_RETURN, 1200, 1), false);
+        r.event(of_kind(KIND_DELIVER, 1210, 1), false);
+        assert_eq!(r.event(of_kind(KIND_READ, 1220, 1), false), None);
+        assert_eq!(r.late_replies, 1);
+        // It came in just before, and its socket gets it just behind.
+        send(&mut r, 2000, 2);
+        let mut back = of_kind(KIND_RETURN, 2980, 2);
+        back.times.receive = Some(2980);
+        r.event(back, false);
+        assert!(r.expired(3000).is_none());
+        r.event(of_kind(KIND_DELIVER, 3010, 2), false);
+        let lost = r.expired(3020).unwrap();
+        assert_eq!(lost.how_lost(), Some(Lost::NotRead));
+    }
+
+    #[test]
+    fn the_drop_of_a_copy_is_not_the_requests() {
+        let mut r = Requests::new(1000);
+        let dropped = |seq, copy| {
+            let mut e = of_kind(KIND_DROP, 150, seq);
+            e.copy = copy;
+            e
+        };
+        for seq in [1, 2] {
+            send(&mut r, 110, seq);
+            r.event(of_kind(KIND_XMIT, 130, seq), false);
+            r.event(dropped(seq, true), false);
+        }
+        r.event(dropped(2, false), false);
+        let (first, second) = (r.expired(5000).unwrap(), r.expired(5000).unwrap());
+        assert_eq!(first.how_lost(), Some(Lost::NoReply));
+        assert!(first.copy.is_some() && !first.is_dropped());
+        assert!(second.is_dropped());
+    }
+
+    #[test]
+    fn a_socket_without_room_has_not_got_its_reply() {
+        let mut r = Requests::new(1000);
+        send(&mut r, 110, 1);
+        r.event(of_kind(KIND_RETURN, 140, 1), false);
+        r.event(of_kind(KIND_DELIVER, 150, 1), false);
+        let mut e = of_kind(KIND_DROP, 151, 1);
+        (e.reply, e.unqueued) = (true, true);
+        r.event(e, false);
+        assert!(matches!(
+            r.expired(5000).unwrap().how_lost(),
+            Some(Lost::ReplyDropped(_))
+        ));
     }
 }
