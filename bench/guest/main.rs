@@ -467,7 +467,7 @@ impl Bench {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut batch = Batch::default();
-                while !done.load(Ordering::Relaxed) && buffers.wait(None).is_ok() {
+                while !done.load(Ordering::Relaxed) && buffers.wait(&[]).is_ok() {
                     batch.data.clear();
                     batch.records.clear();
                     buffers.consume(&mut batch);

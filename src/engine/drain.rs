@@ -8,14 +8,16 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::batch::{Batch, BufferOptions};
+use super::hotplug::Hotplug;
 use super::perf::PerfBuffers;
 use super::ringbuf::RingBuffers;
 use crate::os::{monotonic_ns, online_cpus};
@@ -25,6 +27,10 @@ use crate::os::{monotonic_ns, online_cpus};
 const SLACK_NS: u64 = 20_000_000;
 /// Batches in flight between a drain thread and the tool.
 const CHANNEL: usize = 64;
+/// Bytes of events that may wait for the tool; past it the threads leave them in the kernel's buffers (--buffer-pages says so).
+const WAITING_BYTES: usize = 32 << 20;
+/// Batches whose memory is kept for the next ones.
+const RECYCLED: usize = 4;
 /// The map that a tool's programs write to.
 #[derive(Debug, Clone, Copy)]
 pub enum Source<'a> {
@@ -53,10 +59,18 @@ impl Buffers {
         })
     }
 
-    fn wait(&self, stop: BorrowedFd<'_>) -> Result<()> {
+    fn wait(&self, also: &[BorrowedFd<'_>]) -> Result<()> {
         match self {
-            Self::Perf(buffers) => buffers.wait(Some(stop)),
+            Self::Perf(buffers) => buffers.wait(also),
             Self::Rings(buffers) => buffers.wait(),
+        }
+    }
+
+    /// A CPU has come online.
+    fn add(&mut self, cpu: i32, batch: &mut Batch) -> Result<()> {
+        match self {
+            Self::Perf(buffers) => buffers.add(cpu, batch),
+            Self::Rings(buffers) => buffers.add(cpu),
         }
     }
 
@@ -68,17 +82,21 @@ impl Buffers {
     }
 }
 
-/// Asks the threads for a last round: the flag, and what wakes them to see it.
-struct Stop {
-    flag: AtomicBool,
+/// What the drain threads and the tool's thread share.
+struct Shared {
+    /// asks the threads for a last round
+    stop: AtomicBool,
+    /// wakes them to see it
     awake: EventFd,
+    /// bytes of batches that the tool has not given back
+    waiting: AtomicUsize,
 }
 
 /// The drain threads of a session.
 pub struct Drain {
     pub batches: Receiver<Batch>,
     recycle: Vec<Sender<Batch>>,
-    stop: Arc<Stop>,
+    shared: Arc<Shared>,
     threads: Vec<JoinHandle<Result<()>>>,
 }
 
@@ -88,28 +106,29 @@ impl Drain {
         let source = source.into();
         let cpus = online_cpus()?;
         let groups = options.threads.clamp(1, cpus.len());
-        let stop = Arc::new(Stop {
-            flag: AtomicBool::new(false),
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
             awake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
                 .context("failed to make an eventfd")?,
+            waiting: AtomicUsize::new(0),
         });
         let (tx, batches) = bounded(CHANNEL);
         let mut drain = Self {
             batches,
             recycle: Vec::new(),
-            stop: stop.clone(),
+            shared: shared.clone(),
             threads: Vec::new(),
         };
         for group in 0..groups {
             let mine: Vec<i32> = cpus.iter().copied().skip(group).step_by(groups).collect();
             let buffer = Buffers::open(source, options, mine)?;
             let (back, recycled) = unbounded();
-            let (tx, stop) = (tx.clone(), stop.clone());
+            let (tx, shared) = (tx.clone(), shared.clone());
             drain.recycle.push(back);
             drain.threads.push(
                 std::thread::Builder::new()
                     .name(format!("drain-{group}"))
-                    .spawn(move || drain_loop(buffer, group, &tx, &recycled, &stop))
+                    .spawn(move || drain_loop(buffer, (group, groups), &tx, &recycled, &shared))
                     .context("failed to start a drain thread")?,
             );
         }
@@ -123,7 +142,11 @@ impl Drain {
 
     /// Gives a batch back, so that its memory is used again.
     pub fn give_back(&self, batch: Batch) {
-        if let Some(to) = self.recycle.get(batch.group) {
+        self.shared
+            .waiting
+            .fetch_sub(batch.data.len(), Ordering::Relaxed);
+        let to = self.recycle.get(batch.group);
+        if let Some(to) = to.filter(|to| to.len() < RECYCLED) {
             // The thread may be gone; then the memory is freed.
             let _ = to.send(batch);
         }
@@ -131,9 +154,9 @@ impl Drain {
 
     /// Asks the threads for a last round; then [`Drain::batches`] disconnects.
     pub fn stop(&self) {
-        self.stop.flag.store(true, Ordering::Release);
+        self.shared.stop.store(true, Ordering::Release);
         // Without it they see the flag a bit later.
-        let _ = self.stop.awake.write(1);
+        let _ = self.shared.awake.write(1);
     }
 
     /// The threads' own errors, after the channel has disconnected.
@@ -150,15 +173,23 @@ impl Drain {
 
 fn drain_loop(
     mut buffer: Buffers,
-    group: usize,
+    (group, groups): (usize, usize),
     tx: &Sender<Batch>,
     recycled: &Receiver<Batch>,
-    stop: &Stop,
+    shared: &Shared,
 ) -> Result<()> {
+    let hotplug = Hotplug::open().ok();
     loop {
-        let last = stop.flag.load(Ordering::Acquire);
+        let last = shared.stop.load(Ordering::Acquire);
         if !last {
-            buffer.wait(stop.awake.as_fd())?;
+            let plugged = hotplug.as_ref().map(AsFd::as_fd);
+            let also: Vec<_> = plugged.into_iter().chain([shared.awake.as_fd()]).collect();
+            buffer.wait(&also)?;
+            if shared.waiting.load(Ordering::Relaxed) > WAITING_BYTES {
+                // The tool is behind. What the buffers refuse meanwhile is counted.
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
+            }
         }
         let mut batch = recycled.try_recv().unwrap_or_default();
         batch.clear();
@@ -168,7 +199,16 @@ fn drain_loop(
         } else {
             monotonic_ns()?.saturating_sub(SLACK_NS)
         };
+        for cpu in hotplug.iter().flat_map(Hotplug::online) {
+            if cpu as usize % groups == group {
+                // It may have gone again.
+                let _ = buffer.add(cpu, &mut batch);
+            }
+        }
         buffer.consume(&mut batch);
+        shared
+            .waiting
+            .fetch_add(batch.data.len(), Ordering::Relaxed);
         // A tool that has ended takes no more.
         if tx.send(batch).is_err() || last {
             return Ok(());

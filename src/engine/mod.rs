@@ -3,6 +3,7 @@
 
 pub mod batch;
 pub mod drain;
+mod hotplug;
 pub mod merge;
 pub mod perf;
 pub mod ringbuf;

@@ -26,11 +26,17 @@ struct Ring {
     size: usize,
 }
 
-/// The perf buffers of some CPUs.
-pub struct PerfBuffers {
+/// Perf buffers that libbpf has opened together.
+struct Opened {
     pb: NonNull<sys::perf_buffer>,
     rings: Vec<Ring>,
-    poll_ms: u16,
+}
+
+/// The perf buffers of some CPUs.
+pub struct PerfBuffers {
+    map_fd: RawFd,
+    options: BufferOptions,
+    opened: Vec<Opened>,
 }
 
 // SAFETY: the perf_buffer and its mappings are used through this value alone, and libbpf ties neither to the thread that made them.
@@ -47,6 +53,52 @@ unsafe extern "C" fn unused(
 
 impl PerfBuffers {
     pub fn open(map_fd: RawFd, options: BufferOptions, cpus: Vec<i32>) -> Result<Self> {
+        let opened = vec![Opened::open(map_fd, options, &cpus)?];
+        Ok(Self {
+            map_fd,
+            options,
+            opened,
+        })
+    }
+
+    /// Opens the buffer of a CPU that has come online. One that was there before has lost its perf event: what it still has comes into
+    /// `batch`, then it is opened anew.
+    pub fn add(&mut self, cpu: i32, batch: &mut Batch) -> Result<()> {
+        let is_old = |opened: &Opened| opened.rings.iter().all(|r| r.cpu == cpu as u32);
+        self.consume(batch);
+        // The old one's end takes its place out of the map: it goes first.
+        self.opened.retain(|opened| !is_old(opened));
+        self.opened
+            .push(Opened::open(self.map_fd, self.options, &[cpu])?);
+        Ok(())
+    }
+
+    /// Waits until a buffer has filled to its watermark, the time is up, or one of `also` can be read.
+    pub fn wait(&self, also: &[BorrowedFd<'_>]) -> Result<()> {
+        let epoll = |opened: &Opened| {
+            // SAFETY: the perf_buffer is valid; its epoll fd lives as long as it does.
+            unsafe { BorrowedFd::borrow_raw(sys::perf_buffer__epoll_fd(opened.pb.as_ptr())) }
+        };
+        let fds = self.opened.iter().map(epoll).chain(also.iter().copied());
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match nix::poll::poll(&mut fds, PollTimeout::from(self.options.poll_ms)) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+            Err(e) => Err(e).context("failed to wait for the perf buffers"),
+        }
+    }
+
+    /// Takes all that is in the buffers into `batch`.
+    pub fn consume(&mut self, batch: &mut Batch) {
+        for ring in self.opened.iter().flat_map(|opened| &opened.rings) {
+            let from = batch.data.len();
+            ring.copy(&mut batch.data);
+            note_records(batch, ring.cpu, from);
+        }
+    }
+}
+
+impl Opened {
+    fn open(map_fd: RawFd, options: BufferOptions, cpus: &[i32]) -> Result<Self> {
         let pages = options.pages;
         let mut attr = sys::perf_event_attr {
             type_: sys::PERF_TYPE_SOFTWARE,
@@ -64,8 +116,8 @@ impl PerfBuffers {
             attr.__bindgen_anon_2.wakeup_watermark = (pages * page_size() / 4) as u32;
         }
 
-        let mut keys = cpus.clone();
-        let mut numbers = cpus.clone();
+        let mut keys = cpus.to_vec();
+        let mut numbers = cpus.to_vec();
         let opts = sys::perf_buffer_raw_opts {
             sz: size_of::<sys::perf_buffer_raw_opts>() as _,
             cpu_cnt: cpus.len() as i32,
@@ -92,16 +144,15 @@ impl PerfBuffers {
                 cpus.len()
             );
         };
-        let mut buffers = Self {
+        let mut opened = Self {
             pb,
             rings: Vec::new(),
-            poll_ms: options.poll_ms,
         };
         // libbpf keeps the order of the CPUs it was given.
         for (i, &cpu) in cpus.iter().enumerate() {
-            buffers.rings.push(buffers.ring(i, cpu)?);
+            opened.rings.push(opened.ring(i, cpu)?);
         }
-        Ok(buffers)
+        Ok(opened)
     }
 
     fn ring(&self, i: usize, cpu: i32) -> Result<Ring> {
@@ -119,27 +170,6 @@ impl PerfBuffers {
             data: unsafe { base.add(page_size()) },
             size: size as usize,
         })
-    }
-
-    /// Waits until a buffer has filled to its watermark, the time is up, or `also` can be read.
-    pub fn wait(&self, also: Option<BorrowedFd<'_>>) -> Result<()> {
-        // SAFETY: the perf_buffer is valid; its epoll fd lives as long as it does.
-        let fd = unsafe { BorrowedFd::borrow_raw(sys::perf_buffer__epoll_fd(self.pb.as_ptr())) };
-        let fds = std::iter::once(fd).chain(also);
-        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        match nix::poll::poll(&mut fds, PollTimeout::from(self.poll_ms)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
-            Err(e) => Err(e).context("failed to wait for the perf buffers"),
-        }
-    }
-
-    /// Takes all that is in the buffers into `batch`.
-    pub fn consume(&mut self, batch: &mut Batch) {
-        for ring in &self.rings {
-            let from = batch.data.len();
-            ring.copy(&mut batch.data);
-            note_records(batch, ring.cpu, from);
-        }
     }
 }
 
@@ -200,7 +230,7 @@ pub fn note_records(batch: &mut Batch, cpu: u32, from: usize) {
     }
 }
 
-impl Drop for PerfBuffers {
+impl Drop for Opened {
     fn drop(&mut self) {
         // SAFETY: made by perf_buffer__new_raw, freed once; the rings, which point into its mappings, go with this value.
         unsafe { sys::perf_buffer__free(self.pb.as_ptr()) };

@@ -35,6 +35,8 @@ struct Ring {
 
 /// The ring buffers of some CPUs.
 pub struct RingBuffers {
+    outer: RawFd,
+    pages: usize,
     rings: Vec<Ring>,
     epoll: Epoll,
 }
@@ -47,22 +49,34 @@ impl RingBuffers {
     pub fn open(outer: RawFd, options: BufferOptions, cpus: Vec<i32>) -> Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
             .context("failed to make an epoll instance")?;
-        let mut rings = Vec::new();
-        for cpu in cpus {
-            let ring = Ring::open(outer, cpu as u32, options.pages * page_size())
-                .with_context(|| {
-                    format!(
-                        "failed to make a ring buffer of {} pages for CPU {cpu} (--transport ringbuf needs kernel 5.8; a smaller --buffer-pages may help)",
-                        options.pages
-                    )
-                })?;
-            let edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-            epoll
-                .add(ring._map.as_fd(), EpollEvent::new(edges, cpu as u64))
-                .context("failed to wait for a ring buffer")?;
-            rings.push(ring);
+        let mut buffers = Self {
+            outer,
+            pages: options.pages,
+            rings: Vec::new(),
+            epoll,
+        };
+        cpus.into_iter().try_for_each(|cpu| buffers.add(cpu))?;
+        Ok(buffers)
+    }
+
+    /// Opens the ring of a CPU, if it has none: a ring outlives its CPU's absence.
+    pub fn add(&mut self, cpu: i32) -> Result<()> {
+        if self.rings.iter().any(|ring| ring.cpu == cpu as u32) {
+            return Ok(());
         }
-        Ok(Self { rings, epoll })
+        let ring = Ring::open(self.outer, cpu as u32, self.pages * page_size())
+            .with_context(|| {
+                format!(
+                    "failed to make a ring buffer of {} pages for CPU {cpu} (--transport ringbuf needs kernel 5.8; a smaller --buffer-pages may help)",
+                    self.pages
+                )
+            })?;
+        let edges = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        self.epoll
+            .add(ring._map.as_fd(), EpollEvent::new(edges, cpu as u64))
+            .context("failed to wait for a ring buffer")?;
+        self.rings.push(ring);
+        Ok(())
     }
 
     /// Waits until a ring has filled to its watermark or the time is up.

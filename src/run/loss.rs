@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 use serde::Serialize;
 
+use super::output::Output;
+
 /// `struct np_stats` of src/bpf/event.h: one CPU's counters since the start of the run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -22,6 +24,15 @@ pub struct CpuStats {
 
 // SAFETY: four u64, no padding, valid for any bits.
 unsafe impl plain::Plain for CpuStats {}
+
+/// A loss as a JSON record.
+#[derive(Serialize)]
+struct Row<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    #[serde(flatten)]
+    loss: &'a Loss,
+}
 
 /// Everything that a run can lose.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -125,6 +136,21 @@ impl Loss {
             lines.push(format!("{} events could not be decoded", self.undecodable));
         }
         lines
+    }
+
+    /// The end of a run's output: the loss on stderr, and in JSON as the last record.
+    pub fn report(&self, out: &mut Output) -> Result<()> {
+        self.tell();
+        if out.json() && self.any() {
+            let row = Row {
+                kind: "loss",
+                loss: self,
+            };
+            out.json_line(&row)?;
+        }
+        out.flush()?;
+        out.report_unwritten();
+        Ok(())
     }
 
     /// Writes [`Loss::lines`] to stderr. Its reader may be the one that closed stdout (`2>&1 | head`), which is no reason to fail.

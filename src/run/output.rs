@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde::Serialize;
 
-use crate::run::session::Flow;
+use super::Flow;
+use super::stream::Stream;
 
 /// Bytes gathered before a write; a tick writes what there is.
 const BUFFER: usize = 64 * 1024;
@@ -48,6 +49,10 @@ pub struct Output {
     json: bool,
     limit: u64,
     events: u64,
+    /// a write has failed, which was told: nothing more is tried
+    failed: Option<io::ErrorKind>,
+    /// lines that were not written for that reason
+    unwritten: u64,
 }
 
 impl Output {
@@ -57,7 +62,10 @@ impl Output {
                 Box::new(super::rotate::Rotating::create(path, &args.rotate)?),
                 path.display().to_string(),
             ),
-            None => (Box::new(Stdout), "stdout".to_string()),
+            None => {
+                let stdout = Stream::stdout().context("failed to open stdout")?;
+                (Box::new(stdout), "stdout".to_string())
+            }
         };
         Ok(Self {
             to,
@@ -67,6 +75,8 @@ impl Output {
             json: args.output_json,
             limit: args.output_limit_lines,
             events: 0,
+            failed: None,
+            unwritten: 0,
         })
     }
 
@@ -120,34 +130,66 @@ impl Output {
         Ok(())
     }
 
-    /// Writes what is gathered. Fails with a broken pipe where stdout's reader has gone, even when there is nothing to write.
+    /// A record that is no event, as one JSON object.
+    pub fn json_line(&mut self, value: &impl Serialize) -> Result<()> {
+        let mut error = None;
+        self.line(|b| error = crate::text::json::push(b, value).err())?;
+        error.map_or(Ok(()), |e| Err(e).context("failed to write JSON"))
+    }
+
+    /// Writes what is gathered. Fails with a broken pipe where stdout's reader has gone, even when there is nothing to write. After a
+    /// failure, which is told once, lines are only counted.
     pub fn flush(&mut self) -> Result<()> {
-        if self.buffer.is_empty() {
-            if self.watch_stdout && reader_gone() {
-                return Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
-            }
+        if self.failed.is_some() {
+            self.unwritten += lines(&self.buffer);
+            self.buffer.clear();
             return Ok(());
         }
-        let result = self
-            .to
-            .write_all(&self.buffer)
-            .and_then(|()| self.to.flush());
+        let result = if self.buffer.is_empty() {
+            match self.watch_stdout && reader_gone() {
+                true => Err(io::Error::from(io::ErrorKind::BrokenPipe)),
+                false => Ok(()),
+            }
+        } else {
+            self.write()
+        };
         self.buffer.clear();
-        result.with_context(|| format!("failed to write to {}", self.name))
+        result.map_err(|e| {
+            self.failed = Some(e.kind());
+            anyhow::Error::new(e).context(format!("failed to write to {}", self.name))
+        })
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        let mut rest = &self.buffer[..];
+        while !rest.is_empty() {
+            match self.to.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => rest = &rest[n..],
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    self.unwritten += lines(rest);
+                    return Err(e);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Says on stderr how many lines a failed write has cost. A reader that went away wanted no more.
+    pub fn report_unwritten(&self) {
+        if self.unwritten > 0 && self.failed != Some(io::ErrorKind::BrokenPipe) {
+            let line = format!(
+                "netprobe: {} lines were not written to {}\n",
+                self.unwritten, self.name
+            );
+            let _ = io::stderr().write_all(line.as_bytes());
+        }
     }
 }
 
-/// stdout without the standard library's line buffer.
-struct Stdout;
-
-impl Write for Stdout {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        nix::unistd::write(io::stdout(), bytes).map_err(io::Error::from)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+fn lines(bytes: &[u8]) -> u64 {
+    memchr::memchr_iter(b'\n', bytes).count() as u64
 }
 
 /// The reading end of the pipe behind stdout is closed.
@@ -204,5 +246,9 @@ mod tests {
         out.event(|b| b.push(b'x')).unwrap();
         let e = out.flush().unwrap_err();
         assert!(format!("{e:#}").contains("/dev/full"), "{e:#}");
+        // It is told once; what comes then is counted.
+        out.event(|b| b.push(b'x')).unwrap();
+        out.flush().unwrap();
+        assert_eq!(out.unwritten, 2);
     }
 }

@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
+use super::stream::Stream;
+
 /// When to put a file aside, and how long such files stay.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Output")]
@@ -40,7 +42,7 @@ pub struct RotateArgs {
 /// The writer.
 pub struct Rotating {
     path: PathBuf,
-    file: File,
+    file: Stream,
     written: u64,
     limit: u64,
     /// the time in the name of the file put aside last, ms
@@ -55,7 +57,7 @@ impl Rotating {
     pub fn create(path: &Path, rules: &RotateArgs) -> Result<Self> {
         let file = create(path)?;
         // A device or a pipe cannot be put aside.
-        let limit = match file.metadata() {
+        let limit = match fs::metadata(path) {
             Ok(m) if m.is_file() => rules.output_file_max_size * 1_000_000,
             _ => u64::MAX,
         };
@@ -73,7 +75,7 @@ impl Rotating {
     fn rotate(&mut self) -> io::Result<()> {
         let aside = self.free_name();
         fs::rename(&self.path, &aside)?;
-        self.file = File::create(&self.path)?;
+        self.file = Stream::create(&self.path)?;
         self.written = 0;
         self.wait()?;
         if self.rules.output_file_compress {
@@ -172,6 +174,10 @@ impl Write for Rotating {
         if self.written > 0 && self.written.saturating_add(bytes.len() as u64) > self.limit {
             self.rotate()?;
         }
+        if self.limit == u64::MAX {
+            // A pipe or a device takes what it can.
+            return self.file.write(bytes);
+        }
         self.file.write_all(bytes)?;
         self.written += bytes.len() as u64;
         Ok(bytes.len())
@@ -190,8 +196,8 @@ impl Drop for Rotating {
     }
 }
 
-fn create(path: &Path) -> Result<File> {
-    File::create(path).with_context(|| format!("failed to create {}", path.display()))
+fn create(path: &Path) -> Result<Stream> {
+    Stream::create(path).with_context(|| format!("failed to create {}", path.display()))
 }
 
 /// FILE to FILE.gz; FILE goes when that is complete. Under another name until then, which no clean-up takes for a backup.

@@ -10,16 +10,11 @@ use crate::engine::batch::Batch;
 use crate::engine::drain::Drain;
 use crate::engine::merge::{Merge, Record};
 
+use super::Flow;
+use super::loss::Loss;
+
 /// The longest time between two calls of [`Consumer::tick`].
 const TICK: Duration = Duration::from_millis(100);
-
-/// Whether the run goes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
-    Continue,
-    /// a limit is reached
-    Stop,
-}
 
 /// What a tool does with its events.
 pub trait Consumer {
@@ -29,14 +24,18 @@ pub trait Consumer {
     fn tick(&mut self) -> Result<Flow>;
 }
 
-/// What the loop itself counted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Received {
-    /// events that came out of the buffers
-    pub events: u64,
-    pub late: u64,
-    /// samples without a whole head
-    pub short: u64,
+/// A tool's whole part in a run: its events, and how it ends.
+pub trait Tool: Consumer {
+    /// Keeps the programs from sending more. Called once, before the last events are taken out of the buffers.
+    fn pause(&mut self) -> Result<()>;
+    /// Adds what programs, links and maps have counted to `loss`, which has what the loop counted.
+    fn count(&mut self, loss: &mut Loss) -> Result<()>;
+    /// Ends capture files.
+    fn close(&mut self, _loss: &Loss) -> Result<()> {
+        Ok(())
+    }
+    /// What is left to say: rows that were still open, the summary, and the loss (by [`Loss::report`]).
+    fn report(&mut self, loss: &Loss) -> Result<()>;
 }
 
 /// Why the loop left the inner part.
@@ -51,25 +50,24 @@ impl From<anyhow::Error> for End {
     }
 }
 
-/// Hands events to `consumer` until `stop` has a message, `deadline` has passed, the consumer stops or an error ends it. Then calls
-/// `pause` (which keeps the programs from sending more), hands out what is still in the buffers and returns. What was counted comes
-/// back after an error too.
+/// Hands events to `tool` until `stop` has a message, `deadline` has passed, the tool stops or an error ends it. The end is the same
+/// whatever the cause: pause, the last events (not after an error: nobody can take them), counters, capture files, loss. The first
+/// error of all that is the run's.
 pub fn run(
     drain: Drain,
     stop: &Receiver<Signal>,
     deadline: Option<Instant>,
-    consumer: &mut dyn Consumer,
-    pause: impl FnOnce(),
-) -> (Received, Result<()>) {
+    tool: &mut dyn Tool,
+) -> Result<()> {
     give_back_memory();
     let mut state = Loop {
         merge: Merge::new(drain.groups()),
-        received: Received::default(),
+        loss: Loss::default(),
     };
-    let end = state.until_end(&drain, stop, deadline, consumer);
-    pause();
+    let end = state.until_end(&drain, stop, deadline, tool);
+    let paused = tool.pause();
     drain.stop();
-    let result = match end {
+    let ended = match end {
         End::Error(e) => {
             // Let the threads finish; what they bring cannot be shown any more.
             while let Ok(batch) = drain.batches.recv() {
@@ -77,11 +75,19 @@ pub fn run(
             }
             Err(e)
         }
-        End::Stop => state.rest(&drain, consumer),
+        End::Stop => state.rest(&drain, tool),
     };
     let joined = drain.join();
-    state.received.late = state.merge.late;
-    (state.received, result.and(joined))
+    state.loss.late = state.merge.late;
+    finish(tool, state.loss, ended.and(paused).and(joined))
+}
+
+/// The end of a run after its last event: counters, capture files, loss; gives back the first error, which may have come before.
+fn finish(tool: &mut dyn Tool, mut loss: Loss, before: Result<()>) -> Result<()> {
+    let counted = tool.count(&mut loss);
+    let closed = tool.close(&loss);
+    let reported = tool.report(&loss);
+    before.and(counted).and(closed).and(reported)
 }
 
 /// What only the start needed (the kernel's types and symbols, several MB), which the allocator keeps.
@@ -95,7 +101,8 @@ fn give_back_memory() {
 
 struct Loop {
     merge: Merge,
-    received: Received,
+    /// what the loop itself counts: events received, late, too short to decode
+    loss: Loss,
 }
 
 impl Loop {
@@ -104,7 +111,7 @@ impl Loop {
         drain: &Drain,
         stop: &Receiver<Signal>,
         deadline: Option<Instant>,
-        consumer: &mut dyn Consumer,
+        consumer: &mut dyn Tool,
     ) -> End {
         loop {
             let wait = deadline.map_or(TICK, |d| {
@@ -133,16 +140,11 @@ impl Loop {
     }
 
     fn count(&mut self, batch: &Batch) {
-        self.received.events += batch.records.len() as u64;
-        self.received.short += batch.short;
+        self.loss.received += batch.records.len() as u64;
+        self.loss.undecodable += batch.short;
     }
 
-    fn take(
-        &mut self,
-        drain: &Drain,
-        batch: Batch,
-        consumer: &mut dyn Consumer,
-    ) -> Result<(), End> {
+    fn take(&mut self, drain: &Drain, batch: Batch, consumer: &mut dyn Tool) -> Result<(), End> {
         self.count(&batch);
         self.merge.push(batch);
         let result = self.merge.drain(|record| match consumer.event(record)? {
@@ -157,7 +159,7 @@ impl Loop {
 
     /// The last batches, after the programs have been paused. After a limit the consumer goes on answering `Stop`, and the rest is
     /// only counted.
-    fn rest(&mut self, drain: &Drain, consumer: &mut dyn Consumer) -> Result<()> {
+    fn rest(&mut self, drain: &Drain, consumer: &mut dyn Tool) -> Result<()> {
         let mut stopped = false;
         while let Ok(batch) = drain.batches.recv() {
             self.count(&batch);

@@ -5,8 +5,9 @@ use std::io::IsTerminal;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, bounded};
@@ -24,6 +25,14 @@ pub(super) fn remember(dir: PathBuf) {
 
 /// Set where SIGHUP was ignored when this process started (nohup): it stays so.
 static NO_HANGUP: AtomicBool = AtomicBool::new(false);
+
+/// When the first signal that ends a run came.
+static STOPPED: OnceLock<Instant> = OnceLock::new();
+
+/// How long ago the first signal that ends a run came; `None`: none has come.
+pub fn since_stop() -> Option<Duration> {
+    STOPPED.get().map(Instant::elapsed)
+}
 
 /// The signals that end a run.
 const ENDS: [Signal; 4] = [
@@ -75,6 +84,7 @@ pub fn stop_channel() -> Result<Receiver<Signal>> {
         .spawn(move || {
             let set = set();
             let Ok(first) = set.wait() else { return };
+            let _ = STOPPED.set(Instant::now());
             if first == Signal::SIGHUP {
                 terminals.give_up();
             }

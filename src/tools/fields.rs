@@ -20,8 +20,6 @@ pub const SADDR: u32 = 1 << 4;
 pub const DADDR: u32 = 1 << 5;
 pub const SPORT: u32 = 1 << 6;
 pub const DPORT: u32 = 1 << 7;
-/// NP_PAUSED
-pub const PAUSED: u32 = 1 << 31;
 
 /// Filters by field, decided in the kernel. All that are given must hold.
 #[derive(Debug, Clone, Default, clap::Args)]

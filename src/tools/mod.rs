@@ -29,7 +29,8 @@ const DEFAULT_PAGES: usize = 256;
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
     /// Pages of each CPU's buffer (a power of two); larger loses less in a burst, and takes memory
-    /// (default: 256; xdpdump: up to 2048, by the number of CPUs)
+    /// (default: 256; xdpdump: up to 2048, by the number of CPUs). Beside the buffers, events that wait for a slow reader take 32 MiB at most
+    /// and the last round of all buffers; what comes then is counted as lost
     #[arg(long, value_name = "N", value_parser = power_of_two)]
     pub buffer_pages: Option<usize>,
 
@@ -92,7 +93,7 @@ impl TransportArgs {
                 .set_autocreate(false)
                 .context("failed to leave out the ring buffers");
         }
-        let cpus = online_cpus()?.into_iter().max().unwrap_or(0) + 1;
+        let cpus = libbpf_rs::num_possible_cpus().context("failed to count the CPUs")?;
         rings
             .set_max_entries(cpus as u32)
             .context("failed to set the size of a map")

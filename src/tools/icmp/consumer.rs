@@ -9,15 +9,16 @@ use serde::Serialize;
 use crate::engine::merge::Record;
 use crate::kernel::drop_reason::DropReasons;
 use crate::os::monotonic_ns;
+use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
-use crate::run::session::{Consumer, Flow};
+use crate::run::session::Consumer;
 
 use super::answers::{Answer, Answers};
 use super::args::Args;
 use super::culprit::{Culprits, Names};
 use super::decode::{self, Event, Message};
-use super::present::{Presenter, json_line};
+use super::present::Presenter;
 use super::requests::{Part, Request, Requests};
 use super::stages::Stage;
 use super::summary::{ByCpu, FigureRow, Figures};
@@ -219,7 +220,7 @@ impl<'a> Session<'a> {
                 late_replies: self.sent.as_ref().map_or(0, |s| s.late_replies),
                 stages: self.figures.rows(),
             };
-            json_line(self.out, &row)?;
+            self.out.json_line(&row)?;
         } else {
             eprint!("{}", self.summary());
         }
@@ -261,7 +262,7 @@ impl<'a> Session<'a> {
 
     /// What the run lost: on stderr, and in JSON as the last record.
     pub fn loss(&mut self, loss: &Loss) -> Result<()> {
-        self.presenter.loss(self.out, loss)
+        loss.report(self.out)
     }
 }
 
@@ -269,7 +270,7 @@ impl Histograms {
     fn print(&mut self, out: &mut Output) -> Result<()> {
         if out.json() {
             for row in self.by_cpu.rows() {
-                json_line(out, &row)?;
+                out.json_line(&row)?;
             }
         } else {
             let text = self.by_cpu.text();

@@ -15,29 +15,31 @@ mod summary;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 
-use anyhow::{Context, Result, anyhow};
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags};
+use anyhow::{Context, Result};
+use libbpf_rs::MapCore;
+use libbpf_rs::skel::OpenSkel;
 
+use crate::bpf;
 use crate::bpf::icmp::{IcmpSkel, IcmpSkelBuilder};
-use crate::bpf::skb::types::np_config;
-use crate::bpf::{self, bytes_of};
 use crate::engine::drain::Drain;
+use crate::engine::merge::Record;
 use crate::filter::Filters;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
+use crate::run::Flow;
+use crate::run::config::Config;
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
 use crate::run::pins::Pins;
-use crate::run::session;
-use crate::run::{log, signals};
-use crate::tools::fields;
+use crate::run::session::{self, Consumer, Tool};
+use crate::run::{log, object, signals};
 
 use args::Args;
 use consumer::Session;
+use probes::Attached;
 
 pub fn run(args: &Args) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
@@ -72,38 +74,57 @@ pub fn run(args: &Args) -> Result<()> {
         pins.pin(&mut skel.maps.data_config, "config")?;
         pins.pin(&mut skel.maps.stats, "stats")?;
     }
-    set_config(&skel, &config)?;
+    let config = Config::set(&skel.maps.data_config, config)?;
 
     let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
     let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
     let attached = probes::attach(&skel, args)?;
     eprintln!("netprobe: {}", attached.summary());
-    let mut session = Session::new(args, reasons, &mut out)?;
-    output::ready(args.output.ready_file.as_deref())?;
-
-    let (received, ended) = session::run(drain, &stop, None, &mut session, || {
-        // From here on no probe sends anything; the links go when this function returns.
-        let paused = np_config {
-            fields: config.fields | fields::PAUSED,
-            ..config
-        };
-        if let Err(e) = set_config(&skel, &paused) {
-            eprintln!("netprobe: {e:#}");
-        }
-    });
-    ended?;
-    session.finish()?;
-    let mut loss = Loss {
-        received: received.events,
-        late: received.late,
-        undecodable: session.undecodable + received.short,
-        missed: attached.missed(),
-        ..Loss::default()
+    let mut icmp = Icmp {
+        session: Session::new(args, reasons, &mut out)?,
+        config,
+        attached,
+        stats: &skel.maps.stats,
+        _pins: pins,
     };
-    loss.add_stats(&skel.maps.stats)?;
-    session.loss(&loss)?;
-    drop(pins);
-    Ok(())
+    output::ready(args.output.ready_file.as_deref())?;
+    session::run(drain, &stop, None, &mut icmp)
+}
+
+/// The run: what it does with events, and what its end needs.
+struct Icmp<'a, M> {
+    session: Session<'a>,
+    config: Config<'a, M>,
+    attached: Attached,
+    stats: &'a M,
+    _pins: Option<Pins>,
+}
+
+impl<M: MapCore> Consumer for Icmp<'_, M> {
+    fn event(&mut self, record: Record<'_>) -> Result<Flow> {
+        self.session.event(record)
+    }
+
+    fn tick(&mut self) -> Result<Flow> {
+        self.session.tick()
+    }
+}
+
+impl<M: MapCore> Tool for Icmp<'_, M> {
+    fn pause(&mut self) -> Result<()> {
+        self.config.pause()
+    }
+
+    fn count(&mut self, loss: &mut Loss) -> Result<()> {
+        loss.undecodable += self.session.undecodable;
+        loss.missed += self.attached.missed();
+        loss.add_stats(self.stats)
+    }
+
+    fn report(&mut self, loss: &Loss) -> Result<()> {
+        let finished = self.session.finish();
+        finished.and(self.session.loss(loss))
+    }
 }
 
 /// Opens, configures and loads the programs that the run needs.
@@ -114,11 +135,7 @@ fn load<'a>(
     core: &CoreBtf,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<IcmpSkel<'a>> {
-    let mut builder = IcmpSkelBuilder::default();
-    builder.obj_builder.btf_custom_path(core.path())?;
-    let mut open = builder
-        .open(storage)
-        .context("failed to open the BPF object")?;
+    let mut open = object::open(IcmpSkelBuilder::default(), Some(core.path()), storage)?;
     let rodata = open
         .maps
         .rodata_data
@@ -143,15 +160,5 @@ fn load<'a>(
     args.transport.prepare(&mut open.maps.rings)?;
     probes::prepare(&mut open, args)?;
     filters.prepare(open.open_object_mut(), features)?;
-    open.load().map_err(|e| {
-        let log = log::take();
-        anyhow!("failed to load the BPF programs: {e:?}\n{log}")
-    })
-}
-
-fn set_config(skel: &IcmpSkel<'_>, config: &np_config) -> Result<()> {
-    skel.maps
-        .data_config
-        .update(&0u32.to_ne_bytes(), bytes_of(config), MapFlags::ANY)
-        .context("failed to set the filter")
+    object::load(open)
 }

@@ -8,9 +8,8 @@ use serde::Serialize;
 
 use crate::kernel::clock::WallClock;
 use crate::kernel::drop_reason::DropReasons;
-use crate::run::loss::Loss;
+use crate::run::Flow;
 use crate::run::output::Output;
-use crate::run::session::Flow;
 use crate::text::columns::{pad, push_time_of_day, us};
 use crate::text::escape::{escaped, push_escaped};
 
@@ -256,27 +255,12 @@ impl Presenter {
             culprit,
         }
     }
-
-    /// What the run lost: on stderr, and in JSON as the last record.
-    pub fn loss(&self, out: &mut Output, loss: &Loss) -> Result<()> {
-        loss.tell();
-        if out.json() && loss.any() {
-            json_line(out, &LossRow { kind: "loss", loss })?;
-        }
-        out.flush()
-    }
 }
 
 /// A stage in its column; `-` where it was not seen.
 pub(super) fn push_us(line: &mut Vec<u8>, ns: Option<u64>) {
     let value = ns.map_or_else(|| "-".into(), us);
     let _ = write!(line, " {value:>8}");
-}
-
-/// A JSON record that is no event.
-pub fn json_line(out: &mut Output, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_vec(value)?;
-    out.line(|b| b.extend_from_slice(&text))
 }
 
 /// `"%-7d %-7d %-15s %s" % (tgid, pid, comm, v0)`, where v0 is the sequence as it lies in memory (`int v0 = (int)seq` of a __be16).
@@ -353,14 +337,6 @@ struct SoftirqRow {
     irq: Option<u64>,
     raise: Option<u64>,
     entry: Option<u64>,
-}
-
-#[derive(Serialize)]
-struct LossRow<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    #[serde(flatten)]
-    loss: &'a Loss,
 }
 
 #[cfg(test)]

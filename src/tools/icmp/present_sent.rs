@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::run::Flow;
 use crate::run::output::Output;
-use crate::run::session::Flow;
 use crate::text::escape::escaped;
 
 use super::culprit::Names;

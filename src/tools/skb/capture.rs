@@ -6,7 +6,6 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
 
@@ -16,6 +15,7 @@ use crate::capture::linktype::Linktype;
 use crate::capture::pcapng::{Counters, Format, Interface, Packet, Section, Writer};
 use crate::event::link;
 use crate::kernel::clock::WallClock;
+use crate::run::stream::Stream;
 use crate::text::escape::escaped;
 
 use super::decode::{Data, Event};
@@ -60,7 +60,7 @@ impl<'d> Frame<'d> {
 
 /// A capture file that is being written.
 pub struct Capture {
-    writer: Writer<BufWriter<File>>,
+    writer: Writer<BufWriter<Stream>>,
     name: String,
     snaplen: u32,
     places: HashMap<Place, (u32, u64)>,
@@ -72,7 +72,7 @@ pub struct Capture {
 impl Capture {
     pub fn create(path: &Path, snaplen: u32) -> Result<Self> {
         let name = path.display().to_string();
-        let file = File::create(path).with_context(|| format!("failed to create {name}"))?;
+        let file = Stream::create(path).with_context(|| format!("failed to create {name}"))?;
         let section = Section {
             os: nix::sys::utsname::uname()
                 .ok()

@@ -9,7 +9,6 @@ use serde::Serialize;
 use crate::event::tuple::Tuple;
 use crate::event::tuple::proto_name;
 use crate::kernel::ksyms::Symbol;
-use crate::run::loss::Loss;
 use crate::text::escape::{Escaped, escaped};
 use crate::text::format::{Addr, Hex};
 
@@ -113,14 +112,6 @@ pub struct Frame<'a> {
     pub addr: Hex,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub symbol: Option<&'a Symbol>,
-}
-
-#[derive(Serialize)]
-pub struct LossRow<'a> {
-    #[serde(rename = "type")]
-    pub kind: &'static str,
-    #[serde(flatten)]
-    pub loss: &'a Loss,
 }
 
 /// Whose socket it is. `pid` and `comm` are null where nobody knows.

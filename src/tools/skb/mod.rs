@@ -20,12 +20,12 @@ mod track;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 
-use anyhow::{Context, Result, anyhow};
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, OpenMapMut};
+use anyhow::{Context, Result};
+use libbpf_rs::skel::OpenSkel;
+use libbpf_rs::{MapCore, OpenMapMut};
 
 use crate::bpf;
-use crate::bpf::skb::{SkbSkel, SkbSkelBuilder, types};
+use crate::bpf::skb::{SkbSkel, SkbSkelBuilder};
 use crate::engine::drain::Drain;
 use crate::engine::merge::Record;
 use crate::filter::Filters;
@@ -34,15 +34,17 @@ use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
+use crate::run::Flow;
+use crate::run::config::Config;
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
 use crate::run::pins::Pins;
-use crate::run::session::{self, Consumer, Flow};
-use crate::run::{log, signals};
-use crate::tools::fields;
+use crate::run::session::{self, Consumer, Tool};
+use crate::run::{log, object, signals};
 use crate::usage::usage;
 
 use args::Args;
+use attached::Attached;
 use capture::Capture;
 use helpers::Helpers;
 use members::Members;
@@ -126,44 +128,41 @@ pub fn run(args: &Args) -> Result<()> {
         pins.pin(&mut skel.maps.data_config, "config")?;
         pins.pin(&mut skel.maps.stats, "stats")?;
     }
-    set_config(&skel, &config)?;
+    let config = Config::set(&skel.maps.data_config, config)?;
 
     let (events, rings) = (skel.maps.events.as_fd(), skel.maps.rings.as_fd());
     let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
-    let pause = || {
-        // From here on no probe sends anything; the links go later.
-        let paused = types::np_config {
-            fields: config.fields | fields::PAUSED,
-            ..config
-        };
-        if let Err(e) = set_config(&skel, &paused) {
-            eprintln!("netprobe: {e:#}");
+    let attached = match plan.attach(&skel, &stop) {
+        Ok(attached) => attached,
+        Err(e) => {
+            // The kernel may be busy for a while removing single kprobes.
+            config.pause()?;
+            return Err(e);
         }
     };
-    let shown = plan.attach(&skel, &stop).and_then(|attached| {
-        eprintln!("netprobe: {}", attached.summary());
-        let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
-        let watched = Watched {
-            filters: &filters,
-            xdp_filter: xdp_members.as_ref(),
-            members: &members,
-            xdp_members: &xdp_shown,
-        };
-        let helpers = match btf {
-            Some(btf) => Some(Helpers::new(args, attached.backend(), &btf, &skel)?),
-            None => None,
-        };
-        let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
-        let names = attached.names().clone();
-        let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
-        presenter.hooks(attached.netfilter_hooks());
-        if let Some(programs) = &mut programs {
-            presenter.programs(programs.start()?);
-        }
-        presenter.header(&mut out)?;
-        output::ready(args.output.ready_file.as_deref())?;
-
-        let mut consumer = Lines {
+    eprintln!("netprobe: {}", attached.summary());
+    let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
+    let watched = Watched {
+        filters: &filters,
+        xdp_filter: xdp_members.as_ref(),
+        members: &members,
+        xdp_members: &xdp_shown,
+    };
+    let helpers = match btf {
+        Some(btf) => Some(Helpers::new(args, attached.backend(), &btf, &skel)?),
+        None => None,
+    };
+    let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
+    let names = attached.names().clone();
+    let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
+    presenter.hooks(attached.netfilter_hooks());
+    if let Some(programs) = &mut programs {
+        presenter.programs(programs.start()?);
+    }
+    presenter.header(&mut out)?;
+    output::ready(args.output.ready_file.as_deref())?;
+    let mut run = Skb {
+        lines: Lines {
             presenter: &mut presenter,
             capture,
             out: &mut out,
@@ -171,33 +170,54 @@ pub fn run(args: &Args) -> Result<()> {
             snap_len: args.snap_len() as usize,
             programs,
             undecodable: 0,
-        };
-        let (received, ended) = session::run(drain, &stop, None, &mut consumer, pause);
-        drop(pins);
-        let Lines {
-            capture,
-            programs,
-            undecodable,
-            ..
-        } = consumer;
-        let mut loss = Loss {
-            received: received.events,
-            late: received.late,
-            undecodable: undecodable + received.short,
-            missed: attached.missed() + programs.as_ref().map_or(0, Programs::missed),
-            ..Loss::default()
-        };
-        // After an error too, as far as it goes: the first error is the one that is told.
-        let counted = loss.add_stats(&skel.maps.stats);
-        let captured = capture.map_or(Ok(()), |capture| capture.finish(loss.lost));
-        let told = presenter.loss(&mut out, &loss);
-        ended.and(counted).and(captured).and(told)
-    });
-    if shown.is_err() {
-        // It may have ended before the session began; the kernel may still be busy removing single kprobes.
-        pause();
+        },
+        config,
+        attached,
+        stats: &skel.maps.stats,
+        _pins: pins,
+    };
+    session::run(drain, &stop, None, &mut run)
+}
+
+/// The run: what it does with events, and what its end needs.
+struct Skb<'a, 'p, M> {
+    lines: Lines<'a, 'p>,
+    config: Config<'a, M>,
+    attached: Attached,
+    stats: &'a M,
+    _pins: Option<Pins>,
+}
+
+impl<M: MapCore> Consumer for Skb<'_, '_, M> {
+    fn event(&mut self, record: Record<'_>) -> Result<Flow> {
+        self.lines.event(record)
     }
-    shown
+
+    fn tick(&mut self) -> Result<Flow> {
+        self.lines.tick()
+    }
+}
+
+impl<M: MapCore> Tool for Skb<'_, '_, M> {
+    fn pause(&mut self) -> Result<()> {
+        self.config.pause()
+    }
+
+    fn count(&mut self, loss: &mut Loss) -> Result<()> {
+        let programs = self.lines.programs.as_ref().map_or(0, Programs::missed);
+        loss.undecodable += self.lines.undecodable;
+        loss.missed += self.attached.missed() + programs;
+        loss.add_stats(self.stats)
+    }
+
+    fn close(&mut self, loss: &Loss) -> Result<()> {
+        let capture = self.lines.capture.take();
+        capture.map_or(Ok(()), |capture| capture.finish(loss.lost))
+    }
+
+    fn report(&mut self, loss: &Loss) -> Result<()> {
+        loss.report(self.lines.out)
+    }
 }
 
 /// Opens, configures and loads the programs: those that the plan needs, as kprobe or kprobe.multi.
@@ -208,16 +228,8 @@ fn load<'a>(
     core: Option<&CoreBtf>,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<SkbSkel<'a>> {
-    let mut builder = SkbSkelBuilder::default();
-    if let Some(file) = args.kernel_btf.clone().or(core.map(CoreBtf::path)) {
-        builder
-            .obj_builder
-            .btf_custom_path(file)
-            .context("--kernel-btf")?;
-    }
-    let mut open = builder
-        .open(storage)
-        .context("failed to open the BPF object")?;
+    let btf = args.kernel_btf.clone().or(core.map(CoreBtf::path));
+    let mut open = object::open(SkbSkelBuilder::default(), btf, storage)?;
     let rodata = open
         .maps
         .rodata_data
@@ -271,19 +283,7 @@ fn load<'a>(
     args.transport.prepare(&mut open.maps.rings)?;
     plan.prepare(&mut open);
     filters.prepare(open.open_object_mut(), features)?;
-    open.load().map_err(|e| {
-        let log = log::take();
-        anyhow!("failed to load the BPF programs: {e:?}\n{log}")
-    })
-}
-
-fn set_config(skel: &SkbSkel<'_>, config: &types::np_config) -> Result<()> {
-    // SAFETY: np_config is Plain: its bytes are its value.
-    let bytes = unsafe { plain::as_bytes(config) };
-    skel.maps
-        .data_config
-        .update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY)
-        .context("failed to set the filter")
+    object::load(open)
 }
 
 /// Events to lines.

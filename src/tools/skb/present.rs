@@ -12,9 +12,8 @@ use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::SocketHolders;
-use crate::run::loss::Loss;
+use crate::run::Flow;
 use crate::run::output::Output;
-use crate::run::session::Flow;
 use crate::text::columns::{Again, pad, push_time_of_day};
 use crate::text::escape::{escaped, push_escaped};
 use crate::text::format::{self, Hex, push_dec, push_hex};
@@ -22,7 +21,7 @@ use crate::text::format::{self, Hex, push_dec, push_hex};
 use super::args::{Args, Timestamp};
 use super::decode::{Event, Meta, Owner, Point};
 use super::extras::{Extras, Shown, cb_words};
-use super::json::{Frame, LossRow, MapRow, OwnerRow, ProgramRow, Row, packet_name};
+use super::json::{Frame, MapRow, OwnerRow, ProgramRow, Row, packet_name};
 use super::json_again::{Tails, When};
 use super::members::Members;
 use super::netfilter::Who;
@@ -561,16 +560,6 @@ impl Presenter {
         let stack = event.stack.as_ref();
         row.stack = stack.map(|s| s.iter().map(|&addr| self.frame(addr)).collect());
         row
-    }
-
-    /// What the run lost: on stderr, and in JSON as the last record.
-    pub fn loss(&self, out: &mut Output, loss: &Loss) -> Result<()> {
-        loss.tell();
-        if out.json() && loss.any() {
-            let text = serde_json::to_vec(&LossRow { kind: "loss", loss })?;
-            out.line(|b| b.extend_from_slice(&text))?;
-        }
-        out.flush()
     }
 }
 

@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 use serde::Serialize;
 
+use crate::run::Flow as Go;
 use crate::run::output::Output;
-use crate::run::session::Flow as Go;
 use crate::text::columns::pad;
 
 use super::decode::{self, Flow};

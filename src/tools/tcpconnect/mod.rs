@@ -25,9 +25,10 @@ use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::Ahead;
+use crate::run::Flow;
 use crate::run::loss::{CpuStats, Loss};
 use crate::run::output::{self, Output};
-use crate::run::session::{self, Consumer, Flow, Received};
+use crate::run::session::{self, Consumer, Tool};
 use crate::run::{log, signals};
 use crate::usage::UsageError;
 
@@ -68,7 +69,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut out = Output::open(&args.output)?;
     let mut storages = [const { MaybeUninit::uninit() }; 3];
     let mut storages = storages.iter_mut();
-    let (skel, drain, mut attached) = loop {
+    let (skel, drain, attached) = loop {
         let (Some(pair), Some(storage)) = (pairs.next(), storages.next()) else {
             bail!("no way to see the return of connect");
         };
@@ -92,6 +93,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut consumer = Lines {
         args,
         skel: &skel,
+        attached,
         presenter: &mut presenter,
         out: &mut out,
         names: Names::default(),
@@ -101,22 +103,7 @@ pub fn run(args: &Args) -> Result<()> {
             .map(|s| Instant::now() + Duration::from_secs(s)),
         undecodable: 0,
     };
-    let (received, ended) = session::run(drain, &stop, None, &mut consumer, || attached.detach());
-    let undecodable = consumer.undecodable;
-    ended?;
-    if args.count {
-        let counts = counts::read(&skel.maps.counts)?;
-        counts::print(&mut out, &counts, args.top, args.lport)?;
-    }
-    let loss = loss(&skel, &attached, received, undecodable)?;
-    Presenter::loss(&mut out, &loss)?;
-    if args.outcome {
-        let pending = skel.maps.pending.keys().count();
-        if pending > 0 {
-            eprintln!("netprobe: {pending} connects were not decided yet");
-        }
-    }
-    Ok(())
+    session::run(drain, &stop, None, &mut consumer)
 }
 
 /// Loads and attaches, with the buffers read from the first event on.
@@ -133,26 +120,6 @@ fn start<'a>(
     let drain = Drain::start(args.transport.source(events, rings), args.engine.buffer())?;
     let attached = probes::attach(args, kernel, pair, &skel)?;
     Ok((skel, drain, attached))
-}
-
-/// What the run lost, connects whose return was not seen included: each connect that is not told counts once.
-fn loss(
-    skel: &TcpconnectSkel<'_>,
-    attached: &Attached,
-    received: Received,
-    undecodable: u64,
-) -> Result<Loss> {
-    let mut loss = Loss {
-        received: received.events,
-        late: received.late,
-        undecodable: undecodable + received.short,
-        missed: attached.missed(),
-        ..Loss::default()
-    };
-    loss.add_stats(&skel.maps.stats)?;
-    // A thread that entered connect and was not seen to return.
-    loss.unreturned = skel.maps.inside.keys().count() as u64 + overwritten(skel)?;
-    Ok(loss)
 }
 
 /// Entries that a later connect of the same thread took the place of: np_stats.hits.
@@ -177,6 +144,7 @@ fn overwritten(skel: &TcpconnectSkel<'_>) -> Result<u64> {
 struct Lines<'a, 'o> {
     args: &'a Args,
     skel: &'a TcpconnectSkel<'o>,
+    attached: Attached,
     presenter: &'a mut Presenter,
     out: &'a mut Output,
     names: Names,
@@ -229,5 +197,37 @@ impl Consumer for Lines<'_, '_> {
         }
         self.out.flush()?;
         Ok(Flow::Continue)
+    }
+}
+
+impl Tool for Lines<'_, '_> {
+    fn pause(&mut self) -> Result<()> {
+        self.attached.detach();
+        Ok(())
+    }
+
+    fn count(&mut self, loss: &mut Loss) -> Result<()> {
+        let maps = &self.skel.maps;
+        loss.undecodable += self.undecodable;
+        loss.missed += self.attached.missed();
+        // A thread that entered connect and was not seen to return.
+        loss.unreturned += maps.inside.keys().count() as u64 + overwritten(self.skel)?;
+        loss.add_stats(&maps.stats)
+    }
+
+    fn report(&mut self, loss: &Loss) -> Result<()> {
+        let counted = if self.args.count {
+            counts::read(&self.skel.maps.counts)
+                .and_then(|counts| counts::print(self.out, &counts, self.args.top, self.args.lport))
+        } else {
+            Ok(Flow::Stop)
+        };
+        if self.args.outcome {
+            let pending = self.skel.maps.pending.keys().count();
+            if pending > 0 {
+                eprintln!("netprobe: {pending} connects were not decided yet");
+            }
+        }
+        counted.and(loss.report(self.out))
     }
 }

@@ -10,9 +10,8 @@ use crate::kernel::clock::WallClock;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::listen;
-use crate::run::loss::Loss;
+use crate::run::Flow;
 use crate::run::output::Output;
-use crate::run::session::Flow;
 use crate::text::columns::pad;
 use crate::text::escape::{escaped, push_escaped};
 
@@ -290,16 +289,6 @@ impl Presenter {
             stacks: row.stacks,
         }
     }
-
-    /// What the run lost: on stderr, and in JSON as the last record.
-    pub fn loss(out: &mut Output, loss: &Loss) -> Result<()> {
-        loss.tell();
-        if out.json() && loss.any() {
-            let text = serde_json::to_vec(&LossJson { kind: "loss", loss })?;
-            out.line(|b| b.extend_from_slice(&text))?;
-        }
-        out.flush()
-    }
 }
 
 /// One JSON object a line; the names are documented in README.md. Zeros are kept; a field is missing only where it was not asked for.
@@ -368,12 +357,4 @@ struct Drop {
     reason: Option<String>,
     at: String,
     packets: u32,
-}
-
-#[derive(Serialize)]
-struct LossJson<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    #[serde(flatten)]
-    loss: &'a Loss,
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
+use libbpf_rs::skel::{OpenSkel, Skel};
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramMut};
 
 use crate::bpf::tcpconnect::{OpenTcpconnectSkel, TcpconnectSkel, TcpconnectSkelBuilder, types};
@@ -16,7 +16,7 @@ use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::{self, Targets};
-use crate::run::log;
+use crate::run::object;
 use crate::usage::usage;
 
 use super::args::{Args, Filter, FilterArgs};
@@ -97,11 +97,7 @@ pub fn load<'a>(
     pair: Pair,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<TcpconnectSkel<'a>> {
-    let mut builder = TcpconnectSkelBuilder::default();
-    builder.obj_builder.btf_custom_path(core.path())?;
-    let mut open = builder
-        .open(storage)
-        .context("failed to open the BPF object")?;
+    let mut open = object::open(TcpconnectSkelBuilder::default(), Some(core.path()), storage)?;
     let rodata = open
         .maps
         .rodata_data
@@ -133,11 +129,8 @@ pub fn load<'a>(
     let loaded = kernel
         .targets
         .prepare(open.open_object_mut(), crate::filter::prune);
-    let loaded = loaded.and_then(|()| Ok(open.load()?));
-    let skel = loaded.map_err(|e| {
-        let log = log::take();
-        anyhow!("failed to load the BPF programs: {e:?}\n{log}")
-    })?;
+    loaded.map_err(object::failed)?;
+    let skel = object::load(open)?;
     fill_filters(filter, &theirs, &skel)?;
     Ok(skel)
 }

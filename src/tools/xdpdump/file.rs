@@ -1,8 +1,8 @@
 //! `-w`: packets into capture files, one or a rotating row of them.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::fs;
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::capture::linktype::Linktype;
 use crate::capture::pcapng::{Counters, Format, Interface, Packet, Section, Writer};
+use crate::run::stream::Stream;
 
 /// Bytes gathered before a write; a tick writes what there is.
 const BUFFER: usize = 1 << 20;
@@ -29,7 +30,7 @@ impl Rotation {
     }
 }
 
-type Sink = Writer<BufWriter<Box<dyn Write>>>;
+type Sink = Writer<BufWriter<Stream>>;
 
 /// Writes packets, and begins another file when the rotation says so: each file can be read alone.
 pub struct CaptureFile {
@@ -143,12 +144,10 @@ fn begin(
     interfaces: &[Interface],
     (snaplen, linktype): (u32, Linktype),
 ) -> Result<Sink> {
-    let out: Box<dyn Write> = if path == Path::new("-") {
-        Box::new(io::stdout())
+    let out = if path == Path::new("-") {
+        Stream::stdout().context("failed to open stdout")?
     } else {
-        Box::new(
-            File::create(path).with_context(|| format!("failed to create {}", path.display()))?,
-        )
+        Stream::create(path).with_context(|| format!("failed to create {}", path.display()))?
     };
     let failed = || format!("failed to write to {}", path.display());
     let mut writer = Writer::new(

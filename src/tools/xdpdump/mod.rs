@@ -30,9 +30,10 @@ use crate::kernel::clock::WallClock;
 use crate::kernel::features::Features;
 use crate::kernel::netns::Netns;
 use crate::kernel::{netdev, xdp};
+use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output;
-use crate::run::session::{self, Consumer, Flow};
+use crate::run::session::{self, Consumer, Tool};
 use crate::run::{log, signals};
 use crate::usage::UsageError;
 
@@ -130,7 +131,7 @@ fn capture(args: &Args) -> Result<()> {
         .map(|planned| planned.ifindex)
         .collect::<Vec<_>>();
     let mut error_storage = MaybeUninit::uninit();
-    let mut errors = match Errors::begin(&ifindices, events.as_fd(), &mut error_storage) {
+    let errors = match Errors::begin(&ifindices, events.as_fd(), &mut error_storage) {
         Ok(errors) => Some(errors),
         Err(error) => {
             eprintln!(
@@ -150,50 +151,21 @@ fn capture(args: &Args) -> Result<()> {
     let _watch = Watch::start(chains)?;
     output::ready(args.output.ready_file.as_deref())?;
 
-    let mut consumer = Live {
+    let deadline = args.duration().map(|duration| Instant::now() + duration);
+    let mut live = Live {
+        stats: probes.iter().map(Probe::stats).collect::<Result<_>>()?,
         sink: &mut sink,
         clock,
         captured: 0,
         limit: args.limit(),
         undecodable: 0,
         pairs: args.diff.then(Pairs::default),
-        stats: probes.iter().map(Probe::stats).collect::<Result<_>>()?,
         lost: 0,
+        probes,
+        errors,
+        begun,
     };
-    let deadline = args.duration().map(|duration| Instant::now() + duration);
-    let mut taken_away = Ok(());
-    let (received, ended) = session::run(drain, &stop, deadline, &mut consumer, || {
-        if let Some(errors) = &mut errors {
-            errors.end();
-        }
-        for probe in &mut probes {
-            let ended = probe.end();
-            if taken_away.is_ok() {
-                taken_away = ended;
-            }
-        }
-        xdp::settle();
-    });
-    let (captured, undecodable) = (consumer.captured, consumer.undecodable);
-    ended?;
-    let mut loss = Loss {
-        received: received.events,
-        late: received.late,
-        undecodable: undecodable + received.short,
-        ..Loss::default()
-    };
-    if let Some(errors) = &errors {
-        errors.add_loss(&mut loss)?;
-    }
-    let (mut counts, mut total) = (Vec::new(), Counts::default());
-    for probe in &probes {
-        probe.add_loss(&mut loss)?;
-        let of_probe = probe.counts()?;
-        total.add(&of_probe);
-        counts.extend(probe.sources().iter().map(|_| of_probe));
-    }
-    sink.finish(&counts, total, captured, &loss, begun)?;
-    taken_away
+    session::run(drain, &stop, deadline, &mut live)
 }
 
 /// Decides what is to be watched at an interface.
@@ -440,6 +412,9 @@ struct Live<'a> {
     /// The counters of all probes, to tell in the file where packets were lost.
     stats: Vec<MapHandle>,
     lost: u64,
+    probes: Vec<Probe<'a>>,
+    errors: Option<Errors<'a>>,
+    begun: SystemTime,
 }
 
 impl Live<'_> {
@@ -454,6 +429,46 @@ impl Live<'_> {
         self.sink.lost(loss.lost - self.lost);
         self.lost = loss.lost;
         Ok(())
+    }
+}
+
+impl Tool for Live<'_> {
+    /// Takes the programs away: what they have sent until then can still be read.
+    fn pause(&mut self) -> Result<()> {
+        if let Some(errors) = &mut self.errors {
+            errors.end();
+        }
+        let ended = self.probes.iter_mut().map(Probe::end);
+        let ended = ended.fold(Ok(()), Result::and);
+        xdp::settle();
+        ended
+    }
+
+    fn count(&mut self, loss: &mut Loss) -> Result<()> {
+        loss.undecodable += self.undecodable;
+        if let Some(errors) = &self.errors {
+            errors.add_loss(loss)?;
+        }
+        self.probes
+            .iter()
+            .try_for_each(|probe| probe.add_loss(loss))
+    }
+
+    fn close(&mut self, _loss: &Loss) -> Result<()> {
+        let mut of_sources = Vec::new();
+        for probe in &self.probes {
+            let counts = probe.counts()?;
+            of_sources.extend(probe.sources().iter().map(|_| counts));
+        }
+        self.sink.close(&of_sources, self.begun)
+    }
+
+    fn report(&mut self, loss: &Loss) -> Result<()> {
+        let mut total = Counts::default();
+        for probe in &self.probes {
+            total.add(&probe.counts()?);
+        }
+        self.sink.report(total, self.captured, loss)
     }
 }
 

@@ -11,9 +11,9 @@ use crate::event::line::{self, Line};
 use crate::event::link::{self, Frame, Link};
 use crate::event::packet::{Mac, Net, Transport, protocol_name};
 use crate::kernel::clock::time_of_day;
+use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
-use crate::run::session::Flow;
 use crate::text::escape::{escaped, push_escaped};
 
 use super::args::Args;
@@ -216,12 +216,11 @@ pub fn summary(out: &mut Output, sum: Counts, captured: u64, loss: &Loss) -> Res
             matched: sum.matched,
             seen: sum.seen,
         };
-        out.line(|buffer| {
-            // Numbers and one constant string always serialize.
-            let _ = serde_json::to_writer(buffer, &record);
-        })?;
+        out.json_line(&record)?;
     }
-    out.flush()
+    out.flush()?;
+    out.report_unwritten();
+    Ok(())
 }
 
 /// A packet that ends within its link header.

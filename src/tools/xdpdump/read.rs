@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 
 use crate::capture::savefile::Reader;
 use crate::filter::pcap::Packets;
+use crate::run::Flow;
 use crate::run::output::Output;
-use crate::run::session::Flow;
 
 use super::args::Args;
 use super::present::{Presenter, Shown};

@@ -8,9 +8,9 @@ use anyhow::Result;
 use crate::capture::linktype::Linktype;
 use crate::capture::pcapng::{Counters, Direction, Interface, Packet};
 use crate::event::link;
+use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
-use crate::run::session::Flow;
 
 use super::args::Args;
 use super::decode::{Point, Seen};
@@ -239,29 +239,27 @@ impl Sink {
         }
     }
 
-    /// Statistics blocks and the summary. `counts`: of each source, in their order.
-    pub fn finish(
-        &mut self,
-        counts: &[Counts],
-        total: Counts,
-        captured: u64,
-        loss: &Loss,
-        begun: SystemTime,
-    ) -> Result<()> {
-        if let Kind::File { file, .. } = &mut self.kind {
-            for (interface, counts) in counts.iter().enumerate() {
-                let counters = Counters {
-                    start: nanoseconds(begun),
-                    end: nanoseconds(SystemTime::now()),
-                    received: Some(counts.seen),
-                    accepted: Some(counts.matched),
-                    dropped: Some(counts.lost),
-                    delivered: Some(counts.sent.saturating_sub(counts.lost)),
-                };
-                file.statistics(interface as u32, &counters)?;
-            }
-            file.flush()?;
+    /// The statistics blocks of a capture file. `counts`: of each source, in their order.
+    pub fn close(&mut self, counts: &[Counts], begun: SystemTime) -> Result<()> {
+        let Kind::File { file, .. } = &mut self.kind else {
+            return Ok(());
+        };
+        for (interface, counts) in counts.iter().enumerate() {
+            let counters = Counters {
+                start: nanoseconds(begun),
+                end: nanoseconds(SystemTime::now()),
+                received: Some(counts.seen),
+                accepted: Some(counts.matched),
+                dropped: Some(counts.lost),
+                delivered: Some(counts.sent.saturating_sub(counts.lost)),
+            };
+            file.statistics(interface as u32, &counters)?;
         }
+        file.flush()
+    }
+
+    /// The summary.
+    pub fn report(&mut self, total: Counts, captured: u64, loss: &Loss) -> Result<()> {
         for (words, count) in &self.errors {
             eprintln!("netprobe: {count} times: {words}");
         }

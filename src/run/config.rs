@@ -1,0 +1,39 @@
+//! The map `config` of a run's programs, pinned for `netprobe ctl`: field filters, and whether the run is paused.
+
+use anyhow::{Context, Result};
+use libbpf_rs::{MapCore, MapFlags};
+
+use crate::bpf::bytes_of;
+use crate::bpf::skb::types::np_config;
+
+/// Set in `np_config.fields`: no program sends any more (NP_PAUSED of config.h).
+pub const PAUSED: u32 = 1 << 31;
+
+/// A run's configuration, as the programs read it.
+pub struct Config<'a, M> {
+    map: &'a M,
+    value: np_config,
+}
+
+impl<'a, M: MapCore> Config<'a, M> {
+    /// Writes `value` into the map.
+    pub fn set(map: &'a M, value: np_config) -> Result<Self> {
+        let config = Self { map, value };
+        config.write(&value)?;
+        Ok(config)
+    }
+
+    /// From here on no program sends anything.
+    pub fn pause(&self) -> Result<()> {
+        self.write(&np_config {
+            fields: self.value.fields | PAUSED,
+            ..self.value
+        })
+    }
+
+    fn write(&self, value: &np_config) -> Result<()> {
+        self.map
+            .update(&0u32.to_ne_bytes(), bytes_of(value), MapFlags::ANY)
+            .context("failed to set the filter")
+    }
+}
