@@ -51,7 +51,7 @@ impl From<anyhow::Error> for End {
 }
 
 /// Hands events to `tool` until `stop` has a message, `deadline` has passed, the tool stops or an error ends it. The end is the same
-/// whatever the cause: pause, the last events (not after an error: nobody can take them), counters, capture files, loss. The first
+/// whatever the cause: pause, the last events, counters, capture files, loss. The first
 /// error of all that is the run's.
 pub fn run(
     drain: Drain,
@@ -69,10 +69,8 @@ pub fn run(
     drain.stop();
     let ended = match end {
         End::Error(e) => {
-            // Let the threads finish; what they bring cannot be shown any more.
-            while let Ok(batch) = drain.batches.recv() {
-                state.count(&batch);
-            }
+            // What goes wrong from here on has the same cause.
+            let _ = state.rest(&drain, tool);
             Err(e)
         }
         End::Stop => state.rest(&drain, tool),
@@ -157,25 +155,28 @@ impl Loop {
         result
     }
 
-    /// The last batches, after the programs have been paused. After a limit the consumer goes on answering `Stop`, and the rest is
-    /// only counted.
+    /// The last batches, after the programs have been paused: after a limit they are only counted. An error is no reason to keep the rest
+    /// from the tool: an output that has failed counts the lines.
     fn rest(&mut self, drain: &Drain, consumer: &mut dyn Tool) -> Result<()> {
-        let mut stopped = false;
+        let (mut stopped, mut result) = (false, Ok(()));
         while let Ok(batch) = drain.batches.recv() {
             self.count(&batch);
             if stopped {
                 continue;
             }
             self.merge.push(batch);
-            match self.merge.drain(|record| match consumer.event(record)? {
-                Flow::Continue => Ok(()),
-                Flow::Stop => Err(End::Stop),
-            }) {
-                Ok(()) => {}
-                Err(End::Stop) => stopped = true,
-                Err(End::Error(e)) => return Err(e),
-            }
+            let end = self.merge.drain(|record| match consumer.event(record) {
+                Ok(Flow::Continue) => Ok(()),
+                Ok(Flow::Stop) => Err(()),
+                Err(e) => {
+                    if result.is_ok() {
+                        result = Err(e);
+                    }
+                    Ok(())
+                }
+            });
+            stopped = end.is_err();
         }
-        consumer.tick().map(|_| ())
+        result.and(consumer.tick().map(|_| ()))
     }
 }

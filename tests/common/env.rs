@@ -129,6 +129,18 @@ fn lockdown() -> Option<String> {
     Some(rest.split_once(']')?.0.to_owned())
 }
 
+/// Mounts bpffs where a fresh machine has none.
+pub fn mount_bpffs() {
+    let path = "/sys/fs/bpf";
+    let is_there = nix::sys::statfs::statfs(path)
+        .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC);
+    if !is_there {
+        let none: Option<&str> = None;
+        // Who is not root has no case that needs it.
+        let _ = mount(Some("bpf"), path, Some("bpf"), MsFlags::empty(), none);
+    }
+}
+
 /// The names of all functions in kallsyms.
 fn functions() -> HashSet<String> {
     let text = read("/proc/kallsyms");

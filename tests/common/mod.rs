@@ -53,7 +53,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 pub use case::{Case, case, run};
-pub use env::Env;
+pub use env::{Env, mount_bpffs};
 pub use netns::{Netns, Pair};
 pub use probe::{Finished, Netprobe, Running, binary};
 pub use traffic::TcpServer;

@@ -13,6 +13,7 @@ mod harness;
 mod icmp;
 mod icmp_identity;
 mod icmp_more;
+mod run_ends;
 mod skb;
 mod skb_ends;
 mod skb_more;
@@ -33,6 +34,7 @@ fn main() {
     // Whoever starts the tests may ignore it (nohup); netprobe would inherit that.
     // SAFETY: the default action runs no code of ours.
     unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+    common::mount_bpffs();
     let mut cases = Vec::new();
     cases.extend(harness::cases());
     cases.extend(icmp::cases());
@@ -51,6 +53,7 @@ fn main() {
     cases.extend(xdpchain::cases());
     cases.extend(skb::cases());
     cases.extend(skb_ends::cases());
+    cases.extend(run_ends::cases());
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_more::cases());
