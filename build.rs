@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use libbpf_cargo::SkeletonBuilder;
 use libbpf_rs::Linker;
 use libbpf_rs::btf::{Btf, BtfType, TypeId};
+use object::{Object, ObjectSection};
 
 fn main() -> Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
@@ -64,21 +65,12 @@ impl BtfExt {
     const RELOCATIONS: usize = 24;
     const RELOCATION_BYTES: usize = 28;
 
-    fn of(object: &Path) -> Result<Self> {
-        let bytes = fs::read(object)?;
-        // ELF-64: where section headers are, how long and how many; of each, where the section is in the file.
-        let section = |i: usize| {
-            let header = number(&bytes, 0x28, 8)? + i * number(&bytes, 0x3a, 2)?;
-            number(&bytes, header + 0x18, 8)
-        };
-        // Magic, version 1, no flags, 32 bytes of header or more: those of .BTF are 24.
-        let begins = |&at: &usize| {
-            bytes.get(at..at + 4) == Some(&[0x9f, 0xeb, 1, 0])
-                && number(&bytes, at + 4, 4).is_some_and(|header| header >= 32)
-        };
-        let sections = number(&bytes, 0x3c, 2).unwrap_or(0);
-        let at = (1..sections).filter_map(section).find(begins);
-        let at = at.context("no .BTF.ext")?;
+    fn of(path: &Path) -> Result<Self> {
+        let bytes = fs::read(path)?;
+        let elf = object::File::parse(&*bytes)?;
+        let section = elf.section_by_name(".BTF.ext").context("no .BTF.ext")?;
+        let (at, _) = section.file_range().context("an empty .BTF.ext")?;
+        let at = usize::try_from(at)?;
         Ok(Self { bytes, at })
     }
 

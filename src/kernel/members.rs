@@ -229,7 +229,7 @@ pub fn closest(wanted: &str, mut names: Vec<String>) -> Vec<String> {
         .map(|name| {
             let part = wanted.len() >= 3
                 && (name.contains(wanted) || wanted.contains(&name) && name.len() >= 3);
-            let distance = distance(wanted, &name);
+            let distance = strsim::levenshtein(wanted, &name);
             (if part { distance.min(2) } else { distance }, name)
         })
         .filter(|(distance, _)| *distance <= far)
@@ -240,22 +240,6 @@ pub fn closest(wanted: &str, mut names: Vec<String>) -> Vec<String> {
         .take(SUGGESTIONS)
         .map(|(_, name)| name)
         .collect()
-}
-
-/// Letters to add, remove or change (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

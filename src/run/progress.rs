@@ -1,49 +1,28 @@
 //! Progress of long work (attaching, building an index) as one line on a terminal; silent in a pipe.
 
-use std::io::{IsTerminal, Write};
-use std::time::{Duration, Instant};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// One line that is written over as the work goes on.
+/// One line that is written over as the work goes on, and removed at its end.
 #[derive(Debug)]
-pub struct Progress {
-    what: &'static str,
-    total: usize,
-    on: bool,
-    shown: Option<Instant>,
-}
+pub struct Progress(ProgressBar);
 
 impl Progress {
     pub fn new(what: &'static str, total: usize) -> Self {
-        Self {
-            what,
-            total,
-            on: std::io::stderr().is_terminal(),
-            shown: None,
-        }
+        // Draws nothing where stderr is no terminal.
+        let target = ProgressDrawTarget::stderr_with_hz(10);
+        let bar = ProgressBar::with_draw_target(Some(total as u64), target).with_message(what);
+        let style = ProgressStyle::with_template("{msg} {pos}/{len}");
+        Self(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())))
     }
 
     /// Shows `done` of the total, at most ten times a second.
     pub fn at(&mut self, done: usize) {
-        if self.on
-            && self
-                .shown
-                .is_none_or(|t| t.elapsed() >= Duration::from_millis(100))
-        {
-            self.shown = Some(Instant::now());
-            let _ = write!(
-                std::io::stderr(),
-                "\r{} {done}/{}\x1b[K",
-                self.what,
-                self.total
-            );
-        }
+        self.0.set_position(done as u64);
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if self.shown.is_some() {
-            let _ = write!(std::io::stderr(), "\r\x1b[K");
-        }
+        self.0.finish_and_clear();
     }
 }

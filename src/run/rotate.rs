@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use jiff::Timestamp;
 
 use super::stream::Stream;
 
@@ -226,14 +227,9 @@ fn remove(path: &Path) -> io::Result<()> {
 
 /// `2026-11-21T22-50-00.123`, UTC.
 fn stamp(ms: u64) -> String {
-    let (s, ms) = (ms / 1000, ms % 1000);
-    let (year, month, day) = civil(s / 86_400);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}-{:02}-{:02}.{ms:03}",
-        s / 3600 % 24,
-        s / 60 % 60,
-        s % 60
-    )
+    let ms = i64::try_from(ms).unwrap_or(i64::MAX);
+    let time = Timestamp::from_millisecond(ms).unwrap_or(Timestamp::MAX);
+    time.strftime("%Y-%m-%dT%H-%M-%S.%3f").to_string()
 }
 
 fn is_stamp(text: &str) -> bool {
@@ -243,23 +239,6 @@ fn is_stamp(text: &str) -> bool {
             b'0' => b.is_ascii_digit(),
             f => b == f,
         })
-}
-
-/// Year, month and day of a day since 1970 (the Gregorian calendar repeats every 400 years of 146,097 days).
-fn civil(days: u64) -> (u64, u64, u64) {
-    // Counted from 1 March of year 0, so that a leap day is a year's last.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let of_year = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let of_month = of_year - (153 * month + 2) / 5 + 1;
-    let (month, next) = if month < 10 {
-        (month + 3, 0)
-    } else {
-        (month - 9, 1)
-    };
-    (era * 400 + year + next, month, of_month)
 }
 
 #[cfg(test)]
