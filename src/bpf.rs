@@ -124,6 +124,8 @@ unsafe impl Plain for skb::types::skb_event {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_meta {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::skb_drop {}
+// SAFETY: see above.
 unsafe impl Plain for skb::types::skb_owner {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_copy {}

@@ -167,6 +167,34 @@ int skb_near(struct pt_regs *ctx)
 	return 0;
 }
 
+/* A drop, if it is one of ours. `sk`: the socket that the packet was on its way to, or 0. */
+static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
+				    __u64 place, __u32 reason,
+				    struct skb_drop *drop)
+{
+	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct hit hit = {
+		.kind = SKB_KIND_DROPPED,
+		.func = place,
+		.reason = reason,
+		.drop = drop,
+	};
+	struct np_tuple tuple = {};
+
+	if (sk_ptr)
+		hit.sk = NP_CAST(sock, sk_ptr);
+	if (wants_tuple(cfg))
+		np_read_tuple(skb, &tuple);
+	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
+		return;
+	drop->others = drop_others(skb);
+	drop->qdisc = drop_qdisc(skb);
+	drop->pkt_type = BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type);
+	drop_callers(ctx, place, drop);
+	write_event(ctx, skb, &tuple, &hit);
+}
+
 /*
  * --drops: tracepoint skb:kfree_skb(skb, location), from 5.17 with the reason,
  * from 6.11 with the receiving socket behind it.
@@ -175,21 +203,46 @@ SEC("raw_tp/kfree_skb")
 int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
 {
 	const struct np_config *cfg = np_config_get();
-	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
-	struct hit hit = {.kind = SKB_KIND_DROPPED};
-	struct np_tuple tuple = {};
+	struct skb_drop drop = {};
+	__u64 sk = 0;
 
 	if ((cfg->fields & NP_PAUSED) ||
 	    !passes_gates(cfg, (void *)ctx->args[0], NULL))
 		return 0;
-	if (wants_tuple(cfg))
-		np_read_tuple(skb, &tuple);
-	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
+	if (has_rx_sock)
+		sk = ctx->args[3];
+	else if (rx_watched)
+		sk = rx_sock_of(ctx, ctx->args[0]);
+	if (listens)
+		drop_of_ack(ctx, ctx->args[0], &drop);
+	dropped(ctx, ctx->args[0], sk, ctx->args[1],
+		has_reasons ? (__u32)ctx->args[2] : 0, &drop);
+	return 0;
+}
+
+/* The end of tcp_conn_request: without an answer its SYN is lost. */
+SEC("kprobe/listen_syn_end")
+int listen_syn_end(struct pt_regs *ctx)
+{
+	const struct np_config *cfg = np_config_get();
+	__u64 key = track_context(stack_address(ctx));
+	struct listen_call *call = bpf_map_lookup_elem(&listen_syns, &key);
+	struct skb_drop drop = {};
+	__u64 skb, sk, func;
+
+	if (!call)
 		return 0;
-	hit.func = ctx->args[1];
-	if (has_reasons)
-		hit.reason = (__u32)ctx->args[2];
-	write_event(ctx, skb, &tuple, &hit);
+	skb = call->answered ? 0 : call->skb;
+	sk = call->sk;
+	func = call->func;
+	drop.lost = call->lost;
+	drop.backlog = call->backlog;
+	drop.limit = call->limit;
+	bpf_map_delete_elem(&listen_syns, &key);
+	if (!skb || (cfg->fields & NP_PAUSED) ||
+	    !passes_gates(cfg, (void *)skb, (void *)sk))
+		return 0;
+	dropped(ctx, skb, sk, func, 0, &drop);
 	return 0;
 }
 

@@ -35,6 +35,7 @@
 #define SKB_SECTION_MAP (1U << 12) /* struct skb_map */
 #define SKB_SECTION_LIFE \
 	(1U << 13) /* __u64 number of its life, see skb_track */
+#define SKB_SECTION_DROP (1U << 14) /* struct skb_drop */
 #define SKB_SECTION_STACK (1U << 15) /* __u64 addresses, to the end */
 
 #define SKB_STACK_DEPTH 64
@@ -105,6 +106,29 @@ struct skb_data {
 	__u16 hatype; /* ARPHRD_* of the device */
 	__u32 pad;
 };
+
+/* What a listening socket lost, and the kernel frees as consumed or for no reason. */
+#define SKB_LOST_ACCEPT_QUEUE 1 /* its accept queue is full */
+#define SKB_LOST_SYN_QUEUE 2 /* its queue of SYNs is full */
+#define SKB_LOST_SYN 3 /* a SYN that got no answer, for another cause */
+#define SKB_LOST_CHILD \
+	4 /* a handshake that made no socket, for another cause */
+#define SKB_DROP_CALLERS 4
+
+/* A drop, with --drops. */
+struct skb_drop {
+	__u64 callers[SKB_DROP_CALLERS]; /* of the place, outwards; 0: none */
+	__u32 lost; /* SKB_LOST_*; 0: none of these */
+	__u32 backlog; /* what the queue held */
+	__u32 limit; /* of the queue */
+	__s32 others; /* sk_buffs that hold the same packet now; -1: none do */
+	__u8 pkt_type; /* PACKET_* of include/uapi/linux/if_packet.h */
+	__u8 pad[3];
+	__u32 qdisc; /* reason that the qdisc left in the packet; 0: the kernel keeps none */
+};
+
+_Static_assert(sizeof(struct skb_drop) == 56,
+	       "skb_drop is part of the contract");
 
 /* What a BPF program does with a map. */
 #define SKB_MAP_BYTES 256 /* longer keys and values are cut off */

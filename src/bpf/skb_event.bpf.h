@@ -36,7 +36,7 @@ struct skb_scratch {
 		   sizeof(struct np_tuple) + SKB_CB_LEN +
 		   2 * sizeof(struct skb_copy) + sizeof(struct skb_data) +
 		   SKB_SNAP_MAX + sizeof(struct np_members) +
-		   sizeof(struct nf_decision) +
+		   sizeof(struct nf_decision) + sizeof(struct skb_drop) +
 		   (3 + SKB_STACK_DEPTH) * sizeof(__u64)];
 };
 
@@ -280,6 +280,7 @@ static __always_inline __u64 caller_addr(struct pt_regs *ctx)
 }
 
 #include "netfilter.bpf.h"
+#include "skb_drops.bpf.h"
 
 /* What a hit is, beside the skb. */
 struct hit {
@@ -287,6 +288,7 @@ struct hit {
 	__u64 caller;
 	__u64 packet; /* identity, where tracking is on */
 	struct sock *sk; /* the function's own, or NULL */
+	const struct skb_drop *drop; /* with SKB_SECTION_DROP */
 	__u32 reason;
 	__u16 kind;
 };
@@ -402,7 +404,7 @@ static __always_inline __u64 write_more(struct skb_scratch *buf, __u64 len,
 		len += sizeof(__u64);
 	}
 	if (sections & SKB_SECTION_OWNER) {
-		owner_read(skb, (struct skb_owner *)&buf->bytes[len]);
+		owner_read(skb, hit->sk, (struct skb_owner *)&buf->bytes[len]);
 		len += sizeof(struct skb_owner);
 	}
 	if (sections & SKB_SECTION_CALLER) {
@@ -445,6 +447,10 @@ static __always_inline __u64 write_more(struct skb_scratch *buf, __u64 len,
 	if (sections & SKB_SECTION_LIFE) {
 		*(__u64 *)&buf->bytes[len] = track_life(skb);
 		len += sizeof(__u64);
+	}
+	if ((sections & SKB_SECTION_DROP) && hit->drop) {
+		*(struct skb_drop *)&buf->bytes[len] = *hit->drop;
+		len += sizeof(struct skb_drop);
 	}
 	return len;
 }

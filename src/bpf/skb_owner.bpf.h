@@ -51,7 +51,9 @@ static __always_inline void owner_set(__u64 sk, __u64 flags)
 }
 
 /* struct sock before 5.11 kept the uid in sk_uid too, 6.17 made it kuid only. */
-static __always_inline void owner_read(struct sk_buff *skb, struct skb_owner *o)
+/* `to`: the socket that the function has beside the skb, or that the packet is on its way to; or NULL. */
+static __always_inline void owner_read(struct sk_buff *skb, struct sock *to,
+				       struct skb_owner *o)
 {
 	struct sock *sk = NP_READ(skb, sk);
 	struct skb_process *p;
@@ -61,6 +63,8 @@ static __always_inline void owner_read(struct sk_buff *skb, struct skb_owner *o)
 	__u64 key;
 
 	__builtin_memset(o, 0, sizeof(*o));
+	if (!sk)
+		sk = to;
 	if (!sk)
 		return;
 	state = BPF_CORE_READ(sk, __sk_common.skc_state);

@@ -231,18 +231,34 @@ impl Btf {
         let Some(&id) = self.ids(KIND_ENUM, name).first() else {
             return Vec::new();
         };
-        let Some(t) = self.get(id) else {
-            return Vec::new();
-        };
+        self.get(id).map_or_else(Vec::new, |t| self.values(t))
+    }
+
+    /// Values and names of an enum.
+    fn values(&self, t: Type<'_>) -> Vec<(i64, String)> {
         // struct btf_enum { __u32 name_off; __s32 val; } behind the type
         let values = (0..t.vlen()).map(|i| i64::from(t.word(2 * i + 1) as i32));
         let names = self.names((0..t.vlen()).map(|i| t.word(2 * i)).collect());
         values.zip(names).collect()
     }
 
-    /// The same of an enum of the loaded module `module`.
-    pub fn module_enum_values(&self, module: &str, name: &str) -> Result<Vec<(i64, String)>> {
-        Ok(self.module(module)?.enum_values(name))
+    /// Values and names of all enums of vmlinux whose names end so.
+    pub fn values_of_enums(&self, end: &str) -> Vec<(i64, String)> {
+        let enums: Vec<Type<'_>> = (self.first..self.count())
+            .filter_map(|id| self.get(id))
+            .filter(|t| t.kind() == KIND_ENUM && t.vlen() > 0)
+            .collect();
+        let names = self.names(enums.iter().map(|t| t.name_off()).collect());
+        let named = enums.into_iter().zip(names);
+        named
+            .filter(|(_, name)| name.ends_with(end))
+            .flat_map(|(t, _)| self.values(t))
+            .collect()
+    }
+
+    /// The same of the loaded module `module`.
+    pub fn module_values_of_enums(&self, module: &str, end: &str) -> Result<Vec<(i64, String)>> {
+        Ok(self.module(module)?.values_of_enums(end))
     }
 
     /// The struct of this name.

@@ -1,17 +1,17 @@
 //! Why an skb was dropped, in the running kernel's own words: numbers differ from kernel to kernel.
 //!
 //! The core's reasons are `enum skb_drop_reason` of vmlinux. Since 6.4 the upper 16 bits name a subsystem
-//! (`enum skb_drop_reason_subsys`), whose reasons are an enum in its module's BTF.
+//! (`enum skb_drop_reason_subsys`). A subsystem has an enum of its own, in vmlinux or in a module: each whose name ends in `drop_reason`.
 
 use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use super::btf::{self, Btf};
 
-/// Subsystems that register reasons: how `enum skb_drop_reason_subsys` begins to name them, the module, the enum.
-const SUBSYSTEMS: [(&str, &str, &str); 2] = [
-    ("MAC80211", "mac80211", "mac80211_drop_reason"),
-    ("OPENVSWITCH", "openvswitch", "ovs_drop_reason"),
-];
+/// How the names of enums of reasons end.
+const ENUMS: &str = "drop_reason";
+/// A reason that is not known is not looked for more often than this: its module may have been loaded meanwhile.
+const AGAIN: Duration = Duration::from_secs(1);
 /// How the enums' names begin.
 const CORE: &str = "SKB_DROP_REASON_";
 const SUBSYSTEM: &str = "SKB_DROP_REASON_SUBSYS_";
@@ -21,20 +21,19 @@ const SUBSYSTEM: &str = "SKB_DROP_REASON_SUBSYS_";
 pub struct DropReasons {
     names: HashMap<u32, String>,
     subsystems: HashMap<u32, String>,
-    /// modules that were looked at
-    modules: HashSet<&'static str>,
+    /// modules, and vmlinux, whose enums are known
+    looked_at: HashSet<String>,
+    looked: Option<Instant>,
 }
 
 impl DropReasons {
-    /// What the kernel and the loaded modules say; empty on kernels before 5.17.
+    /// What the kernel says; empty on kernels before 5.17. Subsystems are looked up when they drop something.
     pub fn load(btf: &Btf) -> Self {
-        let mut reasons = Self {
+        Self {
             names: unsigned(btf.enum_values("skb_drop_reason")),
             subsystems: unsigned(btf.enum_values("skb_drop_reason_subsys")),
-            modules: HashSet::new(),
-        };
-        reasons.load_modules(btf);
-        reasons
+            ..Self::default()
+        }
     }
 
     /// The kernel says reasons at all.
@@ -49,12 +48,10 @@ impl DropReasons {
             .map(|(number, _)| *number)
     }
 
-    /// The name of `reason`, in full. A reason of a module that was loaded meanwhile is looked up.
+    /// The name of `reason`, in full. A reason of a subsystem is looked up when it is first met.
     pub fn name(&mut self, reason: u32) -> String {
-        if !self.names.contains_key(&reason) && reason >> 16 != 0 && self.new_module() {
-            if let Ok(btf) = Btf::vmlinux(None) {
-                self.load_modules(&btf);
-            }
+        if !self.names.contains_key(&reason) && reason >> 16 != 0 {
+            self.look();
         }
         match self.names.get(&reason) {
             Some(name) => name.clone(),
@@ -62,10 +59,14 @@ impl DropReasons {
         }
     }
 
-    /// The name without what all of the core's have in common.
+    /// A name without what all of the core's have in common.
+    pub fn shortened(name: &str) -> &str {
+        name.strip_prefix(CORE).unwrap_or(name)
+    }
+
+    /// The name of `reason`, so shortened.
     pub fn short(&mut self, reason: u32) -> String {
-        let name = self.name(reason);
-        name.strip_prefix(CORE).map_or(name.clone(), str::to_owned)
+        Self::shortened(&self.name(reason)).to_owned()
     }
 
     /// The subsystem of `reason` in lower case (`openvswitch`); `None` for the core's own.
@@ -82,34 +83,37 @@ impl DropReasons {
         }
     }
 
-    fn new_module(&self) -> bool {
-        let loaded = btf::modules();
-        SUBSYSTEMS
-            .iter()
-            .any(|(_, m, _)| !self.modules.contains(m) && loaded.iter().any(|l| l == m))
-    }
-
-    fn load_modules(&mut self, btf: &Btf) {
-        let loaded = btf::modules();
-        for (prefix, module, name) in SUBSYSTEMS {
-            let known = self
-                .subsystems
-                .values()
-                .any(|n| n.starts_with(&format!("{SUBSYSTEM}{prefix}")));
-            if !known || self.modules.contains(module) {
-                continue;
-            }
-            // Built in, or a module of its own.
-            let mut values = btf.enum_values(name);
-            if values.is_empty() && loaded.iter().any(|l| l == module) {
-                values = btf.module_enum_values(module, name).unwrap_or_default();
-                self.modules.insert(module);
-            }
-            for (value, name) in unsigned(values) {
-                // Their enums begin with values of the core's.
-                if value >> 16 != 0 {
-                    self.names.insert(value, name);
-                }
+    /// Takes the reasons of subsystems out of all BTF that was not looked at before.
+    fn look(&mut self) {
+        if self.looked.is_some_and(|then| then.elapsed() < AGAIN) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        let mut new = btf::modules();
+        new.retain(|module| !self.looked_at.contains(module));
+        let first = self.looked_at.insert("vmlinux".to_owned());
+        if new.is_empty() && !first {
+            return;
+        }
+        let Ok(btf) = Btf::vmlinux(None) else {
+            return;
+        };
+        let mut found = if first {
+            btf.values_of_enums(ENUMS)
+        } else {
+            Vec::new()
+        };
+        for module in new {
+            found.extend(
+                btf.module_values_of_enums(&module, ENUMS)
+                    .unwrap_or_default(),
+            );
+            self.looked_at.insert(module);
+        }
+        for (value, name) in unsigned(found) {
+            // Their enums begin with values of the core's.
+            if value >> 16 != 0 {
+                self.names.entry(value).or_insert(name);
             }
         }
     }
@@ -133,7 +137,7 @@ mod tests {
                 (0, "SKB_DROP_REASON_SUBSYS_CORE".to_string()),
                 (3, "SKB_DROP_REASON_SUBSYS_OPENVSWITCH".to_string()),
             ]),
-            modules: HashSet::from(["mac80211", "openvswitch"]),
+            ..DropReasons::default()
         }
     }
 
@@ -172,5 +176,11 @@ mod tests {
             .find(|(_, n)| n == "SKB_DROP_REASON_NO_SOCKET");
         let (value, name) = value.unwrap();
         assert_eq!(r.name(value as u32), name);
+        // Each subsystem that vmlinux itself has an enum of.
+        for (value, name) in btf.values_of_enums(ENUMS) {
+            if (value as u32) >> 16 != 0 {
+                assert_eq!(r.name(value as u32), name);
+            }
+        }
     }
 }

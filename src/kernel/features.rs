@@ -52,6 +52,9 @@ pub struct Features {
     pub func_ip: bool,
     /// enum skb_drop_reason (5.17)
     pub drop_reasons: bool,
+    /// the tracepoint of drops tells the receiving socket (6.11)
+    #[serde(skip)]
+    pub drop_sock: bool,
 }
 
 /// Structs that programs cast to: `enum np_type` of compat.bpf.h, in its order.
@@ -154,6 +157,8 @@ impl Features {
             typed_filter: skb_fields.is_some_and(|fields| fields.typed),
             skb_fields,
             func_ip: helper(sys::BPF_FUNC_get_func_ip),
+            // It came with the tracepoint's argument.
+            drop_sock: btf.is_some_and(|b| b.has_function("sk_skb_reason_drop")),
             drop_reasons: btf.is_some_and(|b| b.has_enum("skb_drop_reason")),
         }
     }
@@ -356,6 +361,7 @@ mod tests {
             skb_fields: None,
             func_ip: true,
             drop_reasons: true,
+            drop_sock: true,
         }
     }
 

@@ -15,6 +15,7 @@ mod icmp_identity;
 mod icmp_more;
 mod run_ends;
 mod skb;
+mod skb_drops;
 mod skb_ends;
 mod skb_more;
 mod skb_netfilter;
@@ -43,6 +44,7 @@ fn main() {
     cases.extend(skb_more::cases());
     cases.extend(files::cases());
     cases.extend(filter::cases());
+    cases.extend(skb_drops::cases());
     cases.extend(skb_netfilter::cases());
     cases.extend(skb_output::cases());
     cases.extend(xdpdump_trace::cases());

@@ -29,6 +29,7 @@ pub const SECTION_MEMBERS: u32 = 1 << 10;
 pub const SECTION_NFT: u32 = 1 << 11;
 pub const SECTION_MAP: u32 = 1 << 12;
 pub const SECTION_LIFE: u32 = 1 << 13;
+pub const SECTION_DROP: u32 = 1 << 14;
 pub const SECTION_STACK: u32 = 1 << 15;
 
 /// How functions are attached to.
@@ -147,7 +148,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216), help_heading = "Tracking")]
     pub track_entries: u32,
 
-    /// One line for each dropped packet, with its reason and where: by one tracepoint, without function probes
+    /// One line for each dropped packet, with its reason and where: by the tracepoint of drops, and by probes on the few functions in which full listen queues lose handshakes
     #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "filter_kprobe_batch", "kmods", "all_kmods", "output_retval", "output_caller"])]
     pub drops: bool,
 
@@ -276,6 +277,7 @@ impl Args {
             (!self.output_skb_metadata.is_empty(), SECTION_MEMBERS),
             (self.output_nft, SECTION_NFT),
             (self.lives(), SECTION_LIFE),
+            (self.drops, SECTION_DROP),
             (self.output_stack, SECTION_STACK),
         ] {
             if wanted {

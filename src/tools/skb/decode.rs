@@ -2,16 +2,18 @@
 
 use crate::bpf::read;
 use crate::bpf::skb::types::{
-    nf_decision, np_members, np_tuple, skb_copy, skb_data, skb_event, skb_map, skb_meta, skb_owner,
+    nf_decision, np_members, np_tuple, skb_copy, skb_data, skb_drop, skb_event, skb_map, skb_meta,
+    skb_owner,
 };
 use crate::event::head::Head;
 use crate::event::tuple::{Tuple, address};
 
 use super::args::{
-    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_LIFE, SECTION_MAP, SECTION_MEMBERS,
-    SECTION_META, SECTION_NFT, SECTION_OWNER, SECTION_PACKET, SECTION_SHINFO, SECTION_SKB,
-    SECTION_STACK, SECTION_TUNNEL, SECTION_TUPLE,
+    SECTION_CALLER, SECTION_CB, SECTION_DATA, SECTION_DROP, SECTION_LIFE, SECTION_MAP,
+    SECTION_MEMBERS, SECTION_META, SECTION_NFT, SECTION_OWNER, SECTION_PACKET, SECTION_SHINFO,
+    SECTION_SKB, SECTION_STACK, SECTION_TUNNEL, SECTION_TUPLE,
 };
+use super::drops::Drop;
 use super::netfilter::Decision;
 
 /// SKB_KIND_DROP
@@ -69,6 +71,8 @@ pub struct Event {
     pub map: Option<MapCall>,
     /// number of the sk_buff's life, from its first event to its free
     pub life: Option<u64>,
+    /// with --drops: what is known beyond the kernel's reason
+    pub drop: Option<Drop>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
 }
@@ -193,6 +197,7 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
         nft: None,
         map: None,
         life: None,
+        drop: None,
         stack: None,
     };
     if e.sections & SECTION_META != 0 {
@@ -301,6 +306,11 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
         let life;
         (life, rest) = word(rest)?;
         event.life = Some(life);
+    }
+    if e.sections & SECTION_DROP != 0 {
+        let (d, r) = read::<skb_drop>(rest)?;
+        rest = r;
+        event.drop = Some(Drop::new(&d));
     }
     if e.sections & SECTION_STACK != 0 {
         event.stack = Some(

@@ -79,9 +79,8 @@ pub const XDP: [Hook; 7] = [
 
 /// The program that sees netfilter enter a function of a hook: which there are, BTF tells.
 pub const NETFILTER_HOOK: &str = "nf_enter";
-/// The programs at the start and the end of an expression of nft.
+/// The program at an expression of nft.
 pub const EXPRESSION: &str = "nft_eval";
-pub const EXPRESSION_END: &str = "nft_eval_end";
 
 /// --output-nft (src/bpf/netfilter.bpf.h)
 pub const NETFILTER: [Hook; 26] = [
@@ -114,6 +113,42 @@ pub const NETFILTER: [Hook; 26] = [
     (EXPRESSION, "nft_exthdr_tcp_strip_eval"),
 ];
 
+/// --drops (src/bpf/skb_drops.bpf.h)
+pub const LISTEN: [Hook; 4] = [
+    ("listen_syn", "tcp_conn_request"),
+    ("listen_answer", "tcp_make_synack"),
+    ("listen_ack", "tcp_v4_syn_recv_sock"),
+    ("listen_ack", "tcp_v6_syn_recv_sock"),
+];
+
+/// --drops with --output-owner, where the tracepoint does not tell the socket (before 6.11)
+pub const RECEIVERS: [Hook; 12] = [
+    ("rx_sock", "udp_queue_rcv_one_skb"),
+    ("rx_sock", "udpv6_queue_rcv_one_skb"),
+    ("rx_sock", "tcp_v4_do_rcv"),
+    ("rx_sock", "tcp_v6_do_rcv"),
+    ("rx_sock", "raw_rcv"),
+    ("rx_sock", "rawv6_rcv"),
+    ("rx_packet", "tcp_v4_rcv"),
+    ("rx_packet", "tcp_v6_rcv"),
+    (FOUND, "__inet_lookup_established"),
+    (FOUND, "__inet6_lookup_established"),
+    (FOUND, "__inet_lookup_listener"),
+    (FOUND, "inet6_lookup_listener"),
+];
+
+/// A program for functions' returns alone.
+pub const FOUND: &str = "rx_found";
+
+/// Programs, and those at the returns of the same functions.
+pub const ENDS: [(&str, &str); 5] = [
+    (EXPRESSION, "nft_eval_end"),
+    ("listen_syn", "listen_syn_end"),
+    ("listen_ack", "listen_ack_end"),
+    ("rx_sock", "rx_end"),
+    ("rx_packet", "rx_end"),
+];
+
 /// The program that shows a hit and does what `hook`'s own program does, where tracking needs both in one.
 pub fn shown(hook: &str) -> Option<&'static str> {
     match hook {
@@ -130,7 +165,14 @@ mod tests {
 
     #[test]
     fn each_function_once() {
-        for table in [&TRACK[..], &OWNER[..], &XDP[..], &NETFILTER[..]] {
+        for table in [
+            &TRACK[..],
+            &OWNER[..],
+            &XDP[..],
+            &NETFILTER[..],
+            &LISTEN[..],
+            &RECEIVERS[..],
+        ] {
             let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
             assert_eq!(names.len(), table.len());
         }

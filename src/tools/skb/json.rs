@@ -13,6 +13,7 @@ use crate::text::escape::{Escaped, escaped};
 use crate::text::format::{Addr, Hex};
 
 use super::decode::{Event, MapCall, Owner, Packet, Point};
+use super::drops::{Copies, Drop, Listen};
 use super::extras::cb_words;
 use super::netfilter::{Hook, Legacy, Nft};
 use super::programs::Program;
@@ -84,6 +85,12 @@ pub struct Row<'a> {
     pub iptables: Option<Legacy>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub netfilter: Option<Option<Hook>>,
+    /// the queue that was full
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<Listen>,
+    /// there were other sk_buffs with this packet
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copy: Option<Copies>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sk_buff: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -287,6 +294,8 @@ impl<'a> Row<'a> {
             nft: None,
             iptables: None,
             netfilter: None,
+            listen: event.drop.as_ref().and_then(Drop::listen),
+            copy: None,
             sk_buff: None,
             shared_info: None,
             caller: None,

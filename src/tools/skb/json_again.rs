@@ -59,6 +59,7 @@ fn is_plain(event: &Event) -> bool {
         nft,
         map,
         life: _,
+        drop: _,
         stack,
     } = event;
     !dropped

@@ -4,6 +4,7 @@ pub mod args;
 mod attached;
 mod capture;
 mod decode;
+mod drops;
 mod extras;
 mod helpers;
 mod hooks;
@@ -15,6 +16,7 @@ mod present;
 mod probes;
 mod programs;
 pub mod replay;
+mod since;
 mod track;
 
 use std::mem::MaybeUninit;
@@ -78,6 +80,8 @@ pub fn run(args: &Args) -> Result<()> {
         lives: args.lives(),
         owner: args.output_owner,
         drops: args.drops,
+        listens: args.drops && features.why_no_tracing().is_none(),
+        receivers: args.drops && args.output_owner && !features.drop_sock,
         returns: args.output_retval,
         xdp: args.filter_trace_xdp,
         nft: args.output_nft,
@@ -119,6 +123,7 @@ pub fn run(args: &Args) -> Result<()> {
         args,
         &features,
         (&plan, &filters, &members, &reasons),
+        wants,
         core.as_ref(),
         &mut storage,
     )?;
@@ -225,6 +230,7 @@ fn load<'a>(
     args: &Args,
     features: &Features,
     (plan, filters, members, reasons): (&Plan, &Filters, &Members, &DropReasons),
+    wants: Wants,
     core: Option<&CoreBtf>,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<SkbSkel<'a>> {
@@ -254,6 +260,9 @@ fn load<'a>(
     }
     rodata.nf_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
     rodata.track = u8::from(args.track());
+    rodata.listens = u8::from(wants.listens);
+    rodata.rx_watched = u8::from(wants.receivers);
+    rodata.has_rx_sock = u8::from(features.drop_sock);
     rodata.lives = u8::from(args.lives());
     rodata.track_stack = u8::from(args.track_stack());
     rodata.returns_on = u8::from(args.output_retval);

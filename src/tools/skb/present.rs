@@ -19,16 +19,15 @@ use crate::text::escape::{escaped, push_escaped};
 use crate::text::format::{self, Hex, push_dec, push_hex};
 
 use super::args::{Args, Timestamp};
-use super::decode::{Event, Meta, Owner, Point};
+use super::decode::{Event, Meta, Owner};
+use super::drops::Drop;
 use super::extras::{Extras, Shown, cb_words};
 use super::json::{Frame, MapRow, OwnerRow, ProgramRow, Row, packet_name};
 use super::json_again::{Tails, When};
 use super::members::Members;
 use super::netfilter::Who;
 use super::programs::{Kind, Program};
-
-/// Packets or skbs whose last event is remembered for relative time stamps.
-const REMEMBERED: usize = 65_536;
+use super::since::LastSeen;
 
 /// Turns events into lines. Columns grow to what they have held, so that lines below each other line up.
 pub struct Presenter {
@@ -52,8 +51,7 @@ pub struct Presenter {
     members: [Members; 2],
     holders: Option<SocketHolders>,
     symbols: KernelSymbols,
-    /// by packet or skb: its life, and when it was seen last
-    last_seen: HashMap<u64, (u64, u64)>,
+    last_seen: LastSeen,
     widths: Widths,
     last: Last,
     tails: Tails,
@@ -107,7 +105,7 @@ impl Presenter {
             tunnel: args.output_tunnel,
             holders: args.output_owner.then(SocketHolders::look),
             symbols: KernelSymbols::default(),
-            last_seen: HashMap::new(),
+            last_seen: LastSeen::default(),
             widths: Widths {
                 process: 16,
                 packet: 6,
@@ -203,6 +201,9 @@ impl Presenter {
         if let Some(nft) = &event.nft {
             self.symbols.resolve(&nft.addresses())?;
         }
+        if let Some(drop) = &event.drop {
+            self.symbols.resolve(&drop.addresses())?;
+        }
         if event.dropped {
             self.symbols.resolve(&[event.func])?;
         } else if !self.names.contains_key(&event.func) {
@@ -244,37 +245,13 @@ impl Presenter {
         flow
     }
 
-    /// ns since the last event of the same packet, where packets are tracked, else of the same life of an skb; 0 with its first.
+    /// See [`LastSeen::since`].
     fn since_last(&mut self, event: &Event) -> Option<u64> {
         if self.timestamp != Timestamp::Relative {
             return None;
         }
-        if event.dropped {
-            // One event a packet.
-            return Some(0);
-        }
-        if self.last_seen.len() >= REMEMBERED {
-            // The oldest half goes.
-            let mut times: Vec<u64> = self.last_seen.values().map(|(_, t)| *t).collect();
-            times.sort_unstable();
-            let middle = times[times.len() / 2];
-            self.last_seen.retain(|_, (_, t)| *t > middle);
-        }
         let xdp = self.programs.get(&event.func).map(|p| p.kind) == Some(Kind::Xdp);
-        if event.packet.is_none() && xdp && event.program == Some(Point::Enter) {
-            // The memory of an xdp_buff is used for one packet after the other.
-            self.last_seen.remove(&event.skb);
-        }
-        let key = match event.packet {
-            Some(p) => p.number << 16 | u64::from(p.cpu),
-            None => event.skb,
-        };
-        let last = self.last_seen.get(&key).copied();
-        // Returns of functions have no number: they are of the life that was seen last.
-        let life = event.life.or(last.map(|(life, _)| life)).unwrap_or(0);
-        self.last_seen.insert(key, (life, event.head.ts));
-        let since = last.filter(|(then, _)| *then == life);
-        Some(since.map_or(0, |(_, t)| event.head.ts.saturating_sub(t)))
+        Some(self.last_seen.since(event, xdp))
     }
 
     fn text(
@@ -420,28 +397,58 @@ impl Presenter {
         if let Some(who) = self.who(event) {
             let _ = write!(line, " {who}");
         }
+        if let Some(drop) = &event.drop {
+            drop.push(line, self.place_name(event));
+        }
     }
 
     /// Who in netfilter dropped the packet.
     fn who(&self, event: &Event) -> Option<Who> {
-        let place = event.dropped.then(|| self.symbols.get(event.func));
+        let place = event
+            .dropped
+            .then(|| self.symbols.get(self.drop_place(event)));
         let place = place.map(|symbol| symbol.map_or("?", |s| &s.name));
         (event.nft.as_ref()?).who(place, &self.symbols, &self.hooks)
     }
 
+    fn reason_number(&self, event: &Event) -> Option<u32> {
+        let at = self.symbols.get(event.func).map_or("?", |s| &s.name);
+        let own = event.drop.as_ref().and_then(|d| d.qdisc(at));
+        own.or(event.reason)
+    }
+
+    /// Why a packet is freed: in the kernel's words, or in ours where it has none.
+    fn reason(&mut self, event: &Event) -> Option<String> {
+        let reason = self.reason_number(event).filter(|_| self.reasons.any());
+        let name = reason.map(|reason| self.reasons.name(reason));
+        let own = event.drop.as_ref().and_then(|d| d.reason(name.as_deref()));
+        own.map(str::to_owned).or(name)
+    }
+
+    /// Where a packet was dropped: not in a function that frees for others.
+    fn drop_place(&self, event: &Event) -> u64 {
+        let place = |d: &Drop| d.place(event.func, &self.symbols);
+        event.drop.as_ref().map_or(event.func, place)
+    }
+
+    fn place_name(&self, event: &Event) -> &str {
+        let symbol = self.symbols.get(self.drop_place(event));
+        symbol.map_or("?", |s| &s.name)
+    }
+
     fn function(&mut self, line: &mut Vec<u8>, event: &Event) {
-        let reason = event.reason.filter(|_| self.reasons.any());
         if event.dropped {
-            if let Some(reason) = reason {
-                line.extend_from_slice(self.reasons.short(reason).as_bytes());
+            if let Some(reason) = self.reason(event) {
+                line.extend_from_slice(DropReasons::shortened(&reason).as_bytes());
                 line.push(b' ');
             }
-            self.push_address(line, event.func);
+            self.push_address(line, self.drop_place(event));
             return;
         }
+        let reason = self.reason(event);
         line.extend_from_slice(self.name(event.func).as_bytes());
         if let Some(reason) = reason {
-            let _ = write!(line, "({})", self.reasons.name(reason));
+            let _ = write!(line, "({reason})");
         }
         if let Some(value) = event.retval {
             let _ = write!(line, " = {value}");
@@ -517,7 +524,7 @@ impl Presenter {
         since: Option<u64>,
         shown: Shown,
     ) -> Row<'a> {
-        let reason = event.reason.filter(|_| self.reasons.any());
+        let reason = self.reason(event);
         let owner = event.owner.as_ref().map(|owner| {
             let owner = owner.as_ref()?;
             Some(OwnerRow::new(owner, self.process(owner)))
@@ -531,8 +538,10 @@ impl Presenter {
             wall_ns: self.clock.wall(event.head.ts),
             since_ns: since,
             late,
-            reason: reason.map(|r| self.reasons.name(r)),
-            subsystem: reason.and_then(|r| self.reasons.subsystem(r)),
+            reason,
+            subsystem: self
+                .reason_number(event)
+                .and_then(|r| self.reasons.subsystem(r)),
             owner,
             program: self.program(event),
             skb_metadata: None,
@@ -540,7 +549,7 @@ impl Presenter {
             ..Row::new(event)
         };
         if event.dropped {
-            row.location = Some(self.frame(event.func));
+            row.location = Some(self.frame(self.drop_place(event)));
         } else {
             row.func = Some(self.name(event.func));
         }
@@ -548,6 +557,9 @@ impl Presenter {
             Some((values, true)) => row.xdp_metadata = Some(values.into_iter().collect()),
             Some((values, false)) => row.skb_metadata = Some(values.into_iter().collect()),
             None => {}
+        }
+        if let Some(drop) = &event.drop {
+            row.copy = drop.copies(self.place_name(event));
         }
         match self.who(event) {
             Some(Who::Nft(nft)) => row.nft = Some(nft),

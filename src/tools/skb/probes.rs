@@ -54,6 +54,10 @@ pub struct Wants {
     pub owner: bool,
     /// the tracepoint of drops in place of functions
     pub drops: bool,
+    /// handshakes that listening sockets lose
+    pub listens: bool,
+    /// the sockets that packets are on their way to
+    pub receivers: bool,
     /// what functions return
     pub returns: bool,
     /// XDP programs
@@ -140,6 +144,7 @@ impl Plan {
         }
         plan.add_hooks(&hooks, &traceable);
         plan.add_netfilter(&netfilter, &traceable);
+        plan.add_ends();
         Ok(plan)
     }
 
@@ -159,6 +164,7 @@ impl Plan {
             let traceable = plan.traceable(btf, &names);
             plan.add_hooks(&hooks, &traceable);
             plan.add_netfilter(&netfilter, &traceable);
+            plan.add_ends();
         }
         Ok(plan)
     }
@@ -182,7 +188,11 @@ impl Plan {
         let owner = wants.owner.then_some(&hooks::OWNER[..]);
         let xdp = (wants.xdp && wants.track).then_some(&hooks::XDP[..]);
         let nft = wants.nft.then_some(&hooks::NETFILTER[..]);
-        let tables = [track, owner, xdp, nft].into_iter().flatten();
+        let listens = wants.listens.then_some(&hooks::LISTEN[..]);
+        let receivers = wants.receivers.then_some(&hooks::RECEIVERS[..]);
+        let tables = [track, owner, xdp, nft, listens, receivers]
+            .into_iter()
+            .flatten();
         let all = tables.flatten().copied();
         all.filter(|hook| wants.track || hooks::is_of_life(hook))
             .collect()
@@ -247,9 +257,18 @@ impl Plan {
                 hooks.extend(targets);
             }
         }
-        if let Some(targets) = self.hooks.get(hooks::EXPRESSION) {
-            let ends = targets.clone();
-            self.returns.insert(hooks::EXPRESSION_END, ends);
+    }
+
+    /// The programs at the returns of hooks.
+    fn add_ends(&mut self) {
+        if let Some(found) = self.hooks.remove(hooks::FOUND) {
+            self.returns.insert(hooks::FOUND, found);
+        }
+        for (begin, end) in hooks::ENDS {
+            if let Some(targets) = self.hooks.get(begin) {
+                let ends = self.returns.entry(end).or_default();
+                ends.extend(targets.iter().cloned());
+            }
         }
     }
 

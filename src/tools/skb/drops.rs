@@ -1,0 +1,218 @@
+//! What `--drops` says of a drop beyond the kernel's reason: losses that the kernel frees as consumed, the function that asked for the free,
+//! copies.
+
+use serde::Serialize;
+
+use crate::bpf::skb::types::skb_drop;
+use crate::kernel::ksyms::KernelSymbols;
+
+/// SKB_LOST_* of src/bpf/skb.h
+const ACCEPT_QUEUE: u32 = 1;
+const SYN_QUEUE: u32 = 2;
+const SYN: u32 = 3;
+const CHILD: u32 = 4;
+/// PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST, PACKET_LOOPBACK
+const BROADCAST: u8 = 1;
+const MULTICAST: u8 = 2;
+const OTHERHOST: u8 = 3;
+const LOOPBACK: u8 = 5;
+
+/// Frees what a qdisc dropped, from 7.x on.
+const QDISC_FREE: &str = "__tcf_kfree_skb_list";
+/// Functions that free what others give up, as their names begin: the place of a drop is the function that called them.
+const FREES: [&str; 16] = [
+    "kfree_skb",
+    "__kfree_skb",
+    "consume_skb",
+    "sk_skb_reason_drop",
+    "__sk_skb_reason_drop",
+    "dev_kfree_skb_any",
+    "__dev_kfree_skb_any",
+    "skb_queue_purge",
+    "__skb_queue_purge",
+    "skb_rbtree_purge",
+    "skb_errqueue_purge",
+    "skb_release_",
+    "rtnl_kfree_skbs",
+    "tcp_drop",
+    "tcp_rtx_queue_purge",
+    QDISC_FREE,
+];
+
+/// `struct skb_drop`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drop {
+    /// return addresses of the functions that called the one with the place of the drop; 0: none
+    callers: [u64; 4],
+    lost: u32,
+    backlog: u32,
+    limit: u32,
+    others: i32,
+    pkt_type: u8,
+    qdisc: u32,
+}
+
+/// The queue of a listening socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Listen {
+    pub backlog: u32,
+    pub limit: u32,
+}
+
+/// The packet is not lost with this sk_buff: others have it, or were meant to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Copies {
+    /// `other host`, `packet socket`, `broadcast`, `multicast`, `loopback` or `shared`
+    pub why: &'static str,
+    /// how many other sk_buffs hold it now
+    pub others: u32,
+}
+
+impl Drop {
+    pub fn new(d: &skb_drop) -> Self {
+        Self {
+            callers: d.callers,
+            lost: d.lost,
+            backlog: d.backlog,
+            limit: d.limit,
+            others: d.others,
+            pkt_type: d.pkt_type,
+            qdisc: d.qdisc,
+        }
+    }
+
+    /// Why, in our own words, where the kernel has none: it says `reason`.
+    pub fn reason(&self, reason: Option<&str>) -> Option<&'static str> {
+        let none = reason.is_none_or(|r| r.ends_with("NOT_SPECIFIED"));
+        match self.lost {
+            ACCEPT_QUEUE => Some("ACCEPT_QUEUE_FULL"),
+            SYN_QUEUE => Some("SYN_QUEUE_FULL"),
+            SYN => Some("SYN_UNANSWERED"),
+            CHILD if none => Some("HANDSHAKE_FAILED"),
+            _ => None,
+        }
+    }
+
+    /// The reason of a qdisc, where the function `at` frees what a qdisc dropped: it says itself that one did, and no more.
+    pub fn qdisc(&self, at: &str) -> Option<u32> {
+        (at == QDISC_FREE && self.qdisc >> 16 != 0).then_some(self.qdisc)
+    }
+
+    /// The queue that was full.
+    pub fn listen(&self) -> Option<Listen> {
+        matches!(self.lost, ACCEPT_QUEUE | SYN_QUEUE).then_some(Listen {
+            backlog: self.backlog,
+            limit: self.limit,
+        })
+    }
+
+    /// `place`: the function that dropped it.
+    pub fn copies(&self, place: &str) -> Option<Copies> {
+        let others = u32::try_from(self.others).unwrap_or(0);
+        // On a bridge all packets are for another host; these functions drop them for that.
+        let received = matches!(
+            place,
+            "ip_rcv_core" | "ip_rcv" | "ip6_rcv_core" | "ipv6_rcv" | "arp_rcv"
+        );
+        let why = match self.pkt_type {
+            OTHERHOST if received => "other host",
+            _ if place.contains("packet_rcv") => "packet socket",
+            BROADCAST => "broadcast",
+            MULTICAST => "multicast",
+            LOOPBACK => "loopback",
+            _ if others > 0 => "shared",
+            _ => return None,
+        };
+        Some(Copies { why, others })
+    }
+
+    /// Addresses that [`Drop::place`] asks for by their symbols.
+    pub fn addresses(&self) -> [u64; 4] {
+        self.callers
+    }
+
+    /// The place of the drop: `at`, or where the function was called that frees for others.
+    pub fn place(&self, at: u64, symbols: &KernelSymbols) -> u64 {
+        let frees = |addr: u64| symbols.get(addr).is_some_and(|s| frees(&s.name));
+        let callers = self.callers.into_iter().filter(|addr| *addr != 0);
+        let mut places = std::iter::once(at).chain(callers);
+        places.find(|addr| !frees(*addr)).unwrap_or(at)
+    }
+
+    /// What stands behind the place in a line.
+    pub fn push(&self, line: &mut Vec<u8>, place: &str) {
+        use std::io::Write;
+        if let Some(Listen { backlog, limit }) = self.listen() {
+            let _ = write!(line, " [backlog {backlog}, limit {limit}]");
+        }
+        let Some(Copies { why, others }) = self.copies(place) else {
+            return;
+        };
+        let _ = match (why, others) {
+            ("other host", _) => write!(line, " [a copy, for another host]"),
+            ("packet socket", _) => write!(line, " [a packet socket's copy]"),
+            ("loopback", _) => write!(line, " [the sender's own copy]"),
+            ("shared", 1) => write!(line, " [a copy, 1 other is left]"),
+            ("shared", n) => write!(line, " [a copy, {n} others are left]"),
+            (why, _) => write!(line, " [{why}]"),
+        };
+    }
+}
+
+fn frees(name: &str) -> bool {
+    FREES.iter().any(|begin| name.starts_with(begin))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drop(lost: u32, others: i32) -> Drop {
+        Drop {
+            callers: [0; 4],
+            lost,
+            backlog: 2,
+            limit: 1,
+            others,
+            pkt_type: 0,
+            qdisc: 0,
+        }
+    }
+
+    #[test]
+    fn words_of_our_own_only_where_the_kernel_has_none() {
+        assert_eq!(drop(0, -1).reason(None), None);
+        assert_eq!(
+            drop(ACCEPT_QUEUE, -1).reason(None),
+            Some("ACCEPT_QUEUE_FULL")
+        );
+        let specified = Some("SKB_DROP_REASON_NOMEM");
+        assert_eq!(drop(CHILD, -1).reason(specified), None);
+        let not = Some("SKB_DROP_REASON_NOT_SPECIFIED");
+        assert_eq!(drop(CHILD, -1).reason(not), Some("HANDSHAKE_FAILED"));
+    }
+
+    #[test]
+    fn queues_and_copies() {
+        let text = |d: &Drop| {
+            let mut line = Vec::new();
+            d.push(&mut line, "ip_rcv_core");
+            String::from_utf8(line).unwrap()
+        };
+        assert_eq!(text(&drop(0, -1)), "");
+        assert_eq!(text(&drop(ACCEPT_QUEUE, -1)), " [backlog 2, limit 1]");
+        let other = Drop {
+            pkt_type: OTHERHOST,
+            ..drop(0, -1)
+        };
+        assert_eq!(text(&other), " [a copy, for another host]");
+        assert_eq!(other.copies("nf_hook_slow"), None);
+        assert_eq!(text(&drop(0, 2)), " [a copy, 2 others are left]");
+    }
+
+    #[test]
+    fn functions_that_free_for_others() {
+        assert!(frees("kfree_skb_list_reason") && frees("skb_queue_purge_reason"));
+        assert!(!frees("nf_hook_slow") && !frees("__dev_queue_xmit"));
+    }
+}

@@ -1,0 +1,266 @@
+//! `netprobe skb --drops`: losses that the kernel does not call drops, owners of what arrives, copies, reasons of subsystems.
+
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage};
+use serde_json::Value;
+
+use crate::common::{Case, Env, Netns, Netprobe, Pair, Running, SHORT, case, deadline};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("skb_drops_accept_queue", accept_queue).trace(),
+        case("skb_drops_syn_queue", syn_queue)
+            .trace()
+            .program("nft"),
+        case("skb_drops_end_of_handshake", end_of_handshake)
+            .trace()
+            .program("nft"),
+        case("skb_drops_owner_of_arrivals", owner_of_arrivals).trace(),
+        case("skb_drops_place_of_list_frees", place_of_list_frees)
+            .trace()
+            .program("tc"),
+        case("skb_drops_copies", copies).trace(),
+    ]
+}
+
+/// A TCP socket that listens with this backlog; nobody accepts.
+fn listen(netns: &Netns, address: SocketAddr, backlog: i32) -> Result<(OwnedFd, SocketAddr)> {
+    netns.enter(|| {
+        let family = match address {
+            SocketAddr::V4(_) => AddressFamily::Inet,
+            SocketAddr::V6(_) => AddressFamily::Inet6,
+        };
+        let fd = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+        socket::listen(&fd, Backlog::new(backlog)?)?;
+        let copy = nix::unistd::dup(&fd)?;
+        let address = std::net::TcpListener::from(copy).local_addr()?;
+        Ok((fd, address))
+    })?
+}
+
+fn drops(netns: &Netns) -> Result<Running> {
+    Netprobe::new("skb")
+        .args(["--drops", "--output-owner", "--output-json"])
+        .args(["--filter-proto", "tcp", "--filter-netns", netns.name()])
+        .start()
+}
+
+/// The first drop for this reason.
+fn row(run: &Running, reason: &str) -> Result<Value> {
+    let line = run.wait_line(&format!("\"reason\":\"{reason}\""))?;
+    Ok(serde_json::from_str(&line)?)
+}
+
+/// Each row's packet was on its way to a socket of this process.
+fn is_ours(row: &Value) -> Result<()> {
+    let pid = row["owner"]["pid"].as_u64();
+    ensure!(pid == Some(std::process::id().into()), "owner: {row}");
+    Ok(())
+}
+
+/// SYNs to a server that does not accept: the kernel frees them as consumed. One line for each, v4 and v6; the connects before them
+/// have none.
+fn accept_queue() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    for address in [net.server.v4(0), net.server.v6(0)] {
+        let (_listener, to) = listen(&net.server, address, 1)?;
+        let run = drops(&net.server)?;
+        let mut held: Vec<TcpStream> = Vec::new();
+        for _ in 0..2 {
+            held.push(net.client.tcp_connect(to, deadline())??);
+        }
+        let lost = net.client.tcp_connect(to, SHORT)?;
+        ensure!(lost.is_err(), "the queue was not full");
+        let row = row(&run, "ACCEPT_QUEUE_FULL")?;
+        ensure!(row["location"]["name"] == "tcp_conn_request", "{row}");
+        ensure!(
+            row["listen"] == serde_json::json!({ "backlog": 2, "limit": 1 }),
+            "{row}"
+        );
+        ensure!(row["tuple"]["dport"] == to.port(), "{row}");
+        ensure!(row.get("copy").is_none(), "{row}");
+        is_ours(&row)?;
+        let done = run.stop()?;
+        done.expect_success()?;
+        // The SYN, and a retransmit where the machine is slow.
+        let rows = done.json_of("drop")?;
+        ensure!((1..=2).contains(&rows.len()), "{done}");
+    }
+    Ok(())
+}
+
+/// Half-open connections fill the queue of SYNs, without SYN cookies.
+fn syn_queue() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    net.server.sysctl("net/ipv4/tcp_syncookies", "0")?;
+    let (_listener, to) = listen(&net.server, net.server.v4(0), 1)?;
+    // No handshake comes to its end.
+    net.client.nft("table ip t { chain i { type filter hook input priority 0; tcp flags & (syn | ack) == syn | ack drop; }; }")?;
+    let run = drops(&net.server)?;
+    for _ in 0..4 {
+        let _ = net.client.tcp_connect(to, SHORT)?;
+    }
+    let row = row(&run, "SYN_QUEUE_FULL")?;
+    ensure!(row["location"]["name"] == "tcp_conn_request", "{row}");
+    let (backlog, limit) = (&row["listen"]["backlog"], &row["listen"]["limit"]);
+    ensure!(
+        backlog.as_u64() >= Some(1) && limit.as_u64() >= Some(1),
+        "{row}"
+    );
+    is_ours(&row)?;
+    run.stop()?.expect_success()
+}
+
+/// The queue is full when the last packet of a handshake comes: the kernel drops that one, and has no reason.
+fn end_of_handshake() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let (_listener, to) = listen(&net.server, net.server.v4(0), 0)?;
+    // The first one's SYN-ACK is held back until another has filled the queue.
+    net.client.nft("table ip t { chain i { type filter hook input priority 0; tcp flags & (syn | ack) == syn | ack drop; }; }")?;
+    let run = drops(&net.server)?;
+    let (client, rules) = (&net.client, "flush ruleset");
+    std::thread::scope(|scope| -> Result<()> {
+        let first = scope.spawn(|| client.tcp_connect(to, deadline()));
+        let half_open =
+            || -> Result<bool> { Ok(net.server.cmd("cat /proc/net/tcp")?.contains(" 03 ")) };
+        let start = std::time::Instant::now();
+        while !half_open()? {
+            ensure!(start.elapsed() < deadline(), "no half-open connection");
+        }
+        net.client.nft(rules)?;
+        // Established at once; the first one's SYN-ACK is sent again after a second.
+        let second = net.client.tcp_connect(to, deadline())??;
+        let row = row(&run, "ACCEPT_QUEUE_FULL")?;
+        ensure!(row["location"]["name"] != "tcp_conn_request", "{row}");
+        ensure!(
+            row["listen"] == serde_json::json!({ "backlog": 1, "limit": 0 }),
+            "{row}"
+        );
+        is_ours(&row)?;
+        drop(second);
+        let mut stream = first
+            .join()
+            .map_err(|_| anyhow::anyhow!("the connect panicked"))???;
+        // It thinks that it is connected.
+        stream.set_read_timeout(Some(SHORT))?;
+        let _ = stream.read(&mut [0; 1]);
+        Ok(())
+    })?;
+    run.stop()?.expect_success()
+}
+
+/// A receive buffer that is full, v4 and v6, and a connection's socket: the drops name the process that should have read.
+fn owner_of_arrivals() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    for address in [net.server.v4(0), net.server.v6(0)] {
+        let run = Netprobe::new("skb")
+            .args(["--drops", "--output-owner", "--output-json"])
+            .args(["--filter-proto", "udp", "--filter-netns", net.server.name()])
+            .start()?;
+        let socket = net.server.udp_bind(address)?;
+        socket::setsockopt(&socket, socket::sockopt::RcvBuf, &2048)?;
+        let to = socket.local_addr()?;
+        for _ in 0..20 {
+            net.client.udp_send(to, &[0; 1000])?;
+        }
+        let line = run.wait_line("\"drop\"")?;
+        let row: Value = serde_json::from_str(&line)?;
+        ensure!(row["tuple"]["dport"] == to.port(), "{row}");
+        is_ours(&row)?;
+        // A port that nobody listens at has no owner.
+        drop(socket);
+        net.client.udp_send(to, b"nobody")?;
+        let last = run.wait_lines("a drop without an owner", |text| {
+            let rows = text.lines().filter(|l| l.contains("\"drop\""));
+            let mut rows = rows.filter_map(|l| serde_json::from_str::<Value>(l).ok());
+            rows.find(|r| r["len"].as_u64() < Some(100))
+        })?;
+        ensure!(last["owner"].is_null(), "{last}");
+        run.stop()?.expect_success()?;
+    }
+    Ok(())
+}
+
+/// A queue's limit: the place is the function that gave the list away to be freed; the reason has a name.
+fn place_of_list_frees() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    net.client
+        .cmd("tc qdisc add dev veth0 root tbf rate 8kbit burst 1600 limit 1600")?;
+    let run = Netprobe::new("skb")
+        .args(["--drops", "--output-json", "--filter-dst-port", "9"])
+        .args(["--filter-netns", net.client.name()])
+        .start()?;
+    for _ in 0..10 {
+        net.client.udp_send(net.server.v4(9), &[0; 1000])?;
+    }
+    let line = run.wait_line("\"drop\"")?;
+    let row: Value = serde_json::from_str(&line)?;
+    let place = row["location"]["name"].as_str().unwrap_or_default();
+    ensure!(
+        place.contains("xmit") || place.contains("qdisc") || place.contains("tbf"),
+        "{row}"
+    );
+    if let Some(reason) = row["reason"].as_str() {
+        ensure!(
+            reason.starts_with("SKB_DROP_REASON_QDISC") || reason.starts_with("QDISC_DROP"),
+            "{row}"
+        );
+    }
+    // From 7.x on qdiscs have reasons of their own.
+    let own = Env::look().has_function("__tcf_kfree_skb_list");
+    ensure!((row["subsystem"] == "qdisc") == own, "{row}");
+    run.stop()?.expect_success()
+}
+
+/// What a bridge floods to a port where nobody wants it is dropped as a copy, while the packet itself arrives; a packet's drop is none.
+fn copies() -> Result<()> {
+    let net = Pair::new()?;
+    let (hub, third) = (Netns::new("hub")?, Netns::new("third")?);
+    hub.ip("link add br0 type bridge ageing_time 0")?;
+    hub.ip("link set br0 up")?;
+    for (port, netns, host) in [(1, &net.client, 1), (2, &net.server, 2), (3, &third, 3)] {
+        hub.ip(&format!(
+            "link add p{port} type veth peer name eth0 netns {}",
+            netns.name()
+        ))?;
+        hub.ip(&format!("link set p{port} master br0 up"))?;
+        netns.ip(&format!("addr add 10.5.0.{host}/24 dev eth0"))?;
+        netns.ip("link set eth0 up")?;
+        netns.wait_up("eth0")?;
+    }
+    let to: SocketAddr = "10.5.0.2:5555".parse()?;
+    let socket = net.server.udp_bind(to)?;
+    // Neighbours are resolved, and all ports forward.
+    net.client.udp_send(to, b"first")?;
+    socket.recv_from(&mut [0; 16]).context("the first packet")?;
+    let run = Netprobe::new("skb")
+        .args(["--drops", "--output-json", "--filter-proto", "udp"])
+        .args(["--filter-dst-ip", "10.5.0.2"])
+        .start()?;
+    net.client.udp_send(to, b"second")?;
+    socket.recv_from(&mut [0; 16])?;
+    let line = run.wait_line("\"dport\":5555")?;
+    let row: Value = serde_json::from_str(&line)?;
+    ensure!(row["netns"].as_u64() == Some(third.inode()?), "{row}");
+    ensure!(row["copy"]["why"] == "other host", "{row}");
+    // The packet itself: nobody listens there.
+    drop(socket);
+    let alone = Netprobe::new("skb")
+        .args(["--drops", "--filter-proto", "udp", "--filter-dst-port", "7"])
+        .start()?;
+    net.client.udp_send(net.server.v4(7), b"x")?;
+    let line = alone.wait_line(":7(udp)")?;
+    ensure!(!line.contains("copy"), "{line}");
+    alone.stop()?.expect_success()?;
+    run.stop()?.expect_success()
+}
