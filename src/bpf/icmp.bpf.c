@@ -43,26 +43,14 @@ const volatile __s32 want_cpu = -1;
 struct icmp_event icmp_event_type;
 
 /*
- * A request whose reply has not reached a device yet: by its connection in
- * conntrack and its sequence number (whatever is translated is in one), and by
- * its addresses, for those without.
+ * Requests whose reply has not reached a device yet: the number of each, by its
+ * addresses as it was handled (daddr 0: it went to a group or to all).
  */
-struct due_key {
-	__u64 ct; /* 0: by addresses */
-	struct icmp_key key; /* with ct: seq and version alone */
-};
-
-struct due {
-	__u64 request;
-	__u64 ct;
-	struct icmp_key key;
-};
-
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
-	__type(key, struct due_key);
-	__type(value, struct due);
+	__type(key, struct icmp_key);
+	__type(value, __u64);
 } answering SEC(".maps");
 
 /* Not less than the requests in `answering`: while it is 0 no reply is looked for. */
@@ -133,72 +121,69 @@ static __always_inline __u8 current_context(const struct np_head *head)
 
 #include "icmp_sent.bpf.h"
 
-/* The key in `answering` by connection. */
-static __always_inline void by_connection(struct due_key *k, __u64 ct,
-					  const struct icmp_key *key)
-{
-	__builtin_memset(k, 0, sizeof(*k));
-	k->ct = ct;
-	k->key.seq = key->seq;
-	k->key.version = key->version;
-}
-
 /* The reply to this request is looked for from now on. */
 static __noinline int answer_due(void *skb_ptr, const struct icmp_key *key,
 				 __u64 request)
 {
 	struct sk_buff *skb = skb_ptr;
-	struct due due = {.request = request};
-	struct due_key k = {};
+	struct icmp_key k = *key;
 
-	due.ct = conntrack_of(NP_CAST(sk_buff, skb_ptr));
-	k.key = *key;
-	/* To a group or to all: the reply has an address of this host's own. */
+	/* The reply has an address of this host's own. */
 	if (BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type) != NP_PACKET_HOST)
-		k.key.daddr[0] = k.key.daddr[1] = 0;
-	due.key = k.key;
+		k.daddr[0] = k.daddr[1] = 0;
 	__sync_fetch_and_add(&answers_due, 1);
-	bpf_map_update_elem(&answering, &k, &due, BPF_ANY);
-	if (due.ct) {
-		by_connection(&k, due.ct, key);
-		bpf_map_update_elem(&answering, &k, &due, BPF_ANY);
-	}
+	bpf_map_update_elem(&answering, &k, &request, BPF_ANY);
 	return 0;
+}
+
+/*
+ * Turns the key of a reply that leaves into what it was when the reply was
+ * made: conntrack has both forms of a connection that it translates.
+ */
+static __always_inline void untranslate(struct icmp_key *key,
+					struct sk_buff *skb)
+{
+	struct nf_conn *ct = (void *)conntrack_of(skb);
+	struct nf_conntrack_tuple t = {};
+
+	if (!ct || !bpf_core_field_exists(ct->tuplehash))
+		return;
+	/* [1]: IP_CT_DIR_REPLY */
+	BPF_CORE_READ_INTO(&t, ct, tuplehash[1].tuple);
+	if (!t.src.u.icmp.id && !t.src.u3.all[0])
+		return;
+	key->id = bpf_ntohs(t.src.u.icmp.id);
+	if (key->version == 4) {
+		np_map_v4(key->saddr, t.dst.u3.ip);
+		np_map_v4(key->daddr, t.src.u3.ip);
+	} else {
+		__builtin_memcpy(key->saddr, &t.dst.u3.ip6, 16);
+		__builtin_memcpy(key->daddr, &t.src.u3.ip6, 16);
+	}
+}
+
+static __always_inline __u64 answer_take(const struct icmp_key *key)
+{
+	__u64 *found = bpf_map_lookup_elem(&answering, key);
+	__u64 request = found ? *found : 0;
+
+	if (request && !bpf_map_delete_elem(&answering, key))
+		__sync_fetch_and_add(&answers_due, -1);
+	return request;
 }
 
 /* The number of the request that this packet is the reply to; it is no longer looked for. */
 static __noinline __u64 answer_found(void *skb_ptr, const struct icmp_key *key)
 {
-	__u64 ct = conntrack_of(NP_CAST(sk_buff, skb_ptr)), request;
-	struct due_key k;
-	struct due *due = NULL;
+	struct icmp_key k = *key;
+	__u64 request;
 
-	if (ct) {
-		by_connection(&k, ct, key);
-		due = bpf_map_lookup_elem(&answering, &k);
-	}
-	if (!due) {
-		k.ct = 0;
-		k.key = *key;
-		due = bpf_map_lookup_elem(&answering, &k);
-	}
-	if (!due) {
-		k.key.daddr[0] = k.key.daddr[1] = 0;
-		due = bpf_map_lookup_elem(&answering, &k);
-	}
-	if (!due)
-		return 0;
-	request = due->request;
-	ct = due->ct;
-	k.ct = 0;
-	k.key = due->key;
-	if (!bpf_map_delete_elem(&answering, &k))
-		__sync_fetch_and_add(&answers_due, -1);
-	if (ct) {
-		by_connection(&k, ct, key);
-		bpf_map_delete_elem(&answering, &k);
-	}
-	return request;
+	untranslate(&k, NP_CAST(sk_buff, skb_ptr));
+	request = answer_take(&k);
+	if (request)
+		return request;
+	k.daddr[0] = k.daddr[1] = 0;
+	return answer_take(&k);
 }
 
 /* A request is handled: takes what was seen of its way in. */
@@ -257,86 +242,42 @@ int BPF_KPROBE(icmpv6_echo, void *skb)
 	return handle_echo(ctx, skb, 6);
 }
 
-/* What the run looks at on its way in. */
-static __always_inline int wanted(void)
-{
-	return with_sent ? ECHO_REPLY : ECHO_REQUEST;
-}
-
-/* A packet on its way to the stack: was it queued, and by which CPU? */
 static __noinline int queued_echo(void *skb_ptr, __u8 backlog)
 {
-	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
-	struct icmp_softirq *running;
-	struct icmp_times *t;
 	struct seen s = {};
 
-	if (read_received(skb, &s.key) != wanted())
+	if (read_received(NP_CAST(sk_buff, skb_ptr), &s.key) != ECHO_REQUEST)
 		return 0;
-	s.reply = with_sent;
-	if (with_sent)
-		s.request = follow(skb_ptr, &s.key, true, true);
-	t = &s.times;
-	t->queued = bpf_ktime_get_ns();
-	t->queued_cpu = bpf_get_smp_processor_id();
-	t->receive_cpu = t->queued_cpu;
-	t->backlog = backlog;
-	running = softirq_running();
-	if (running)
-		t->first = *running;
+	seen_queued(&s, backlog);
 	seen_put(skb_ptr, &s);
 	return 0;
-}
-
-static __always_inline int queued(void *skb_ptr, __u8 backlog)
-{
-	return may_echo_received(skb_ptr) ? queued_echo(skb_ptr, backlog) : 0;
 }
 
 SEC("raw_tp/netif_rx")
 int netif_rx(struct bpf_raw_tracepoint_args *ctx)
 {
-	return queued((void *)ctx->args[0], 1);
+	if (may_echo_received((void *)ctx->args[0]))
+		queued_echo((void *)ctx->args[0], 1);
+	return 0;
 }
 
 /* At napi_gro_receive_entry too. */
 SEC("raw_tp/netif_receive_skb_entry")
 int receive_entry(struct bpf_raw_tracepoint_args *ctx)
 {
-	return queued((void *)ctx->args[0], 0);
+	if (may_echo_received((void *)ctx->args[0]))
+		queued_echo((void *)ctx->args[0], 0);
+	return 0;
 }
 
-static __noinline int received_echo(struct bpf_raw_tracepoint_args *ctx)
+static __noinline int received_echo(void *skb_ptr)
 {
-	void *skb_ptr = (void *)ctx->args[0];
-	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
-	struct icmp_softirq *running;
-	struct icmp_times *t;
-	struct seen s = {}, *before;
-	int echo = read_received(skb, &s.key);
+	struct seen s = {};
 
-	if (with_sent && echo == ECHO_REQUEST)
-		return request_received(skb_ptr, &s.key);
-	if (echo != wanted())
+	if (read_received(NP_CAST(sk_buff, skb_ptr), &s.key) != ECHO_REQUEST)
 		return 0;
-	s.reply = with_sent;
-	t = &s.times;
-	/* Of an earlier hop (a bridge, a lower device) nothing is kept. */
-	before = seen_at((__u64)skb_ptr, &s.key, s.reply);
-	if (before && !before->times.receive)
-		*t = before->times;
-	t->receive = bpf_ktime_get_ns();
-	t->receive_cpu = bpf_get_smp_processor_id();
-	if (!t->queued)
-		t->queued_cpu = t->receive_cpu;
-	running = softirq_running();
-	if (running)
-		t->last = *running;
-	if (with_sent)
-		s.request = reply_received(skb_ptr, &s.key);
+	seen_received(&s, skb_ptr);
 	seen_put(skb_ptr, &s);
-	if (with_sent)
-		sent_return(ctx, &s);
 	return 0;
 }
 
@@ -344,30 +285,23 @@ SEC("raw_tp/netif_receive_skb")
 int receive(struct bpf_raw_tracepoint_args *ctx)
 {
 	if (may_echo_received((void *)ctx->args[0]))
-		received_echo(ctx);
+		received_echo((void *)ctx->args[0]);
 	return 0;
 }
 
-/* As sent_xmit() */
-static __noinline __u64 sent_echo(struct bpf_raw_tracepoint_args *ctx)
+static __noinline int answered(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct sk_buff *skb = NP_CAST(sk_buff, ctx->args[0]);
-	struct net_device *dev = NP_CAST(net_device, ctx->args[1]);
+	void *skb_ptr = (void *)ctx->args[0];
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct icmp_event e = {};
-	int echo = read_sent(skb, &e.key);
 
-	if (with_sent) {
-		if (echo == ECHO_REPLY)
-			follow((void *)ctx->args[0], &e.key, true, false);
-		return echo == ECHO_REQUEST ? sent_xmit(ctx, &e, dev) : 0;
-	}
-	if (echo != ECHO_REPLY)
+	if (read_sent(skb, &e.key) != ECHO_REPLY)
 		return 0;
-	e.request = answer_found((void *)ctx->args[0], &e.key);
+	e.request = answer_found(skb_ptr, &e.key);
 	if (!e.request || paused())
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_REPLY);
-	read_dev(&e, dev);
+	read_dev(&e, NP_CAST(net_device, ctx->args[1]));
 	e.len = l3_len(skb);
 	np_output(ctx, &e.head, sizeof(e));
 	return 0;
@@ -377,15 +311,8 @@ static __noinline __u64 sent_echo(struct bpf_raw_tracepoint_args *ctx)
 SEC("raw_tp/net_dev_start_xmit")
 int xmit(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u64 start;
-
-	if ((!with_sent && !answers_due) ||
-	    !may_echo_sent((void *)ctx->args[0]))
-		return 0;
-	/* Not from within: with the filter's own stack that would be too much. */
-	start = sent_echo(ctx);
-	if (with_sent && start && np_filter_skb((void *)ctx->args[0]))
-		sent_own(ctx, start);
+	if (answers_due && may_echo_sent((void *)ctx->args[0]))
+		answered(ctx);
 	return 0;
 }
 

@@ -13,9 +13,6 @@
 #ifndef NETPROBE_ICMP_SEEN_BPF_H
 #define NETPROBE_ICMP_SEEN_BPF_H
 
-/* Look at the sending side, and not at the answering one. */
-const volatile __u8 with_sent = 0;
-
 struct seen {
 	struct icmp_times times; /* since it was queued last */
 	__u64 request; /* number; 0: none that is looked at */
@@ -113,6 +110,36 @@ static __always_inline void seen_forget(void *skb_ptr)
 	bpf_map_delete_elem(&seen, &at);
 	at = (__u64)NP_READ(NP_CAST(sk_buff, skb_ptr), head);
 	bpf_map_delete_elem(&seen, &at);
+}
+
+/* A packet on its way to the stack: it is queued by this CPU. */
+static __always_inline void seen_queued(struct seen *s, __u8 backlog)
+{
+	struct icmp_softirq *running = softirq_running();
+
+	s->times.queued = bpf_ktime_get_ns();
+	s->times.queued_cpu = bpf_get_smp_processor_id();
+	s->times.receive_cpu = s->times.queued_cpu;
+	s->times.backlog = backlog;
+	if (running)
+		s->times.first = *running;
+}
+
+/* It has reached the stack. */
+static __always_inline void seen_received(struct seen *s, void *skb_ptr)
+{
+	struct icmp_softirq *running = softirq_running();
+	struct seen *before = seen_at((__u64)skb_ptr, &s->key, s->reply);
+
+	/* Of an earlier hop (a bridge, a lower device) nothing is kept. */
+	if (before && !before->times.receive)
+		s->times = before->times;
+	s->times.receive = bpf_ktime_get_ns();
+	s->times.receive_cpu = bpf_get_smp_processor_id();
+	if (!s->times.queued)
+		s->times.queued_cpu = s->times.receive_cpu;
+	if (running)
+		s->times.last = *running;
 }
 
 /* One more packet that is the request (or its reply). */

@@ -187,9 +187,9 @@ int BPF_KPROBE(sent_6, void *net, void *sk, void *skb)
  * been sending, where that made the IP header too (IP_HDRINCL), else 0: such a
  * request is not known yet (sent_own).
  */
-static __always_inline __u64 sent_xmit(struct bpf_raw_tracepoint_args *ctx,
-				       struct icmp_event *e,
-				       struct net_device *dev)
+static __always_inline __u64 sent_on(struct bpf_raw_tracepoint_args *ctx,
+				     struct icmp_event *e,
+				     struct net_device *dev)
 {
 	void *skb_ptr = (void *)ctx->args[0];
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
@@ -238,6 +238,36 @@ static __noinline int sent_own(struct bpf_raw_tracepoint_args *ctx, __u64 start)
 	e.len = l3_len(skb);
 	ask_out(&e, skb_ptr, (__u64)NP_READ(skb, sk), false);
 	np_output(ctx, &e.head, sizeof(e));
+	return 0;
+}
+
+/* As sent_on() */
+static __noinline __u64 sent_echo(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct icmp_event e = {};
+
+	switch (read_sent(NP_CAST(sk_buff, ctx->args[0]), &e.key)) {
+	case ECHO_REPLY:
+		follow((void *)ctx->args[0], &e.key, true, false);
+		return 0;
+	case ECHO_REQUEST:
+		return sent_on(ctx, &e, NP_CAST(net_device, ctx->args[1]));
+	}
+	return 0;
+}
+
+/* A packet is handed to a device's driver. */
+SEC("raw_tp/net_dev_start_xmit")
+int sent_xmit(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 start;
+
+	if (!may_echo_sent((void *)ctx->args[0]))
+		return 0;
+	/* Not from within: with the filter's own stack that would be too much. */
+	start = sent_echo(ctx);
+	if (start && np_filter_skb((void *)ctx->args[0]))
+		sent_own(ctx, start);
 	return 0;
 }
 
@@ -295,6 +325,60 @@ static __noinline int sent_return(void *ctx, const struct seen *s)
 		return 0;
 	asked->returned = 1;
 	return send_return(ctx, s);
+}
+
+static __noinline int sent_queued(void *skb_ptr, __u8 backlog)
+{
+	struct seen s = {.reply = 1};
+
+	if (read_received(NP_CAST(sk_buff, skb_ptr), &s.key) != ECHO_REPLY)
+		return 0;
+	s.request = follow(skb_ptr, &s.key, true, true);
+	seen_queued(&s, backlog);
+	seen_put(skb_ptr, &s);
+	return 0;
+}
+
+SEC("raw_tp/netif_rx")
+int sent_netif_rx(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (may_echo_received((void *)ctx->args[0]))
+		sent_queued((void *)ctx->args[0], 1);
+	return 0;
+}
+
+/* At napi_gro_receive_entry too. */
+SEC("raw_tp/netif_receive_skb_entry")
+int sent_receive_entry(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (may_echo_received((void *)ctx->args[0]))
+		sent_queued((void *)ctx->args[0], 0);
+	return 0;
+}
+
+static __noinline int sent_received(struct bpf_raw_tracepoint_args *ctx)
+{
+	void *skb_ptr = (void *)ctx->args[0];
+	struct seen s = {.reply = 1};
+
+	switch (read_received(NP_CAST(sk_buff, skb_ptr), &s.key)) {
+	case ECHO_REQUEST:
+		return request_received(skb_ptr, &s.key);
+	case ECHO_REPLY:
+		seen_received(&s, skb_ptr);
+		s.request = reply_received(skb_ptr, &s.key);
+		seen_put(skb_ptr, &s);
+		return sent_return(ctx, &s);
+	}
+	return 0;
+}
+
+SEC("raw_tp/netif_receive_skb")
+int sent_receive(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (may_echo_received((void *)ctx->args[0]))
+		sent_received(ctx);
+	return 0;
 }
 
 static __noinline int send_delivered(void *ctx, const struct icmp_key *key,

@@ -30,7 +30,7 @@ static __always_inline __u32 np_listen_full(struct sock *sk)
 		return NP_LISTEN_ACCEPT_QUEUE_FULL;
 	room = BPF_CORE_READ(net, ipv4.sysctl_max_syn_backlog);
 	if (!cookies && room - (int)young < room >> 2)
-		return NP_LISTEN_SYN_BACKLOG_LOW;
+		return NP_LISTEN_SYN_QUEUE_FULL;
 	return NP_LISTEN_ROOM;
 }
 

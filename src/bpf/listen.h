@@ -8,7 +8,6 @@ enum np_listen {
 	NP_LISTEN_ROOM = 0,
 	NP_LISTEN_SYN_QUEUE_FULL = 0xffff0001,
 	NP_LISTEN_ACCEPT_QUEUE_FULL = 0xffff0002,
-	NP_LISTEN_SYN_BACKLOG_LOW = 0xffff0003,
 };
 
 #endif

@@ -214,7 +214,7 @@ fn listen_queue() -> Result<()> {
         ensure!(open.iter().all(|r| r["drop"].is_null()), "{done}");
         let drop = &lost[0]["drop"];
         ensure!(
-            drop["reason"] == "accept queue full" && drop["at"] == "tcp_conn_request",
+            drop["reason"] == "ACCEPT_QUEUE_FULL" && drop["at"] == "tcp_conn_request",
             "{}",
             lost[0]
         );

@@ -144,7 +144,6 @@ fn load<'a>(
     rodata.use_cast = u8::from(features.rdonly_cast);
     rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
     rodata.with_stages = u8::from(args.with_stages());
-    rodata.with_sent = u8::from(args.sent);
     rodata.has_reason = u8::from(features.drop_reasons);
     rodata.with_culprit = u8::from(args.culprit);
     rodata.gap_min_ns = args.gap_ns();

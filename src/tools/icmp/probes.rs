@@ -20,7 +20,9 @@ enum Part {
     Echo4,
     /// handling of IPv6 requests
     Echo6,
-    /// where packets come in and go out, for both sides
+    /// interrupts, for both sides
+    Irqs,
+    /// where requests come in and replies go out
     Ways,
     /// processes that send requests
     Sent,
@@ -62,20 +64,20 @@ macro_rules! probe {
 use Point::{Clock, Function, Tracepoint};
 
 const PROBES: &[Probe] = &[
-    probe!(Ways, irq_entry, Tracepoint("irq_handler_entry", "IRQ")),
-    probe!(Ways, irq_exit, Tracepoint("irq_handler_exit", "IRQ")),
+    probe!(Irqs, irq_entry, Tracepoint("irq_handler_entry", "IRQ")),
+    probe!(Irqs, irq_exit, Tracepoint("irq_handler_exit", "IRQ")),
     probe!(
-        Ways,
+        Irqs,
         softirq_raise,
         Tracepoint("softirq_raise", "IRQ, RPS and WAIT")
     ),
     probe!(
-        Ways,
+        Irqs,
         softirq_entry,
         Tracepoint("softirq_entry", "WAIT and POLL")
     ),
     probe!(
-        Ways,
+        Irqs,
         softirq_exit,
         Tracepoint(
             "softirq_exit",
@@ -99,6 +101,31 @@ const PROBES: &[Probe] = &[
         Tracepoint("netif_receive_skb", "POLL and STACK")
     ),
     probe!(Ways, xmit, Tracepoint("net_dev_start_xmit", "REPLY")),
+    probe!(
+        Sent,
+        sent_netif_rx,
+        Tracepoint("netif_rx", "the begin of IN")
+    ),
+    probe!(
+        Sent,
+        sent_receive_entry,
+        Tracepoint("netif_receive_skb_entry", "the begin of IN")
+    ),
+    probe!(
+        Sent,
+        sent_receive_entry,
+        Tracepoint("napi_gro_receive_entry", "the begin of IN")
+    ),
+    probe!(
+        Sent,
+        sent_receive,
+        Tracepoint("netif_receive_skb", "WIRE and IN")
+    ),
+    probe!(
+        Sent,
+        sent_xmit,
+        Tracepoint("net_dev_start_xmit", "OUT and WIRE")
+    ),
     probe!(Sent, raw_sendmsg_4, Function(&["raw_sendmsg"])),
     probe!(Sent, raw_sendmsg_6, Function(&["rawv6_sendmsg"])),
     probe!(Sent, ping_sendmsg_4, Function(&["ping_v4_sendmsg"])),
@@ -144,7 +171,8 @@ fn wanted(part: Part, args: &Args) -> bool {
     match part {
         Part::Echo4 => !args.sent,
         Part::Echo6 => !args.sent && !args.legacy,
-        Part::Ways => args.with_stages() || args.sent,
+        Part::Irqs => args.with_stages() || args.sent,
+        Part::Ways => args.with_stages(),
         Part::Sent => args.sent,
         Part::Culprit => args.culprit,
     }

@@ -201,7 +201,7 @@ impl Presenter {
         ] {
             let Some(drop) = drop else { continue };
             details.push(match drop.reason {
-                Some(reason) => format!("{what}:{}@{}", reason.replace(' ', "-"), drop.at),
+                Some(reason) => format!("{what}:{}@{}", reason, drop.at),
                 None => format!("{what}@{}", drop.at),
             });
         }
