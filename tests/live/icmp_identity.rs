@@ -1,9 +1,12 @@
 //! `netprobe icmp`: which reply is whose, whatever the network does to addresses, and which drop is the loss of a request.
 
+use std::net::UdpSocket;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::icmp::{collect, pair, records};
+use super::tcpconnect_outcome::socket;
 use crate::common::{Case, Netns, Netprobe, Running, case};
 
 pub fn cases() -> Vec<Case> {
@@ -24,6 +27,7 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("ping")
             .limit(400),
+        case("icmp_whose_full_socket", full_socket).trace(),
         case("icmp_whose_late_reply", late_reply)
             .trace()
             .program("ping")
@@ -281,6 +285,41 @@ fn copies() -> Result<()> {
         summary["lost"] == 1 && summary["dropped"] == 0 && summary["replies"] == 3,
         "{summary}"
     );
+    Ok(())
+}
+
+/// A ping socket that nobody reads from, with room for a few replies: the others are dropped, and are not in its queue.
+fn full_socket() -> Result<()> {
+    const COUNT: usize = 8;
+    let net = pair()?;
+    net.client.sysctl("net/ipv4/ping_group_range", "0 0")?;
+    let probe = sending("1")?;
+    let socket = net.client.enter(|| -> Result<UdpSocket> {
+        let fd = socket(libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_ICMP)?;
+        nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::RcvBuf, &1)?;
+        // send_to and the like are the same for each kind of socket.
+        let socket = UdpSocket::from(fd);
+        for seq in 1..=COUNT {
+            let mut echo = vec![8, 0, 0, 0, 0, 0, 0, seq as u8];
+            echo.resize(900, 0);
+            socket.send_to(&echo, "10.77.0.2:0")?;
+        }
+        Ok(socket)
+    })??;
+    let (done, all) = collect(probe, "request", COUNT)?;
+    drop(socket);
+    let requests = records(&all, "request");
+    let why = |text: &str| {
+        let lost = requests.iter().filter(|r| r["lost"]["why"] == text);
+        lost.count()
+    };
+    let dropped = why("this kernel dropped the reply");
+    let queued = why("the reply is in the socket's queue, its process has not read it");
+    ensure!(
+        dropped > 0 && queued > 0 && dropped + queued == COUNT,
+        "{dropped} dropped, {queued} in the queue:\n{done}"
+    );
+    ensure!(records(&all, "summary")[0]["dropped"] == dropped, "{done}");
     Ok(())
 }
 
