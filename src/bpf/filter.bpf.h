@@ -47,6 +47,8 @@
 #define NP_FILTER_TYPED (1U << 4)
 /* The expression has a form that decides by short copies what it can (np_filter_quick). */
 #define NP_FILTER_QUICK (1U << 5)
+/* The expression has `vlan`: another form of it is for packets with their tag beside them (np_filter_tagged). */
+#define NP_FILTER_VLAN (1U << 6)
 #define NP_FILTER_READS \
 	(NP_FILTER_EXPRESSION | NP_FILTER_TUNNEL_L2 | NP_FILTER_TUNNEL_L3)
 
@@ -87,7 +89,7 @@ static __always_inline bool np_filter_xdp(struct xdp_md *ctx)
 
 #else /* a program that has an sk_buff */
 
-#include "compat.bpf.h"
+#include "headers.bpf.h"
 
 const volatile __u32 np_filter_on = 0;
 /*
@@ -112,10 +114,8 @@ struct np_filter_fields {
 	__u64 head;
 	__u32 tail; /* an offset from head, as sk_buff has it on 64 bits */
 	__u32 data_len;
-	__u16 mac_header;
-	__u16 network_header;
-	__u16 mac_len;
-	__u16 pad;
+	__u8 no_link; /* the packet begins with its IP header */
+	__u8 pad[7];
 };
 
 /* The packet being filtered on this CPU. */
@@ -128,6 +128,9 @@ struct np_filter_packet {
 	__u32 inner_l2; /* offsets of a tunnelled packet, or NP_FILTER_NONE */
 	__u32 inner_l3;
 	__u8 block[NP_FILTER_BLOCK];
+	/* The tag beside the packet, in network byte order, where filter::ebpf looks for it: just behind the block. */
+	__be16 tci;
+	__u8 pad[6];
 	__u8 fields[NP_FILTER_FIELDS];
 };
 
@@ -224,15 +227,13 @@ __noinline __s64 np_filter_load_byte(__u64 at)
 	(bpf_core_field_offset(struct sk_buff, field) - \
 	 bpf_core_field_offset(struct sk_buff, data_len))
 
-/* Offset of a header that is not set. */
-#define NP_FILTER_UNSET 0xffff
-
 /* Finds the packet's first byte; true where that is a link header. */
 static __always_inline bool np_filter_locate(struct np_filter_packet *packet,
 					     const void *address)
 {
 	const struct sk_buff *skb = address;
 	__u64 start, tail, head, data_len;
+	__u16 mac, network;
 	bool l2;
 
 	packet->skb = (__u64)address;
@@ -246,25 +247,20 @@ static __always_inline bool np_filter_locate(struct np_filter_packet *packet,
 					  &skb->data_len))
 			__builtin_memset(packet->fields, 0,
 					 sizeof(packet->fields));
-		start = *(__u16 *)(fields + NP_FILTER_AT(mac_header));
-		l2 = *(__u16 *)(fields + NP_FILTER_AT(mac_len)) != 0 &&
-		     start != NP_FILTER_UNSET;
-		if (!l2)
-			start = *(__u16 *)(fields +
-					   NP_FILTER_AT(network_header));
+		mac = *(__u16 *)(fields + NP_FILTER_AT(mac_header));
+		network = *(__u16 *)(fields + NP_FILTER_AT(network_header));
 		tail = *(__u32 *)(fields + NP_FILTER_AT(tail));
 		head = *(__u64 *)(fields + NP_FILTER_AT(head));
 		data_len = *(__u32 *)fields;
 	} else {
-		start = BPF_CORE_READ(skb, mac_header);
-		l2 = BPF_CORE_READ(skb, mac_len) != 0 &&
-		     start != NP_FILTER_UNSET;
-		if (!l2)
-			start = BPF_CORE_READ(skb, network_header);
+		mac = BPF_CORE_READ(skb, mac_header);
+		network = BPF_CORE_READ(skb, network_header);
 		tail = BPF_CORE_READ(skb, tail);
 		head = (__u64)BPF_CORE_READ(skb, head);
 		data_len = BPF_CORE_READ(skb, data_len);
 	}
+	l2 = np_is_ethernet(mac, network);
+	start = l2 ? mac : network;
 	packet->data = head + start;
 	packet->linear = tail > start ? tail - start : 0;
 	packet->len = packet->linear + data_len;
@@ -330,6 +326,7 @@ __noinline __s64 np_filter_load(__u64 off, __u64 size, __u64 skb)
 
 NP_FILTER_STUB(np_filter_l2, 1)
 NP_FILTER_STUB(np_filter_l3, 2)
+NP_FILTER_STUB(np_filter_tagged, 8)
 NP_FILTER_STUB(np_filter_tunnel_l2, 3)
 NP_FILTER_STUB(np_filter_tunnel_l3, 4)
 
@@ -351,10 +348,11 @@ __hidden __noinline __u64 np_filter_fast(const void *address)
 	return matches | (typed != NULL) | np_filter_load(0, 1, 0);
 }
 
-/* What np_filter_quick() gives back. */
+/* What np_filter_quick() gives back; np_filter_fast() too, but for UNSURE, and any other number for YES. */
 #define NP_FILTER_NO 0
 #define NP_FILTER_YES 1
 #define NP_FILTER_UNSURE 2
+#define NP_FILTER_YES_BARE 3 /* if what has no link header is an IP packet */
 
 /*
  * The expression for the sk_buff at this address by two short reads, where there
@@ -514,16 +512,41 @@ static __always_inline __u64 np_filter_begin(struct np_filter_packet *packet,
 	return packet->linear - base;
 }
 
-/* The filters that read the packet, but `skip`. `l2`: it begins with a link header. */
+/*
+ * Is what the filter saw from the network header on an IP packet? Asked for those
+ * that match alone.
+ */
+static __noinline __u64 np_filter_is_ip(const void *address)
+{
+	struct sk_buff *skb = NP_CAST(sk_buff, address);
+	__u64 l3 = np_l3_sound(skb);
+	__u16 offset = NP_READ(skb, network_header);
+
+	return l3 && l3 == (__u64)NP_READ(skb, head) + offset;
+}
+
+/* What begins with an Ethernet header. `tagged`: a tag is beside it. */
+static __always_inline bool np_filter_ethernet(struct np_filter_packet *packet,
+					       __u64 linear, bool tagged)
+{
+	if (tagged)
+		return np_filter_tagged(packet->block, linear, 0, packet->len);
+	return np_filter_l2(packet->block, linear, 0, packet->len);
+}
+
+/*
+ * The filters that read the packet, but `skip`. `l2`: it begins with a link
+ * header; `tagged`: a tag is beside it.
+ */
 static __always_inline bool np_filter_packet(struct np_filter_packet *packet,
-					     bool l2, __u32 skip)
+					     bool l2, bool tagged, __u32 skip)
 {
 	__u32 on = np_filter_on & ~skip, inner;
 	__u64 linear;
 
 	if (on & NP_FILTER_EXPRESSION) {
 		linear = np_filter_begin(packet, 0);
-		if (l2 ? !np_filter_l2(packet->block, linear, 0, packet->len)
+		if (l2 ? !np_filter_ethernet(packet, linear, tagged)
 		       : !np_filter_l3(packet->block, linear, 0, packet->len))
 			return false;
 	}
@@ -559,8 +582,6 @@ static __always_inline bool
 np_filter_fields(const struct np_filter_fields *fields)
 {
 	struct np_filter_packet *packet;
-	bool l2 = fields->mac_len != 0;
-	__u64 start;
 
 	if (!np_filter_on)
 		return true;
@@ -572,19 +593,28 @@ np_filter_fields(const struct np_filter_fields *fields)
 	packet = np_filter_packet_get();
 	if (!packet)
 		return false;
-	start = l2 ? fields->mac_header : fields->network_header;
 	packet->skb = fields->skb;
-	packet->data = fields->head + start;
-	packet->linear = fields->tail > start ? fields->tail - start : 0;
+	packet->data = fields->head;
+	packet->linear = fields->tail;
 	packet->len = packet->linear + fields->data_len;
-	return np_filter_packet(packet, l2, 0);
+	return np_filter_packet(packet, !fields->no_link, false, 0);
+}
+
+/* The expression by typed loads. */
+static __always_inline bool np_filter_typed(const void *address)
+{
+	__u64 matches = np_filter_fast(address);
+
+	return matches == NP_FILTER_YES_BARE ? np_filter_is_ip(address)
+					     : matches != NP_FILTER_NO;
 }
 
 /* Every filter that is set, in any case. */
 static __noinline __u64 np_filter_any(const void *address)
 {
 	struct np_filter_packet *packet;
-	bool l2, typed = np_filter_on & NP_FILTER_TYPED;
+	bool l2, tagged = false, typed = np_filter_on & NP_FILTER_TYPED;
+	struct np_tag tag;
 
 	if ((np_filter_on & NP_FILTER_MEMBERS) &&
 	    !np_filter_members((__u64)address))
@@ -595,9 +625,17 @@ static __noinline __u64 np_filter_any(const void *address)
 	if (!packet)
 		return 0;
 	l2 = np_filter_locate(packet, address);
-	if (typed && !np_filter_fast(address))
+	if (typed && !np_filter_typed(address))
 		return 0;
-	return np_filter_packet(packet, l2, typed ? NP_FILTER_EXPRESSION : 0);
+	if (np_filter_on & NP_FILTER_VLAN) {
+		tag = np_read_tag(NP_CAST(sk_buff, address), use_cast);
+		tagged = tag.proto != 0;
+		packet->tci = bpf_htons(tag.tci);
+	}
+	return np_filter_packet(packet, l2, tagged,
+				typed ? NP_FILTER_EXPRESSION : 0) &&
+	       (typed || l2 || !(np_filter_on & NP_FILTER_EXPRESSION) ||
+		np_filter_is_ip(address));
 }
 
 /* Does the sk_buff at this address (a plain one, not made by NP_CAST) pass every filter that is set? */
@@ -607,9 +645,11 @@ static __always_inline bool np_filter_skb(const void *address)
 	__u64 known;
 
 	if (on == (NP_FILTER_EXPRESSION | NP_FILTER_TYPED))
-		return np_filter_fast(address);
+		return np_filter_typed(address);
 	if (on == (NP_FILTER_EXPRESSION | NP_FILTER_QUICK)) {
 		known = np_filter_quick(address);
+		if (known == NP_FILTER_YES_BARE)
+			return np_filter_is_ip(address);
 		return known == NP_FILTER_UNSURE ? np_filter_any(address)
 						 : known;
 	}

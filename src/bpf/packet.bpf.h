@@ -6,6 +6,8 @@
 #ifndef NETPROBE_PACKET_BPF_H
 #define NETPROBE_PACKET_BPF_H
 
+#include "headers.bpf.h"
+
 #define NP_IPV6_EXTENSIONS 6 /* extension headers followed at most */
 #define NP_FRAGMENT_OFFSET 0x1fff
 
@@ -18,7 +20,6 @@
 #define np_read_l4(l4, t) np_read_l4_by(l4, t, use_cast)
 #define np_read_v4(l3, first, t) np_read_v4_by(l3, first, t, use_cast)
 #define np_read_v6(l3, t) np_read_v6_by(l3, t, use_cast)
-#define np_l3(skb) np_l3_by(skb, use_cast)
 #define np_read_l3(l3, t) np_read_l3_by(l3, t, use_cast)
 #define np_read_tuple(skb, t) np_read_tuple_by(skb, t, use_cast)
 #define np_read_netns(skb, sk) np_read_netns_by(skb, sk, use_cast)
@@ -147,20 +148,6 @@ static __always_inline void np_read_v6_by(const __u8 *l3, struct np_tuple *t,
 }
 
 /*
- * The skb's network header, or its data where the network header is not set
- * yet (received, before __netif_receive_skb_core).
- */
-static __always_inline const __u8 *np_l3_by(struct sk_buff *skb,
-					    const bool use_cast)
-{
-	__u16 offset = NP_READ(skb, network_header);
-
-	if (offset && offset != 0xffff)
-		return NP_READ(skb, head) + offset;
-	return NP_READ(skb, data);
-}
-
-/*
  * Fills the tuple (zeroed by the caller) from a network header. l3_version
  * stays 0 where there is no IP.
  */
@@ -182,7 +169,14 @@ static __always_inline void np_read_l3_by(const __u8 *l3, struct np_tuple *t,
 static __always_inline void
 np_read_tuple_by(struct sk_buff *skb, struct np_tuple *t, const bool use_cast)
 {
-	np_read_l3(np_l3(skb), t);
+	__be16 said;
+	const __u8 *l3 = np_l3_typed_by(skb, &said, use_cast);
+
+	if (!l3)
+		return;
+	np_read_l3(l3, t);
+	if (!np_version_fits(said, t->l3_version))
+		t->l3_version = 0;
 }
 
 /* Of the device of its route; 0 where it has none. */

@@ -54,14 +54,17 @@ struct skb_event {
 	__u32 reason;
 };
 
+/* In skb_meta.mtu: a VLAN tag is beside the packet. */
+#define SKB_MTU_TAGGED (1U << 31)
+
 struct skb_meta {
 	__u32 netns; /* inode */
 	__u32 mark;
 	__u32 ifindex;
 	__u32 len; /* skb->len, bytes */
-	__u32 mtu; /* of the device, bytes */
+	__u32 mtu; /* of the device, bytes; SKB_MTU_TAGGED */
 	__u16 protocol; /* EtherType, host byte order */
-	__u8 pad[2];
+	__u16 vlan; /* of the tag beside the packet: priority, DEI and id */
 	__u8 ifname[SKB_IFNAMSIZ]; /* NUL-padded */
 };
 
@@ -102,9 +105,10 @@ struct skb_copy {
 struct skb_data {
 	__u32 len; /* of the packet from there on */
 	__u32 captured; /* of the bytes that follow: these are of the packet */
-	__u16 ethernet; /* begins with an Ethernet header */
+	__u16 ethernet; /* begins with an Ethernet header; 0: with that of IP */
 	__u16 hatype; /* ARPHRD_* of the device */
-	__u32 pad;
+	__u16 vlan; /* of the tag beside the packet: priority, DEI and id */
+	__u16 vlan_type; /* its EtherType, host byte order; 0: there is none */
 };
 
 /* What a listening socket lost, and the kernel frees as consumed or for no reason. */

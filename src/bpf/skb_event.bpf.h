@@ -233,18 +233,29 @@ static __always_inline void read_meta(struct sk_buff *skb, struct sock *sk,
 {
 	struct net_device *dev = read_dev(skb, sk, use_cast);
 
+	struct np_sk_buff_part part = {};
+	struct np_tag tag;
+
 	m->netns = np_read_netns(skb, sk);
-	m->mark = NP_READ(skb, mark);
 	m->len = NP_READ(skb, len);
-	m->protocol = bpf_ntohs(NP_READ(skb, protocol));
+	if (!use_cast && NP_PART_HAS_ALL) {
+		bpf_probe_read_kernel(&part, sizeof(part), &skb->vlan_proto);
+		m->mark = NP_PART(&part, mark, __u32);
+		m->protocol = bpf_ntohs(NP_PART(&part, protocol, __be16));
+		tag = np_take_tag(skb, NP_PART(&part, vlan_proto, __be16),
+				  NP_PART(&part, vlan_tci, __u16));
+	} else {
+		m->mark = NP_READ(skb, mark);
+		m->protocol = bpf_ntohs(NP_READ(skb, protocol));
+		tag = np_read_tag(skb, use_cast);
+	}
 	m->ifindex = 0;
-	m->mtu = 0;
-	m->pad[0] = 0;
-	m->pad[1] = 0;
+	m->mtu = tag.proto ? SKB_MTU_TAGGED : 0;
+	m->vlan = tag.tci;
 	__builtin_memset(m->ifname, 0, sizeof(m->ifname));
 	if (np_is_pointer(dev)) {
 		m->ifindex = NP_READ(dev, ifindex);
-		m->mtu = NP_READ(dev, mtu);
+		m->mtu |= NP_READ(dev, mtu) & ~SKB_MTU_TAGGED;
 		if (use_cast)
 			np_load_16((__u64 *)m->ifname, dev->name);
 		else
@@ -412,7 +423,7 @@ static __always_inline __u64 write_more(struct skb_scratch *buf, __u64 len,
 		len += sizeof(__u64);
 	}
 	if (sections & SKB_SECTION_TUNNEL) {
-		read_tunnel(np_l3(skb), tuple,
+		read_tunnel((const __u8 *)np_l3_sound(skb), tuple,
 			    (struct np_tuple *)&buf->bytes[len]);
 		len += sizeof(struct np_tuple);
 	}

@@ -123,7 +123,21 @@ static __always_inline void leave_tc(void *ctx, struct sk_buff *ptr,
 #define NP_ETH_VLAN_OUTER 0x88a8
 #define NP_XDP_PASS 2
 
-/* Where the network header is behind up to two VLAN tags; its EtherType. */
+#define NP_ARPHRD_ETHER 1
+#define NP_ARPHRD_LOOPBACK 772
+
+/* The IP header of what begins with one, and its EtherType; NULL: there is none. */
+static __always_inline const __u8 *xdp_bare(const __u8 *data, __u16 *type)
+{
+	__u8 first = 0;
+
+	bpf_probe_read_kernel(&first, sizeof(first), data);
+	first >>= 4;
+	*type = first == 4 ? NP_TYPE_IPV4 : first == 6 ? NP_TYPE_IPV6 : 0;
+	return *type ? data : NULL;
+}
+
+/* The IP header behind up to two VLAN tags, and the EtherType; NULL: there is none. */
 static __always_inline const __u8 *xdp_l3(const __u8 *data, __u16 *type)
 {
 	__be16 field = 0;
@@ -136,7 +150,7 @@ static __always_inline const __u8 *xdp_l3(const __u8 *data, __u16 *type)
 			break;
 		at += 4;
 	}
-	return at;
+	return np_is_ip_type(field) ? at : NULL;
 }
 
 /* An xdp_buff, as much of it as filters and events need. */
@@ -148,6 +162,7 @@ struct xdp_packet {
 	__u32 linear;
 	__u32 len;
 	__u16 protocol;
+	bool ethernet;
 };
 
 /* `xdp`: as the program has it; the verifier knows its type. */
@@ -158,7 +173,10 @@ static __always_inline void xdp_read(struct xdp_buff *xdp, struct xdp_packet *p)
 	p->head = (__u64)xdp->data_hard_start;
 	p->linear = (__u64)xdp->data_end - (__u64)xdp->data;
 	p->len = has_buff_len ? bpf_xdp_get_buff_len((void *)xdp) : p->linear;
-	p->l3 = xdp_l3(p->data, &p->protocol);
+	p->ethernet = xdp->rxq->dev->type == NP_ARPHRD_ETHER ||
+		      xdp->rxq->dev->type == NP_ARPHRD_LOOPBACK;
+	p->l3 = p->ethernet ? xdp_l3(p->data, &p->protocol)
+			    : xdp_bare(p->data, &p->protocol);
 }
 
 static __always_inline bool match_xdp(const struct np_config *cfg,
@@ -173,7 +191,7 @@ static __always_inline bool match_xdp(const struct np_config *cfg,
 		.head = (__u64)p->data,
 		.tail = p->linear,
 		.data_len = p->len - p->linear,
-		.mac_len = 1, /* with its link header */
+		.no_link = !p->ethernet,
 	};
 
 	/* It has no mark as yet. */
@@ -253,9 +271,10 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 		struct skb_data *d = (struct skb_data *)&buf->bytes[len];
 
 		d->len = p->len;
-		d->ethernet = 1;
+		d->ethernet = p->ethernet;
 		d->hatype = BPF_CORE_READ(dev, type);
-		d->pad = 0;
+		d->vlan = 0;
+		d->vlan_type = 0;
 		read_bytes(d, p->data, p->linear);
 		len += sizeof(*d) + snap_len;
 	}
@@ -280,7 +299,7 @@ static __always_inline void enter_xdp(void *ctx, struct xdp_buff *xdp)
 	matched = match_xdp(cfg, xdp, &p);
 	if (!matched && !track)
 		return;
-	if (wants_tuple(cfg))
+	if (wants_tuple(cfg) && p.l3)
 		np_read_l3(p.l3, &tuple);
 	if (matched && (cfg->fields & NP_FIELDS_PACKET))
 		matched = match_tuple(cfg, &tuple);
@@ -309,7 +328,7 @@ static __always_inline void leave_xdp(void *ctx, struct xdp_buff *xdp,
 	    !running_end(ctx, (__u64)xdp, hit.func, &hit.packet))
 		return;
 	xdp_read(xdp, &p);
-	if (wants_tuple(cfg))
+	if (wants_tuple(cfg) && p.l3)
 		np_read_l3(p.l3, &tuple);
 	if (track && link && link->program == hit.func) {
 		link->buff = 0;

@@ -154,23 +154,36 @@ static __always_inline void read_data(struct sk_buff *skb, struct skb_data *d)
 {
 	__u16 mac = NP_READ(skb, mac_header),
 	      net = NP_READ(skb, network_header);
-	__u8 *head = (__u8 *)NP_READ(skb, head),
-	     *at = (__u8 *)NP_READ(skb, data);
+	/*
+	 * Not by a typed load: newest kernels know it for a pointer then, and
+	 * allow no difference to a number.
+	 */
+	const __u8 *head = (const __u8 *)BPF_CORE_READ(skb, head), *at;
+	struct np_tag tag = np_read_tag(skb, use_cast);
 	struct net_device *dev = NP_READ(skb, dev);
 	__u32 tail = NP_READ(skb, tail), nonlinear = NP_READ(skb, data_len);
 	__u32 linear;
 
 	d->ethernet = 0;
 	d->hatype = 0;
-	d->pad = 0;
-	if (NP_READ(skb, mac_len) && mac != NP_NO_HEADER && mac < net) {
+	d->vlan = tag.tci;
+	d->vlan_type = bpf_ntohs(tag.proto);
+	if (np_is_ethernet(mac, net)) {
 		at = head + mac;
 		d->ethernet = 1;
-	} else if (net && net != NP_NO_HEADER) {
-		at = head + net;
+	} else {
+		/* Through the map, so that it is a number, as head is. */
+		*(volatile __u64 *)d = np_l3_sound(skb);
+		at = (const __u8 *)*(volatile __u64 *)d;
 	}
-	if (dev)
+	if (np_is_pointer(dev))
 		d->hatype = BPF_CORE_READ(dev, type);
+	/* Neither Ethernet nor IP: its length alone. */
+	if (!at) {
+		d->len = NP_READ(skb, len);
+		d->captured = 0;
+		return;
+	}
 	linear = head + tail > at ? head + tail - at : 0;
 	d->len = linear + nonlinear;
 	read_bytes(d, at, linear);

@@ -108,7 +108,6 @@ static __always_inline int passes(struct xdp_buff *xdp)
 		.head = (__u64)xdp->data,
 		.tail = linear,
 		.data_len = packet_len(xdp) - linear,
-		.mac_len = 1, /* with its link header */
 	};
 
 	return np_filter_fields(&fields);

@@ -31,6 +31,9 @@ pub const MEM_WORDS: usize = 16;
 /// (SKF_LL_OFF; SKF_NET_OFF and SKF_AD_OFF lie above it).
 const SKF_LL_OFF: u32 = 0xffe0_0000;
 
+/// Where the kernel's socket filters have the tag beside a packet (SKF_AD_OFF + SKF_AD_VLAN_TAG): 16 bits.
+pub const VLAN_TAG: u32 = 0xffff_f02c;
+
 pub const RET_K: u16 = 0x06;
 pub const RET_A: u16 = 0x16;
 pub const LD_W_ABS: u16 = 0x20;
@@ -246,6 +249,28 @@ impl Program {
         }
         check_words(&insns)?;
         Ok(Program { insns })
+    }
+
+    /// The same for packets with a VLAN tag beside them, which the program may load.
+    pub fn new_tagged(insns: Vec<Insn>) -> Result<Self, Invalid> {
+        let is_tag = |insn: &Insn| insn.code == LD_H_ABS && insn.k == VLAN_TAG;
+        let checked = insns.iter().map(|insn| match is_tag(insn) {
+            true => Insn::stmt(LD_H_ABS, 0),
+            false => *insn,
+        });
+        Program::new(checked.collect())?;
+        Ok(Program { insns })
+    }
+
+    /// The same program, and for a match it returns this number.
+    pub fn returning(&self, number: u32) -> Self {
+        let insns = self.insns.iter().map(|insn| match insn.code {
+            RET_K if insn.k != 0 => Insn::stmt(RET_K, number),
+            _ => *insn,
+        });
+        Program {
+            insns: insns.collect(),
+        }
     }
 
     /// The program that matches no packet.

@@ -82,6 +82,9 @@ const END: Reg = Reg::R2;
 const T: Reg = Reg::R3;
 const T2: Reg = Reg::R4;
 
+/// What a filter returns for a match of what begins with an IP header, if it is an IP packet (NP_FILTER_YES_BARE).
+const YES_BARE: u32 = 3;
+
 /// The offset of an sk_buff's header that is not set.
 const UNSET: u32 = 0xffff;
 
@@ -481,6 +484,15 @@ impl Writer {
     fn load(&mut self, load: Load) {
         if let Some(exits) = self.exits {
             return self.copied_load(load, exits);
+        }
+        if let (LoadMode::Block { size, .. }, Offset::Absolute(cbpf::VLAN_TAG)) =
+            (self.mode, load.offset)
+        {
+            // Just behind the block (np_filter_tagged).
+            let tag = Insn::load(width(load.size), A, DATA, size as i16);
+            self.asm.push(tag);
+            self.finish_load(load, A, true);
+            return;
         }
         let slow = self.asm.label();
         if let (LoadMode::Typed { .. }, Offset::Indexed(k)) = (self.mode, load.offset) {

@@ -48,9 +48,12 @@ const TUNNEL_L3: u32 = 1 << 2;
 const MEMBERS: u32 = 1 << 3;
 const TYPED: u32 = 1 << 4;
 const QUICK: u32 = 1 << 5;
+const VLAN: u32 = 1 << 6;
 
 /// The stub of [`Filters::members`].
 const MEMBERS_STUB: &str = "np_filter_members";
+/// The stub of the expression for packets with a VLAN tag beside them.
+const TAGGED_STUB: &str = "np_filter_tagged";
 
 /// The filters of a program that has an sk_buff (filter.bpf.h); all that are given must hold.
 #[derive(Debug, Default)]
@@ -74,12 +77,21 @@ impl Filters {
             | bit(self.members.is_some(), MEMBERS)
             | bit(self.typed(fields).is_some(), TYPED)
             | bit(self.copied(fields).is_some(), QUICK)
+            | bit(self.tagged().is_some(), VLAN)
+    }
+
+    /// The expression for packets with a VLAN tag beside them, where it has `vlan`: then it has no other form than that of the block.
+    fn tagged(&self) -> Option<&Program> {
+        self.expression.as_ref()?.tagged.as_ref()
     }
 
     /// The expression, where typed loads can decide it: all that do not ask for the packet's length.
     fn typed(&self, fields: Option<SkbFields>) -> Option<(&Compiled, SkbFields)> {
         let asks = |program: &Program| program.ops().any(|op| op.asks_length());
         let expression = self.expression.as_ref()?;
+        if expression.tagged.is_some() {
+            return None;
+        }
         let length = asks(&expression.l2) || expression.l3.as_ref().is_ok_and(asks);
         let fields = fields.filter(|fields| fields.typed && !length)?;
         Some((expression, fields))
@@ -88,6 +100,9 @@ impl Filters {
     /// The expression over a short copy, where there are no typed loads.
     fn copied(&self, fields: Option<SkbFields>) -> Option<Vec<Insn>> {
         let expression = self.expression.as_ref()?;
+        if expression.tagged.is_some() {
+            return None;
+        }
         let fields = fields.filter(|fields| !fields.typed)?;
         let nothing = Program::nothing();
         let l3 = expression.l3.as_ref().unwrap_or(&nothing);
@@ -119,6 +134,9 @@ impl Filters {
             match &expression.l3 {
                 Ok(l3) => add("np_filter_l3", l3)?,
                 Err(_) => add("np_filter_l3", &Program::nothing())?,
+            }
+            if let Some(tagged) = self.tagged() {
+                add(TAGGED_STUB, tagged)?;
             }
         }
         let quick = self.copied(fields);
@@ -162,11 +180,10 @@ impl Filters {
     /// The value of `np_filter_on` in a program that traces XDP programs; `members`: of the xdp_buff.
     pub fn on_xdp(&self, members: Option<&Condition>) -> u32 {
         let members = if members.is_some() { MEMBERS } else { 0 };
-        self.on(None) & !MEMBERS | members
+        self.on(None) & !(MEMBERS | VLAN) | members
     }
 
-    /// [`Filters::prepare`] for a program that traces XDP programs: it calls np_filter_fields with a link header always, so that
-    /// it has no stub for packets without one; it has an xdp_buff and no sk_buff.
+    /// [`Filters::prepare`] for a program that traces XDP programs: it has an xdp_buff and no sk_buff, and so no tag beside the packet.
     pub fn prepare_xdp(
         &self,
         object: &mut OpenObject,
@@ -174,7 +191,7 @@ impl Filters {
         features: &Features,
     ) -> Result<()> {
         let mut bodies = self.bodies(None)?;
-        bodies.retain(|body| !matches!(body.stub, "np_filter_l3" | MEMBERS_STUB));
+        bodies.retain(|body| !matches!(body.stub, TAGGED_STUB | MEMBERS_STUB));
         if let Some(condition) = members {
             bodies.push(Body {
                 stub: MEMBERS_STUB,

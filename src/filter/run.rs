@@ -49,7 +49,6 @@ struct Slot {
     address: u64,
     /// What `SkbFields` are in an sk_buff.
     data_len: u32,
-    mac_len: u32,
     network_header: u16,
     mac_header: u16,
     tail: u32,
@@ -188,12 +187,21 @@ impl Memory {
     }
 }
 
+/// Bytes of a packet's link header, by its length: an odd one begins with Ethernet, with up to two VLAN tags.
+fn link_len(len: usize) -> u16 {
+    match len % 6 {
+        1 => 14,
+        3 => 18,
+        5 => 22,
+        _ => 0,
+    }
+}
+
 /// Where a slot has what an sk_buff has.
 fn fields(typed: bool) -> SkbFields {
     SkbFields {
         typed,
         data_len: std::mem::offset_of!(Slot, data_len) as u32,
-        mac_len: std::mem::offset_of!(Slot, mac_len) as u32,
         network_header: std::mem::offset_of!(Slot, network_header) as u32,
         head: std::mem::offset_of!(Slot, head) as u32,
     }
@@ -301,7 +309,7 @@ impl Runner {
     }
 
     /// As the tracing tools have it where there are no typed loads, before the filter that loads anything: what is known by a copy
-    /// (`ebpf::translate_copied`). Packets of odd length begin with a link header. None where a copy does not help.
+    /// (`ebpf::translate_copied`). Packets of odd length begin with a link header, see `link_len`. None where a copy does not help.
     pub fn copied(l2: &Program, l3: &Program) -> Result<Option<Self>> {
         let Some(body) = ebpf::translate_copied(l2, l3, fields(false))? else {
             return Ok(None);
@@ -391,12 +399,12 @@ impl Runner {
                     let slot = memory.slot.as_ptr();
                     (*slot).linear = packet.len() as u64;
                     (*slot).wire_len = u64::from(wire_len);
-                    // What is said of a header that is not set does not count.
-                    (*slot).mac_len = u32::from(link || packet.len() & 4 != 0);
                     // Both ways of a load beyond the end lead to no match.
                     (*slot).data_len = packet.len() as u32 >> 1 & 1;
-                    (*slot).network_header = if link { HEADROOM + 14 } else { HEADROOM };
-                    (*slot).mac_header = if link { HEADROOM } else { u16::MAX };
+                    (*slot).network_header = HEADROOM + link_len(packet.len());
+                    // A link header of no bytes is as good as none.
+                    let unset = !link && packet.len() & 2 == 0;
+                    (*slot).mac_header = if unset { u16::MAX } else { HEADROOM };
                     (*slot).tail = u32::from(HEADROOM) + packet.len() as u32;
                     std::ptr::copy_nonoverlapping(
                         packet.as_ptr(),

@@ -95,7 +95,6 @@ pub struct SkbFields {
     /// can be read by typed loads
     pub typed: bool,
     pub data_len: u32,
-    pub mac_len: u32,
     pub network_header: u32,
     pub head: u32,
 }
@@ -113,16 +112,15 @@ impl SkbFields {
         let fields = Self {
             typed,
             data_len: at("data_len")?,
-            mac_len: at("mac_len")?,
             network_header: at("network_header")?,
             head: at("head")?,
         };
         let fits = btf.struct_named("__kernel_sockaddr_storage").is_some()
             && at("mac_header")? == fields.network_header + 2
             && at("tail")? == fields.network_header + 4
-            && fields.mac_len <= fields.network_header
+            && fields.network_header >= 2
             && fields.network_header < fields.head
-            && fields.head + 8 - fields.mac_len <= Self::REACH;
+            && fields.head + 8 - fields.network_header <= Self::REACH;
         fits.then_some(fields)
     }
 }

@@ -32,7 +32,7 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-fn lacks_tunnels(_: &Env) -> Option<String> {
+pub fn lacks_tunnels(_: &Env) -> Option<String> {
     let made = Netns::new("tunnels").and_then(|netns| {
         netns.ip("link add t9 type gre local 127.0.0.1 remote 127.0.0.2")?;
         netns.ip("link add t8 type ipip local 127.0.0.1 remote 127.0.0.2")

@@ -17,6 +17,7 @@ mod run_ends;
 mod skb;
 mod skb_drops;
 mod skb_ends;
+mod skb_headers;
 mod skb_more;
 mod skb_netfilter;
 mod skb_output;
@@ -43,6 +44,7 @@ fn main() {
     cases.extend(icmp_identity::cases());
     cases.extend(skb_more::cases());
     cases.extend(files::cases());
+    cases.extend(skb_headers::cases());
     cases.extend(filter::cases());
     cases.extend(skb_drops::cases());
     cases.extend(skb_netfilter::cases());

@@ -2,17 +2,17 @@
 //! bytes: so it has two, and copies to the stack no more of the packet than the expression may ask for. It says only what is certain; what
 //! these bytes do not tell is left to the filter that can load anything.
 //!
-//! Whether a packet begins with a link header says a field (mac_len) that lies far from the others, whose copy would cost as much as all
-//! the rest. So the packet is taken both ways, and where both agree the field is not asked for.
+//! A packet begins with an Ethernet header where its length lies between the offsets of the link and the network header
+//! (np_is_ethernet); with tags in between it is left to the other filter.
 
 use anyhow::Result;
 
 use super::super::cbpf::{Offset, Op, Program};
-use super::{A, END, IP_HEADER, Load, LoadMode, SHORT, UNSET, Writer, X, width};
+use super::{A, END, IP_HEADER, Load, LoadMode, SHORT, UNSET, Writer, X, YES_BARE, width};
 use crate::insn::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Label, Reg, Size};
 use crate::kernel::features::SkbFields;
 
-/// What the subprogram returns (NP_FILTER_NO, _YES, _UNSURE).
+/// What the subprogram returns (NP_FILTER_NO, _YES, _UNSURE), beside YES_BARE.
 const NO: u32 = 0;
 const YES: u32 = 1;
 const UNSURE: u32 = 2;
@@ -33,18 +33,11 @@ const LINEAR: i16 = -8;
 const FIELDS: i16 = COPY - 2 - (HEAD + 8);
 const HEAD: i16 = 16;
 
-/// Where a program goes when it has decided.
-#[derive(Clone, Copy)]
-pub(super) enum Exit {
-    To(Label),
-    Return(u32),
-}
-
-/// The ends of a program over a copy.
+/// The ends of a program over a copy: what it returns, and where it goes where these bytes do not tell.
 #[derive(Clone, Copy)]
 pub(super) struct Exits {
-    matches: Exit,
-    pub(super) fails: Exit,
+    matches: u32,
+    pub(super) fails: u32,
     unsure: Label,
 }
 
@@ -70,7 +63,7 @@ pub fn translate_copied(
     }
 
     let mut asm = Assembler::default();
-    let [matches, refuses, without_link, unsure] = std::array::from_fn(|_| asm.label());
+    let [without_link, unsure] = std::array::from_fn(|_| asm.label());
     let first = Insn::alu64(Alu::Mov, Reg::R3, Reg::R1);
     let at = fields.head as i32 - i32::from(HEAD);
     asm.extend([first, Insn::alu64_imm(Alu::Add, Reg::R3, at)]);
@@ -85,48 +78,27 @@ pub fn translate_copied(
     let checked = reach.min(UNCHECKED);
     // Something of the IP header in any case.
     let len = reach.max(LINK + 1).next_multiple_of(8).min(LONGEST);
-    let exits = |matches, fails| Exits {
-        matches,
-        fails,
-        unsure,
-    };
     asm.jump_if_imm(Reg::R1, Cond::Eq, UNSET as i32, without_link);
     asm.push(Insn::alu64(Alu::Sub, Reg::R2, Reg::R1));
     asm.jump_if_imm(Reg::R2, Cond::Ne, LINK as i32, unsure);
     asm.push(Insn::alu64(Alu::Sub, Reg::R4, Reg::R1));
     asm.push(Insn::alu64(Alu::Add, Reg::R3, Reg::R1));
     copy(&mut asm, 0, len, checked, reach, unsure);
-    let ways = [
-        (None, l2, exits(Exit::To(matches), Exit::To(refuses))),
-        (Some(refuses), l3, exits(Exit::To(unsure), Exit::Return(NO))),
-        (
-            Some(matches),
-            l3,
-            exits(Exit::Return(YES), Exit::To(unsure)),
-        ),
-        (
-            Some(without_link),
-            l3,
-            exits(Exit::Return(YES), Exit::Return(NO)),
-        ),
-    ];
-    for (entry, program, exits) in ways {
-        let at = if entry.is_some() { LINK } else { 0 };
-        if let Some(entry) = entry {
-            if !asm.is_used(entry) {
-                continue;
-            }
-            asm.place(entry);
-            if entry == without_link {
-                // As if a link header were there.
-                asm.push(Insn::alu64(Alu::Sub, Reg::R4, Reg::R2));
-                asm.push(Insn::alu64_imm(Alu::Add, Reg::R4, LINK as i32));
-                asm.push(Insn::alu64(Alu::Add, Reg::R3, Reg::R2));
-                copy(&mut asm, LINK, len, checked, reach, unsure);
-            }
+    for (program, at, yes) in [(l2, 0, YES), (l3, LINK, YES_BARE)] {
+        if at == LINK {
+            asm.place(without_link);
+            // As if a link header were there.
+            asm.push(Insn::alu64(Alu::Sub, Reg::R4, Reg::R2));
+            asm.push(Insn::alu64_imm(Alu::Add, Reg::R4, LINK as i32));
+            asm.push(Insn::alu64(Alu::Add, Reg::R3, Reg::R2));
+            copy(&mut asm, LINK, len, checked, reach, unsure);
         }
         let mut writer = Writer::new(program, base(at), asm);
-        writer.exits = Some(exits);
+        writer.exits = Some(Exits {
+            matches: yes,
+            fails: NO,
+            unsure,
+        });
         writer.clear(LONGEST - at);
         writer.version(checked);
         asm = writer.asm;
@@ -175,15 +147,10 @@ impl Writer {
         ends.collect()
     }
 
-    /// Goes where the program's end leads.
-    pub(super) fn leave(&mut self, exit: Exit) {
-        match exit {
-            Exit::To(label) => self.asm.jump(label),
-            Exit::Return(value) => {
-                self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R0, value));
-                self.asm.push(Insn::exit());
-            }
-        }
+    /// Returns a constant.
+    pub(super) fn leave(&mut self, value: u32) {
+        self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R0, value));
+        self.asm.push(Insn::exit());
     }
 
     /// The program returns this constant.

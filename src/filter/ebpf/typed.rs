@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::super::cbpf::{Acc, Offset, Op, Operand, Operand2, Program};
 use super::{
     A, CAST_CALL, DATA, IP_HEADER, Load, LoadMode, Right, SLOT_ADDRESS, SLOT_DATA, SLOT_END,
-    SLOT_SOURCE, SLOT_X, T, T2, TYPED_LEAD, UNSET, Writer, X, width,
+    SLOT_SOURCE, SLOT_X, T, T2, TYPED_LEAD, UNSET, Writer, X, YES_BARE, width,
 };
 use crate::insn::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
 use crate::kernel::features::SkbFields;
@@ -23,23 +23,32 @@ pub fn translate_typed(l2: &Program, l3: &Program, fields: SkbFields) -> Result<
         data_len: fields.data_len,
     };
     asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R1));
-    // The struct begins with 16 bits; at offset 0 the JIT's check is an instruction shorter.
-    asm.push(Insn::alu64_imm(Alu::Add, Reg::R1, fields.mac_len as i32));
+    // The struct begins with 16 bits.
+    let lead = fields.network_header - TYPED_LEAD;
+    asm.push(Insn::alu64_imm(Alu::Add, Reg::R1, lead as i32));
     cast(&mut asm);
-    let at = |field: u32| (field - fields.mac_len) as i16;
+    let at = |field: u32| (field - lead) as i16;
     let mut field = |size, to, field| asm.push(Insn::load(size, to, Reg::R0, at(field)));
     // network_header, mac_header, tail: 16, 16 and 32 bits
     field(Size::Dw, Reg::R4, fields.network_header);
     field(Size::Dw, Reg::R1, fields.head);
-    // A link header that is not set: then mac_len need not be loaded.
+    // A link header that is not set; or one that is not Ethernet's, with up to two tags (np_is_ethernet).
+    let with_link = asm.label();
     asm.jump32_if_imm(Reg::R4, Cond::Ge, UNSET << 16, without_link);
-    asm.push(Insn::load(Size::H, Reg::R5, Reg::R0, at(fields.mac_len)));
-    asm.jump_if_imm(Reg::R5, Cond::Eq, 0, without_link);
+    asm.push(Insn::alu32(Alu::Mov, Reg::R2, Reg::R4));
+    asm.push(Insn::alu32_imm(Alu::Rsh, Reg::R2, 16));
+    asm.push(Insn::alu32(Alu::Mov, Reg::R5, Reg::R4));
+    asm.push(Insn::alu32_imm(Alu::And, Reg::R5, 0xffff));
+    asm.push(Insn::alu32(Alu::Sub, Reg::R5, Reg::R2));
+    asm.jump_if_imm(Reg::R5, Cond::Eq, 14, with_link);
+    asm.jump_if_imm(Reg::R5, Cond::Eq, 18, with_link);
+    asm.jump_if_imm(Reg::R5, Cond::Ne, 22, without_link);
+    asm.place(with_link);
     let mut writer = Writer::new(l2, mode, asm);
     writer.packet(true);
     let mut asm = writer.asm;
     asm.place(without_link);
-    let mut writer = Writer::new(l3, mode, asm);
+    let mut writer = Writer::new(&l3.returning(YES_BARE), mode, asm);
     writer.packet(false);
     writer.asm.finish()
 }

@@ -36,9 +36,19 @@ struct Frame<'d> {
 }
 
 impl<'d> Frame<'d> {
-    /// The first `most` bytes. No bytes where the packet is neither Ethernet nor IP.
+    /// The first `most` bytes, with the tag beside the packet. No bytes where the packet is neither Ethernet nor IP.
     fn of(data: &'d Data, most: usize) -> Self {
         let bytes = data.bytes.get(..most).unwrap_or(&data.bytes);
+        if let (true, Some((kind, tag)), Some((macs, rest))) =
+            (data.ethernet, data.vlan, bytes.split_at_checked(12))
+        {
+            let tag = [kind.to_be_bytes(), tag.to_be_bytes()].concat();
+            return Frame {
+                len: data.len + tag.len() as u32,
+                bytes: [macs, &tag, rest].concat().into(),
+                made_up: false,
+            };
+        }
         let header = match data.ethernet {
             true => None,
             false => link::made_up_header(bytes),
@@ -192,6 +202,7 @@ mod tests {
                 len: 100,
                 ethernet: true,
                 hatype: 1,
+                vlan: None,
                 bytes: vec![0; 64],
             }),
             ..Event::default()
@@ -251,12 +262,14 @@ mod tests {
                     len: 28,
                     mtu: 1500,
                     protocol: 0x0800,
+                    vlan: None,
                     ifname: *b"veth0\0\0\0\0\0\0\0\0\0\0\0",
                 }),
                 data: Some(Data {
                     len: bytes.len() as u32,
                     ethernet,
                     hatype: 1,
+                    vlan: (ifindex == 4).then_some((0x8100, 0x2005)),
                     bytes,
                 }),
                 ..Event::default()
@@ -269,7 +282,12 @@ mod tests {
             tshark.arg("-r").arg(file.path()).args(["-T", "fields"]);
             tshark.args(fields.iter().flat_map(|f| ["-e", *f])).output()
         };
-        let Ok(output) = run(&["frame.interface_id", "udp.dstport", "frame.comment"]) else {
+        let Ok(output) = run(&[
+            "frame.interface_id",
+            "udp.dstport",
+            "frame.comment",
+            "vlan.id",
+        ]) else {
             println!("skipped: no tshark here");
             return;
         };
@@ -284,7 +302,8 @@ mod tests {
         let rows: Vec<&str> = rows.lines().collect();
         assert_eq!(rows.len(), 4, "{rows:?}");
         assert!(rows[0].starts_with("0\t9\tip_output") && rows[0].contains("made-up Ethernet"));
-        assert_eq!(rows[1], "1\t9\tdev_hard_start_xmit skb 0x1 cpu 0");
+        assert_eq!(rows[1], "1\t9\tdev_hard_start_xmit skb 0x1 cpu 0\t");
         assert!(rows[2].starts_with("2\t9\tkfree_skb_reason(SKB_DROP_REASON_NO_SOCKET)"));
+        assert!(rows[2].ends_with("\t5"), "no tag: {rows:?}");
     }
 }

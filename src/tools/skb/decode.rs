@@ -29,6 +29,8 @@ const KIND_LEAVE: u16 = 7;
 /// SKB_MAP_KEY, SKB_MAP_VALUE
 const MAP_KEY: u32 = 1;
 const MAP_VALUE: u32 = 2;
+/// SKB_MTU_TAGGED
+const MTU_TAGGED: u32 = 1 << 31;
 /// SKB_PACKET_CPU_BITS
 const PACKET_CPU_BITS: u32 = 16;
 
@@ -122,6 +124,8 @@ pub struct Data {
     pub ethernet: bool,
     /// ARPHRD_* of the device; 0 where it has none
     pub hatype: u16,
+    /// the VLAN tag beside the packet: its EtherType; priority, DEI and id
+    pub vlan: Option<(u16, u16)>,
     pub bytes: Vec<u8>,
 }
 
@@ -157,6 +161,8 @@ pub struct Meta {
     pub len: u32,
     pub mtu: u32,
     pub protocol: u16,
+    /// of the VLAN tag beside the packet: priority, DEI and id
+    pub vlan: Option<u16>,
     /// NUL-padded
     pub ifname: [u8; 16],
 }
@@ -208,8 +214,9 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
             mark: m.mark,
             ifindex: m.ifindex,
             len: m.len,
-            mtu: m.mtu,
+            mtu: m.mtu & !MTU_TAGGED,
             protocol: m.protocol,
+            vlan: (m.mtu & MTU_TAGGED != 0).then_some(m.vlan),
             ifname: m.ifname,
         });
     }
@@ -272,6 +279,7 @@ pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
             len: d.len,
             ethernet: d.ethernet != 0,
             hatype: d.hatype,
+            vlan: (d.vlan_type != 0).then_some((d.vlan_type, d.vlan)),
             bytes: bytes.get(..d.captured as usize)?.to_vec(),
         });
     }

@@ -64,6 +64,11 @@ pub struct Row<'a> {
     pub iface: Option<Escaped<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<u16>,
+    /// id of the tag beside the packet
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vlan_priority: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -284,6 +289,8 @@ impl<'a> Row<'a> {
             ifindex: meta.map(|m| m.ifindex),
             iface: meta.map(|m| Escaped(&m.ifname)),
             protocol: meta.map(|m| m.protocol),
+            vlan: meta.and_then(|m| m.vlan).map(|tag| tag & 0xfff),
+            vlan_priority: meta.and_then(|m| m.vlan).map(|tag| tag >> 13),
             mtu: meta.map(|m| m.mtu),
             len: meta.map(|m| m.len),
             tuple: event.tuple.flatten().as_ref().map(TupleRow::new),

@@ -191,7 +191,7 @@ mod tests {
                 head: Head { ts, kind: 1, cpu: c, tgid: a, pid: b, comm: names.0 },
                 skb,
                 meta: with.0.then_some(Meta {
-                    netns: a, mark: b, ifindex: a, len: b, mtu: a, protocol: c, ifname: names.1,
+                    netns: a, mark: b, ifindex: a, len: b, mtu: a, protocol: c, vlan: with.2.then_some(c), ifname: names.1,
                 }),
                 tuple: with.1.then_some(with.2.then_some(tuple)),
                 ..Event::default()

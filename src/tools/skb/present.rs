@@ -330,6 +330,9 @@ impl Presenter {
         }
         self.place(line, event);
         self.push_members(line, event);
+        if let Some(tag) = event.meta.as_ref().and_then(|meta| meta.vlan) {
+            let _ = write!(line, " vlan={},p={}", tag & 0xfff, tag >> 13);
+        }
         if late {
             line.extend_from_slice(b" [late]");
         }
