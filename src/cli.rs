@@ -24,6 +24,8 @@ pub struct Cli {
 enum Command {
     /// Follow packets through the kernel, function by function
     Skb(Box<tools::skb::args::Args>),
+    /// Count what this machine loses, by cause, and balance it against the kernel's own counters
+    Drops(Box<tools::drops::args::Args>),
     /// Who answered a ping, on which core, and where the time went
     Icmp(Box<tools::icmp::args::Args>),
     /// Capture packets at XDP, before the stack
@@ -57,6 +59,7 @@ fn run(command: Command) -> Result<()> {
     signals::block()?;
     match command {
         Command::Skb(args) => tools::skb::run(&args),
+        Command::Drops(args) => tools::drops::run(&args),
         Command::Icmp(args) => tools::icmp::run(&args),
         Command::Xdpdump(args) => tools::xdpdump::run(&args),
         Command::Xdpchain(args) => tools::xdpchain::run(&args),

@@ -6,6 +6,7 @@
 //! | `cli` | the command line, exit codes |
 //! | `tools` | one folder or file per subcommand |
 //! | `chain` | the XDP programs of an interface |
+//! | `explain` | what a drop means: rules as data |
 //! | `run` | a run from its start to its end: pins, signals, the loop, loss, output |
 //! | `filter` | packet expressions: libpcap, cBPF, eBPF, injection |
 //! | `event` | owned, pure types and their decoders |
@@ -24,6 +25,7 @@ pub mod chain;
 pub mod cli;
 pub mod engine;
 pub mod event;
+pub mod explain;
 pub mod filter;
 pub mod insn;
 pub mod kernel;

@@ -18,6 +18,7 @@
 #include "packet.h"
 #include "compat.bpf.h"
 #include "config.bpf.h"
+#include "fields.bpf.h"
 #define NP_RINGBUF
 #include "event.bpf.h"
 #include "filter.bpf.h"
@@ -55,12 +56,6 @@ struct {
 
 /* Not less than the requests in `answering`: while it is 0 no reply is looked for. */
 __u64 answers_due = 0;
-
-static __always_inline bool match_addr(const __u64 *addr, const __u64 *mask,
-				       const __u64 *want)
-{
-	return (addr[0] & mask[0]) == want[0] && (addr[1] & mask[1]) == want[1];
-}
 
 static __always_inline bool match(const struct np_config *cfg,
 				  struct sk_buff *skb,

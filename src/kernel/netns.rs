@@ -38,6 +38,22 @@ impl Netns {
         })
     }
 
+    /// Every namespace that has a name or a process, the own one first, each once.
+    pub fn all() -> Vec<Self> {
+        let mut seen = std::collections::HashSet::new();
+        let own = PathBuf::from("/proc/thread-self/ns/net");
+        std::iter::once(own)
+            .chain(files())
+            .filter_map(|path| {
+                let inode = inode(&path).ok()?;
+                seen.insert(inode).then_some(Self {
+                    inode,
+                    path: Some(path),
+                })
+            })
+            .collect()
+    }
+
     /// A path (`/proc/PID/ns/net`, `/run/netns/NAME`), `inode:N` or N, or a name under /run/netns.
     pub fn parse(text: &str) -> Result<Self> {
         let number = text.strip_prefix("inode:").unwrap_or(text);
@@ -145,6 +161,13 @@ fn inode(path: &Path) -> std::io::Result<u32> {
 
 /// A file of the namespace with this inode: a name under /run/netns, else a process in it, else where it is mounted.
 fn find(wanted: u32) -> Option<PathBuf> {
+    files()
+        .chain(mounted(wanted))
+        .find(|p| inode(p).is_ok_and(|i| i == wanted))
+}
+
+/// The names under /run/netns and the namespaces of all processes.
+fn files() -> impl Iterator<Item = PathBuf> {
     let named = fs::read_dir(NAMED)
         .into_iter()
         .flatten()
@@ -160,10 +183,7 @@ fn find(wanted: u32) -> Option<PathBuf> {
                 .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
         })
         .map(|e| e.path().join("ns/net"));
-    named
-        .chain(of_processes)
-        .chain(mounted(wanted))
-        .find(|p| inode(p).is_ok_and(|i| i == wanted))
+    named.chain(of_processes)
 }
 
 /// Where the namespace with this inode is mounted, as container engines do.

@@ -80,6 +80,26 @@ pub fn run(
     finish(tool, state.loss, ended.and(paused).and(joined))
 }
 
+/// A run without events: `tool.tick` every `period`, until `stop` has a message or the tool stops. Its end is that of [`run`].
+pub fn run_periodic(stop: &Receiver<Signal>, period: Duration, tool: &mut dyn Tool) -> Result<()> {
+    give_back_memory();
+    let mut next = Instant::now() + period;
+    let ended = loop {
+        let wait = next.saturating_duration_since(Instant::now());
+        select! {
+            recv(stop) -> _ => break Ok(()),
+            default(wait) => {}
+        }
+        match tool.tick() {
+            Ok(Flow::Continue) => next += period,
+            Ok(Flow::Stop) => break Ok(()),
+            Err(e) => break Err(e),
+        }
+    };
+    let paused = tool.pause();
+    finish(tool, Loss::default(), ended.and(paused))
+}
+
 /// The end of a run after its last event: counters, capture files, loss; gives back the first error, which may have come before.
 fn finish(tool: &mut dyn Tool, mut loss: Loss, before: Result<()>) -> Result<()> {
     let counted = tool.count(&mut loss);

@@ -59,6 +59,18 @@ pub struct FieldArgs {
 }
 
 impl FieldArgs {
+    /// No filter is given.
+    pub fn is_empty(&self) -> bool {
+        self.filter_mark.is_none()
+            && self.filter_netns.is_none()
+            && self.filter_ifname.is_none()
+            && self.filter_proto.is_none()
+            && self.filter_src_ip.is_none()
+            && self.filter_dst_ip.is_none()
+            && self.filter_src_port.is_none()
+            && self.filter_dst_port.is_none()
+    }
+
     /// The value of the config map. Looks up namespaces and interfaces.
     pub fn config(&self) -> Result<np_config> {
         let mut c = np_config {

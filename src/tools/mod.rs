@@ -1,6 +1,7 @@
 //! One folder or file per subcommand: `args` (its flags), `probes` (what it attaches), `decode` (its events), `present` (its lines).
 
 pub mod ctl;
+pub mod drops;
 pub mod expression;
 pub mod features;
 pub mod fields;

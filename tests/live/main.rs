@@ -6,6 +6,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod drops;
 mod files;
 mod filter;
 mod filter_scenarios;
@@ -47,6 +48,7 @@ fn main() {
     cases.extend(skb_headers::cases());
     cases.extend(filter::cases());
     cases.extend(skb_drops::cases());
+    cases.extend(drops::cases());
     cases.extend(skb_netfilter::cases());
     cases.extend(skb_output::cases());
     cases.extend(xdpdump_trace::cases());

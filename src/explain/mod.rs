@@ -1,0 +1,219 @@
+//! What a drop means, in plain words: rules as data (reasons.toml, places.toml), compiled in; a file of the user's may add to them or
+//! replace them. It knows no tool and asks nothing of the kernel.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+/// The class of what is no loss.
+pub const EXPECTED: &str = "expected";
+/// The reason that says nothing; kernels before 5.17 have no other.
+const NOT_SPECIFIED: &str = "NOT_SPECIFIED";
+
+/// What a drop means.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Meaning {
+    /// who is to be asked: firewall, route, queue, ...; "expected": it is no loss
+    pub class: String,
+    /// the cause, as a noun
+    pub what: String,
+    /// what to change or to look at
+    #[serde(default)]
+    pub change: String,
+}
+
+impl Meaning {
+    /// The packet was freed in the normal course of things.
+    pub fn is_expected(&self) -> bool {
+        self.class == EXPECTED
+    }
+}
+
+/// A fact about a dropped packet that a rule may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fact {
+    /// its device takes frames for others too
+    Promiscuous,
+    /// the frame was for another MAC address
+    OtherHost,
+    Multicast,
+    Broadcast,
+    /// ICMP or ICMPv6
+    EchoReply,
+    NoIp,
+    /// a TCP segment that ends a connection
+    Fin,
+}
+
+/// Places.toml's rules.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PlaceRule {
+    #[serde(default)]
+    reasons: Vec<String>,
+    #[serde(default)]
+    functions: Vec<String>,
+    when: Option<Fact>,
+    class: String,
+    what: String,
+    #[serde(default)]
+    change: String,
+}
+
+impl PlaceRule {
+    fn fits(&self, reason: &str, function: &str, facts: &[Fact]) -> bool {
+        let reason_fits = match self.reasons.is_empty() {
+            true => reason == NOT_SPECIFIED,
+            false => self.reasons.iter().any(|r| r == reason),
+        };
+        let function_fits =
+            self.functions.is_empty() || self.functions.iter().any(|f| is_like(f, function));
+        reason_fits && function_fits && self.when.is_none_or(|when| facts.contains(&when))
+    }
+}
+
+/// `pattern` is a name, or one with a `*` at its beginning or end.
+fn is_like(pattern: &str, name: &str) -> bool {
+    if let Some(start) = pattern.strip_suffix('*') {
+        return name.starts_with(start);
+    }
+    match pattern.strip_prefix('*') {
+        Some(end) => name.ends_with(end),
+        None => name == pattern,
+    }
+}
+
+/// The rules.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rules {
+    #[serde(default)]
+    reason: BTreeMap<String, Meaning>,
+    #[serde(default)]
+    place: Vec<PlaceRule>,
+}
+
+impl Rules {
+    /// Those that are compiled in.
+    pub fn builtin() -> &'static Self {
+        static RULES: OnceLock<Rules> = OnceLock::new();
+        RULES.get_or_init(|| {
+            let parts = [include_str!("reasons.toml"), include_str!("places.toml")];
+            let mut rules = Rules::default();
+            for part in parts {
+                // A unit test reads them all.
+                rules.add(toml::from_str(part).unwrap_or_default());
+            }
+            rules
+        })
+    }
+
+    /// The compiled in ones with those of a file before them.
+    pub fn with(path: &Path) -> Result<Self> {
+        let name = path.display();
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("failed to read {name}"))?;
+        let own: Self =
+            toml::from_str(&text).with_context(|| format!("{name} is no file of rules"))?;
+        let mut rules = Self::builtin().clone();
+        rules.reason.extend(own.reason);
+        rules.place.splice(0..0, own.place);
+        Ok(rules)
+    }
+
+    fn add(&mut self, more: Self) {
+        self.reason.extend(more.reason);
+        self.place.extend(more.place);
+    }
+
+    /// The rule of a reason, by its name without SKB_DROP_REASON_.
+    pub fn reason(&self, name: &str) -> Option<&Meaning> {
+        self.reason.get(name)
+    }
+
+    /// What a drop means. `reason`: the kernel's name without SKB_DROP_REASON_; empty where it has none. `function`: the one that decided.
+    pub fn explain(&self, reason: &str, function: &str, facts: &[Fact]) -> Meaning {
+        let reason = if reason.is_empty() {
+            NOT_SPECIFIED
+        } else {
+            reason
+        };
+        let by_place = self
+            .place
+            .iter()
+            .find(|rule| rule.fits(reason, function, facts));
+        if let Some(rule) = by_place {
+            return Meaning {
+                class: rule.class.clone(),
+                what: rule.what.clone(),
+                change: rule.change.clone(),
+            };
+        }
+        match self.reason.get(reason) {
+            Some(meaning) => meaning.clone(),
+            None => Meaning {
+                class: "unknown".into(),
+                what: reason.to_owned(),
+                change: String::new(),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rules_that_are_compiled_in_can_be_read() {
+        let reasons: Rules = toml::from_str(include_str!("reasons.toml")).unwrap();
+        let places: Rules = toml::from_str(include_str!("places.toml")).unwrap();
+        assert!(reasons.reason.len() > 130 && places.place.len() > 15);
+        for (name, meaning) in &reasons.reason {
+            assert!(
+                meaning.is_expected() || !meaning.change.is_empty(),
+                "{name}: what is to be changed?"
+            );
+        }
+    }
+
+    #[test]
+    fn the_place_decides_where_the_reason_does_not() {
+        let rules = Rules::builtin();
+        let what = |reason, function, facts: &[Fact]| rules.explain(reason, function, facts);
+        assert_eq!(
+            what("NETFILTER_DROP", "nft_do_chain", &[]).class,
+            "firewall"
+        );
+        assert_eq!(what("", "nf_hook_slow", &[]).class, "firewall");
+        assert!(what("NOT_SPECIFIED", "netlink_broadcast_filtered", &[]).is_expected());
+        assert!(!what("OTHERHOST", "ip_rcv_core", &[Fact::OtherHost]).is_expected());
+        assert!(what("OTHERHOST", "ip_rcv_core", &[Fact::Promiscuous]).is_expected());
+        assert!(what("NO_SOCKET", "ping_rcv", &[Fact::EchoReply]).is_expected());
+        assert!(!what("NO_SOCKET", "__udp4_lib_rcv", &[]).is_expected());
+        assert!(what("NO_SOCKET", "__udp4_lib_rcv", &[Fact::Multicast]).is_expected());
+        assert_eq!(
+            what("NOT_SPECIFIED", "some_driver_xmit", &[]).class,
+            "unknown"
+        );
+        assert_eq!(what("OF_NEXT_YEAR", "f", &[]).what, "OF_NEXT_YEAR");
+    }
+
+    #[test]
+    fn rules_of_a_file_come_first() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "[reason.NO_SOCKET]\nclass = \"expected\"\nwhat = \"a port scan\"\n";
+        std::fs::write(file.path(), text).unwrap();
+        let rules = Rules::with(file.path()).unwrap();
+        assert_eq!(rules.explain("NO_SOCKET", "f", &[]).what, "a port scan");
+        assert_eq!(rules.explain("XDP", "f", &[]).class, "xdp");
+        std::fs::write(file.path(), "[reason.X]\nclas = 1\n").unwrap();
+        let error = format!("{:#}", Rules::with(file.path()).unwrap_err());
+        assert!(error.contains("is no file of rules"), "{error}");
+    }
+}

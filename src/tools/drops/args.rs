@@ -1,0 +1,117 @@
+//! The flags of `netprobe drops`.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use crate::bpf::drops::types::drop_by;
+use crate::run::output::OutputArgs;
+use crate::tools::expression::ExpressionArgs;
+use crate::tools::fields::FieldArgs;
+
+/// What a row is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum By {
+    Reason,
+    Place,
+    Iface,
+    Netns,
+    Proto,
+    Port,
+}
+
+/// What the rows are sorted by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Sort {
+    /// packets lost
+    #[default]
+    Lost,
+    /// bytes lost
+    Bytes,
+    /// what was lost, by name
+    What,
+}
+
+/// Count what this machine loses, by cause, and balance it against the kernel's own counters.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Seconds between two tables
+    #[arg(short = 'i', long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub interval: u64,
+
+    /// End after one table
+    #[arg(long)]
+    pub once: bool,
+
+    /// Show the N largest rows (0: all)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top: usize,
+
+    /// What a row is made of; a drop's class needs reason and place
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "reason,place,iface,netns,proto,port"
+    )]
+    pub by: Vec<By>,
+
+    /// Order of the rows
+    #[arg(long, value_enum, default_value_t)]
+    pub sort: Sort,
+
+    /// Show packets too that are freed in the normal course of things
+    #[arg(long)]
+    pub all: bool,
+
+    /// Show places as symbol+offset
+    #[arg(long)]
+    pub offsets: bool,
+
+    /// Rules of your own (TOML, as src/explain/reasons.toml), which come before those that are compiled in
+    #[arg(long, value_name = "FILE")]
+    pub rules: Option<PathBuf>,
+
+    /// Say what a reason means, without tracing; `all`: every reason that this kernel has
+    #[arg(long, value_name = "REASON")]
+    pub explain: Option<String>,
+
+    #[command(flatten)]
+    pub fields: FieldArgs,
+
+    #[command(flatten)]
+    pub expression: ExpressionArgs,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    /// Show libbpf's log
+    #[arg(long)]
+    pub verbose: bool,
+}
+
+impl Args {
+    /// The value of the programs' `by`.
+    pub fn by(&self) -> u8 {
+        let bit = |by: &By| match by {
+            By::Reason => drop_by::DROP_BY_REASON,
+            By::Place => drop_by::DROP_BY_PLACE,
+            By::Iface => drop_by::DROP_BY_IFACE,
+            By::Netns => drop_by::DROP_BY_NETNS,
+            By::Proto => drop_by::DROP_BY_PROTO,
+            By::Port => drop_by::DROP_BY_PORT,
+        };
+        self.by.iter().fold(0, |all, by| all | bit(by).0 as u8)
+    }
+
+    /// Whether every drop is counted: only then do the kernel's counters balance.
+    pub fn is_whole(&self) -> bool {
+        self.by.contains(&By::Reason)
+            && self.by.contains(&By::Netns)
+            && self.expression.expression.is_empty()
+            && self.expression.filter_skb_expr.is_none()
+            && self.expression.filter_tunnel_pcap_l2.is_none()
+            && self.expression.filter_tunnel_pcap_l3.is_none()
+            && self.fields.is_empty()
+    }
+}

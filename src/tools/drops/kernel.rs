@@ -1,0 +1,182 @@
+//! The kernel side of `netprobe drops`: loaded, attached, and its counts read.
+
+use std::collections::HashMap;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
+
+use anyhow::{Context, Result};
+use libbpf_rs::skel::OpenSkel;
+use libbpf_rs::{Link, MapCore, MapFlags, OpenObject};
+
+use crate::bpf::drops::types::{drop_count, drop_example, drop_key};
+use crate::bpf::drops::{DropsSkel, DropsSkelBuilder};
+use crate::bpf::read;
+use crate::filter::Filters;
+use crate::kernel::bpf_object;
+use crate::kernel::btf_core::CoreBtf;
+use crate::kernel::features::Features;
+use crate::kernel::functions;
+use crate::kernel::pages::PageVariables;
+use crate::run::object;
+
+use super::args::Args;
+
+/// Functions that free what others give up, as their names begin: the place of a drop is the function that called them.
+const FREES: [&str; 12] = [
+    "kfree_skb",
+    "__kfree_skb",
+    "sk_skb_reason_drop",
+    "__sk_skb_reason_drop",
+    "dev_kfree_skb_any",
+    "__dev_kfree_skb_any",
+    "skb_queue_purge",
+    "__skb_queue_purge",
+    "skb_rbtree_purge",
+    "rtnl_kfree_skbs",
+    "tcp_drop",
+    "__tcf_kfree_skb_list",
+];
+
+/// A row as the kernel counts it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+/// The programs and what is attached; dropping it detaches.
+pub struct Programs<'a> {
+    pub skel: DropsSkel<'a>,
+    links: Vec<Link>,
+}
+
+impl<'a> Programs<'a> {
+    /// Loads and attaches. Without kprobes, full listening sockets are not seen: stderr says so.
+    pub fn begin(
+        args: &Args,
+        features: &Features,
+        filters: &Filters,
+        core: &CoreBtf,
+        storage: &'a mut MaybeUninit<OpenObject>,
+    ) -> Result<Self> {
+        let mut open = object::open(DropsSkelBuilder::default(), Some(core.path()), storage)?;
+        let rodata = open
+            .maps
+            .rodata_data
+            .as_mut()
+            .context("the BPF object has no .rodata")?;
+        rodata.use_cast = u8::from(features.rdonly_cast);
+        rodata.has_reasons = u8::from(features.drop_reasons);
+        rodata.has_rx_sock = u8::from(features.drop_sock);
+        rodata.by = args.by();
+        let frees = frees();
+        for (i, (start, end)) in frees.iter().take(rodata.frees_start.len()).enumerate() {
+            rodata.frees_start[i] = *start;
+            rodata.frees_end[i] = *end;
+            rodata.frees_count = i as u32 + 1;
+        }
+        let fields = features.skb_fields;
+        if filters.on(fields) != 0 {
+            let pages = PageVariables::find();
+            rodata.np_filter_on = filters.on(fields);
+            rodata.np_filter_vmemmap_base = pages.vmemmap_base;
+            rodata.np_filter_page_offset_base = pages.page_offset_base;
+        }
+        if !features.kprobe {
+            open.progs.drops_listen.set_autoload(false);
+        }
+        filters.prepare(open.open_object_mut(), features)?;
+        let skel = object::load(open)?;
+        let freed = skel
+            .progs
+            .drops_freed
+            .attach_raw_tracepoint("kfree_skb")
+            .context("failed to attach to the tracepoint skb:kfree_skb")?;
+        let mut links = vec![freed];
+        if features.kprobe {
+            match skel
+                .progs
+                .drops_listen
+                .attach_kprobe(false, "tcp_conn_request")
+            {
+                Ok(link) => links.push(link),
+                Err(e) => eprintln!(
+                    "netprobe: full queues of listening sockets are not seen: {:?}",
+                    anyhow::Error::new(e)
+                ),
+            }
+        }
+        Ok(Self { skel, links })
+    }
+
+    /// All rows since the start, over all CPUs.
+    pub fn rows(&self) -> Result<HashMap<drop_key, Count>> {
+        let map = &self.skel.maps.rows;
+        let mut rows = HashMap::new();
+        for bytes in map.keys() {
+            let Some((key, _)) = read::<drop_key>(&bytes) else {
+                continue;
+            };
+            let per_cpu = map
+                .lookup_percpu(&bytes, MapFlags::ANY)
+                .context("failed to read the counts")?;
+            rows.insert(key, sum(per_cpu.unwrap_or_default()));
+        }
+        Ok(rows)
+    }
+
+    /// Drops that found no room for a row of their own.
+    pub fn overflow(&self) -> Result<Count> {
+        let per_cpu = self
+            .skel
+            .maps
+            .overflow
+            .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)
+            .context("failed to read the counts")?;
+        Ok(sum(per_cpu.unwrap_or_default()))
+    }
+
+    /// The first packet of a row.
+    pub fn example(&self, key: &drop_key) -> Option<drop_example> {
+        let bytes = self
+            .skel
+            .maps
+            .examples
+            .lookup(crate::bpf::bytes_of(key), MapFlags::ANY)
+            .ok()??;
+        Some(read(&bytes)?.0)
+    }
+
+    /// Drops that the kernel skipped, since a program of ours ran on the same CPU already.
+    pub fn missed(&self) -> u64 {
+        let progs = [&self.skel.progs.drops_freed, &self.skel.progs.drops_listen];
+        let of_programs = progs.map(|p| bpf_object::missed(p.as_fd().as_raw_fd()));
+        let of_links = self
+            .links
+            .iter()
+            .map(|l| bpf_object::missed_by_link(l.as_fd().as_raw_fd()));
+        of_programs.iter().sum::<u64>() + of_links.sum::<u64>()
+    }
+}
+
+fn sum(per_cpu: Vec<Vec<u8>>) -> Count {
+    let mut sum = Count::default();
+    for bytes in per_cpu {
+        if let Some((count, _)) = read::<drop_count>(&bytes) {
+            sum.packets += count.packets;
+            sum.bytes += count.bytes;
+        }
+    }
+    sum
+}
+
+/// Where the functions of [`FREES`] begin and end.
+fn frees() -> Vec<(u64, u64)> {
+    let mut all = Vec::new();
+    functions::addresses(|_| true, |addr, name| all.push((addr, name.to_owned())));
+    all.sort_unstable();
+    let ends = all.iter().skip(1).map(|(addr, _)| *addr);
+    let is_one = |name: &str| FREES.iter().any(|start| name.starts_with(start));
+    let found = all.iter().zip(ends).filter(|((_, name), _)| is_one(name));
+    found.map(|((start, _), end)| (*start, end)).collect()
+}

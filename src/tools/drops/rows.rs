@@ -1,0 +1,195 @@
+//! Counts of the kernel side to rows: what was lost, where, whose.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+
+use crate::bpf::drops::types::{drop_example, drop_fact, drop_key};
+use crate::explain::{Fact, Meaning, Rules};
+use crate::kernel::drop_reason::DropReasons;
+use crate::kernel::ksyms::KernelSymbols;
+use crate::kernel::listen;
+use crate::kernel::process::SocketHolders;
+
+use super::kernel::Count;
+use super::ledger::Seen;
+
+/// PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST of include/uapi/linux/if_packet.h.
+const PKT_TYPES: [(u8, Fact); 3] = [
+    (1, Fact::Broadcast),
+    (2, Fact::Multicast),
+    (3, Fact::OtherHost),
+];
+
+/// One row of a table.
+#[derive(Debug, Clone)]
+pub struct Row {
+    pub count: Count,
+    pub meaning: Meaning,
+    /// the kernel's name without SKB_DROP_REASON_, or ours, which begins with "np:"; empty where there is none
+    pub reason: String,
+    /// the function that decided; empty where places are not asked for
+    pub place: String,
+    pub offset: u64,
+    pub key: drop_key,
+    pub example: Option<drop_example>,
+    /// who holds the example's socket now
+    pub owner: Option<(u32, String)>,
+}
+
+/// What turns counts into rows.
+pub struct Names {
+    rules: Rules,
+    reasons: DropReasons,
+    symbols: KernelSymbols,
+    holders: Option<SocketHolders>,
+}
+
+impl Names {
+    pub fn new(rules: Rules, reasons: DropReasons) -> Self {
+        Self {
+            rules,
+            reasons,
+            symbols: KernelSymbols::default(),
+            holders: None,
+        }
+    }
+
+    /// The name of a reason without what all of the core's have in common.
+    pub fn reason(&mut self, value: u32) -> String {
+        if let Some(name) = listen::rule(value) {
+            return name.to_owned();
+        }
+        if value == 0 {
+            return String::new();
+        }
+        let name = self.reasons.name(value);
+        name.strip_prefix("SKB_DROP_REASON_")
+            .map_or(name.clone(), str::to_owned)
+    }
+
+    /// Rows of what grew; `example` looks a row's first packet up.
+    pub fn rows(
+        &mut self,
+        grown: &HashMap<drop_key, Count>,
+        example: impl Fn(&drop_key) -> Option<drop_example>,
+    ) -> Result<Vec<Row>> {
+        let places: Vec<u64> = grown
+            .keys()
+            .map(|key| key.place)
+            .filter(|p| *p != 0)
+            .collect();
+        self.symbols.resolve(&places)?;
+        let mut rows = Vec::new();
+        for (key, count) in grown {
+            let symbol = self.symbols.get(key.place).cloned();
+            let (place, offset) = match symbol {
+                Some(symbol) => (symbol.name, symbol.offset),
+                None if key.place == 0 => (String::new(), 0),
+                None => (format!("{:#x}", key.place), 0),
+            };
+            let reason = self.reason(key.reason);
+            let example = example(key);
+            let inode = example.as_ref().map_or(0, |e| e.inode);
+            rows.push(Row {
+                count: *count,
+                meaning: self.rules.explain(&reason, &place, &facts(key.facts)),
+                reason,
+                place,
+                offset,
+                key: *key,
+                owner: self.owner(inode),
+                example,
+            });
+        }
+        Ok(rows)
+    }
+
+    fn owner(&mut self, inode: u64) -> Option<(u32, String)> {
+        if inode == 0 {
+            return None;
+        }
+        let holders = self.holders.get_or_insert_with(SocketHolders::look);
+        holders.of(inode).map(|p| (p.pid, p.comm.clone()))
+    }
+
+    /// All drops since the start, as the ledger wants them.
+    pub fn seen(&mut self, all: &HashMap<drop_key, Count>) -> Seen {
+        let mut seen = Seen::new();
+        for (key, count) in all {
+            let reason = self.reason(key.reason);
+            *seen.entry((key.netns, reason, key.proto)).or_default() += count.packets;
+        }
+        seen
+    }
+}
+
+/// What a rule may ask about the row's packets.
+fn facts(bits: u8) -> Vec<Fact> {
+    let bits = u32::from(bits);
+    let pkt_type = bits & drop_fact::DROP_PKT_TYPE.0;
+    let mut facts: Vec<Fact> = PKT_TYPES
+        .iter()
+        .filter(|(value, _)| u32::from(*value) == pkt_type)
+        .map(|(_, fact)| *fact)
+        .collect();
+    let more = [
+        (drop_fact::DROP_PROMISCUOUS, Fact::Promiscuous),
+        (drop_fact::DROP_ECHO_REPLY, Fact::EchoReply),
+        (drop_fact::DROP_NO_IP, Fact::NoIp),
+        (drop_fact::DROP_FIN, Fact::Fin),
+    ];
+    let set = more.into_iter().filter(|(bit, _)| bits & bit.0 != 0);
+    facts.extend(set.map(|(_, fact)| fact));
+    facts
+}
+
+/// What has grown from `before` to `now`.
+pub fn grown(
+    before: &HashMap<drop_key, Count>,
+    now: &HashMap<drop_key, Count>,
+) -> HashMap<drop_key, Count> {
+    let mut grown = HashMap::new();
+    for (key, count) in now {
+        let old = before.get(key).copied().unwrap_or_default();
+        let count = Count {
+            packets: count.packets.saturating_sub(old.packets),
+            bytes: count.bytes.saturating_sub(old.bytes),
+        };
+        if count.packets > 0 {
+            grown.insert(*key, count);
+        }
+    }
+    grown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_of_bits() {
+        let bits = 3 | drop_fact::DROP_PROMISCUOUS.0 as u8;
+        assert_eq!(facts(bits), [Fact::OtherHost, Fact::Promiscuous]);
+        assert_eq!(facts(0), []);
+    }
+
+    #[test]
+    fn only_what_grew() {
+        let key = |reason| drop_key {
+            reason,
+            ..drop_key::default()
+        };
+        let count = |packets| Count {
+            packets,
+            bytes: 10 * packets,
+        };
+        let before = HashMap::from([(key(1), count(5)), (key(2), count(7))]);
+        let now = HashMap::from([(key(1), count(9)), (key(2), count(7)), (key(3), count(1))]);
+        let grown = grown(&before, &now);
+        assert_eq!(
+            grown,
+            HashMap::from([(key(1), count(4)), (key(3), count(1))])
+        );
+    }
+}
