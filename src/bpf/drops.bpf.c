@@ -251,9 +251,7 @@ int drops_listen(struct pt_regs *ctx)
 	struct sock *sk = (void *)PT_REGS_PARM3(ctx);
 	__u32 full = np_listen_full(sk);
 
-	/* The kernel does not apply the third limit to a peer that it knows. */
-	if (full == NP_LISTEN_ACCEPT_QUEUE_FULL ||
-	    full == NP_LISTEN_SYN_QUEUE_FULL)
+	if (full != NP_LISTEN_ROOM)
 		dropped(ctx, PT_REGS_PARM4(ctx), (__u64)sk, PT_REGS_IP(ctx),
 			full);
 	return 0;

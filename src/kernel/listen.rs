@@ -11,16 +11,6 @@ pub fn reason(value: u32) -> Option<&'static str> {
     }
 }
 
-/// The name of its rule (src/explain/reasons.toml); `None` for the kernel's own reasons.
-pub fn rule(value: u32) -> Option<&'static str> {
-    match np_listen(value) {
-        np_listen::NP_LISTEN_ACCEPT_QUEUE_FULL => Some("np:ACCEPT_QUEUE_FULL"),
-        np_listen::NP_LISTEN_SYN_QUEUE_FULL => Some("np:SYN_QUEUE_FULL"),
-        np_listen::NP_LISTEN_SYN_BACKLOG_LOW => Some("np:SYN_BACKLOG_LOW"),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -37,7 +37,7 @@ const fn counter(
 }
 
 const UDP: u8 = 17;
-const FULL: &[&str] = &["np:ACCEPT_QUEUE_FULL", "TCP_LISTEN_OVERFLOW"];
+const FULL: &[&str] = &["ACCEPT_QUEUE_FULL", "TCP_LISTEN_OVERFLOW"];
 
 /// Where each is counted: net/ipv4/{ip_input,udp,tcp_input,tcp_ipv4}.c, net/core/dev.c.
 pub const COUNTERS: [Counter; 17] = [

@@ -26,7 +26,7 @@ const PKT_TYPES: [(u8, Fact); 3] = [
 pub struct Row {
     pub count: Count,
     pub meaning: Meaning,
-    /// the kernel's name without SKB_DROP_REASON_, or ours, which begins with "np:"; empty where there is none
+    /// the kernel's name without SKB_DROP_REASON_, or ours (kernel::listen); empty where there is none
     pub reason: String,
     /// the function that decided; empty where places are not asked for
     pub place: String,
@@ -57,7 +57,7 @@ impl Names {
 
     /// The name of a reason without what all of the core's have in common.
     pub fn reason(&mut self, value: u32) -> String {
-        if let Some(name) = listen::rule(value) {
+        if let Some(name) = listen::reason(value) {
             return name.to_owned();
         }
         if value == 0 {
