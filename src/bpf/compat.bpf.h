@@ -22,13 +22,17 @@ static const __u8 use_cast = 0;
 const volatile __u8 use_cast = 0;
 #endif
 
+enum np_cast {
+	NP_CAST_PLACE = 0x4e504341,
+};
+
 /*
  * A call that user space replaces by one of the kernel's function, whose number
  * it knows (src/filter/inject.rs): for an extern __ksym libbpf reads all of the
  * kernel's BTF. Where it is not replaced it is removed (use_cast).
  */
 static void *(*const np_rdonly_cast)(const void *obj,
-				     __u32 btf_id) = (void *)0x4e504341;
+				     __u32 btf_id) = (void *)NP_CAST_PLACE;
 
 /*
  * Numbers in the place of those that the kernel's BTF gives to these structs:

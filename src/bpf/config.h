@@ -7,19 +7,23 @@
 #ifndef NETPROBE_CONFIG_H
 #define NETPROBE_CONFIG_H
 
-#define NP_CONFIG_VERSION 1
+enum np_config_version {
+	NP_CONFIG_VERSION = 1,
+};
 
 /* Bits of np_config.fields: which of the fields below filter. All hold (AND). */
-#define NP_FIELD_MARK (1U << 0)
-#define NP_FIELD_NETNS (1U << 1)
-#define NP_FIELD_IFINDEX (1U << 2)
-#define NP_FIELD_PROTO (1U << 3)
-#define NP_FIELD_SADDR (1U << 4)
-#define NP_FIELD_DADDR (1U << 5)
-#define NP_FIELD_SPORT (1U << 6)
-#define NP_FIELD_DPORT (1U << 7)
-/* Nothing matches: the session has ended and is detaching. */
-#define NP_PAUSED (1U << 31)
+enum np_field {
+	NP_FIELD_MARK = 1U << 0,
+	NP_FIELD_NETNS = 1U << 1,
+	NP_FIELD_IFINDEX = 1U << 2,
+	NP_FIELD_PROTO = 1U << 3,
+	NP_FIELD_SADDR = 1U << 4,
+	NP_FIELD_DADDR = 1U << 5,
+	NP_FIELD_SPORT = 1U << 6,
+	NP_FIELD_DPORT = 1U << 7,
+	/* Nothing matches: the session has ended and is detaching. */
+	NP_PAUSED = 1U << 31,
+};
 
 /* The fields that are read from the device, and those from the packet. */
 #define NP_FIELDS_DEVICE (NP_FIELD_NETNS | NP_FIELD_IFINDEX)

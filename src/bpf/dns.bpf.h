@@ -44,6 +44,7 @@ struct {
 } dns_scratch SEC(".maps");
 
 struct dns_event dns_event_type;
+enum dns_kind dns_kind_type;
 
 /* struct iov_iter up to 6.3: `iov`; up to 5.13: `type` with more bits. */
 struct iov_iter___before_6_4 {

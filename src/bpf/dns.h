@@ -5,7 +5,9 @@
 
 #include "event.h"
 
-#define DNS_KIND_ANSWER 3
+enum dns_kind {
+	DNS_KIND_ANSWER = 3,
+};
 
 /* More of one message is cut off: EDNS answers have 4096 bytes at most as a rule. */
 #define DNS_MAX 4096

@@ -39,16 +39,18 @@
 #define NETPROBE_FILTER_BPF_H
 
 /* Bits of np_filter_on: which stubs were replaced. */
-#define NP_FILTER_EXPRESSION (1U << 0)
-#define NP_FILTER_TUNNEL_L2 (1U << 1)
-#define NP_FILTER_TUNNEL_L3 (1U << 2)
-#define NP_FILTER_MEMBERS (1U << 3)
-/* The expression reads the packet by typed loads (use_cast), and the sk_buff is laid out for it. */
-#define NP_FILTER_TYPED (1U << 4)
-/* The expression has a form that decides by short copies what it can (np_filter_quick). */
-#define NP_FILTER_QUICK (1U << 5)
-/* The expression has `vlan`: another form of it is for packets with their tag beside them (np_filter_tagged). */
-#define NP_FILTER_VLAN (1U << 6)
+enum np_filter_bit {
+	NP_FILTER_EXPRESSION = 1U << 0,
+	NP_FILTER_TUNNEL_L2 = 1U << 1,
+	NP_FILTER_TUNNEL_L3 = 1U << 2,
+	NP_FILTER_MEMBERS = 1U << 3,
+	/* The expression reads the packet by typed loads (use_cast), and the sk_buff is laid out for it. */
+	NP_FILTER_TYPED = 1U << 4,
+	/* The expression has a form that decides by short copies what it can (np_filter_quick). */
+	NP_FILTER_QUICK = 1U << 5,
+	/* The expression has `vlan`: another form of it is for packets with their tag beside them (np_filter_tagged). */
+	NP_FILTER_VLAN = 1U << 6,
+};
 #define NP_FILTER_READS \
 	(NP_FILTER_EXPRESSION | NP_FILTER_TUNNEL_L2 | NP_FILTER_TUNNEL_L3)
 
@@ -100,8 +102,10 @@ const volatile __u32 np_filter_on = 0;
 const volatile __u64 np_filter_vmemmap_base = 0;
 const volatile __u64 np_filter_page_offset_base = 0;
 
-/* Bytes of header that are copied once, for all loads: src/filter/mod.rs has the same number. */
-#define NP_FILTER_BLOCK 96
+/* Bytes of header that are copied once, for all loads. */
+enum np_filter_block {
+	NP_FILTER_BLOCK = 96,
+};
 /* Bytes of the sk_buff that are copied at once, from data_len on; its head is among them. */
 #define NP_FILTER_FIELDS 104
 /* CONFIG_MAX_SKB_FRAGS is 17, and may be raised to 45. */
@@ -349,10 +353,12 @@ __hidden __noinline __u64 np_filter_fast(const void *address)
 }
 
 /* What np_filter_quick() gives back; np_filter_fast() too, but for UNSURE, and any other number for YES. */
-#define NP_FILTER_NO 0
-#define NP_FILTER_YES 1
-#define NP_FILTER_UNSURE 2
-#define NP_FILTER_YES_BARE 3 /* if what has no link header is an IP packet */
+enum np_filter_answer {
+	NP_FILTER_NO = 0,
+	NP_FILTER_YES = 1,
+	NP_FILTER_UNSURE = 2,
+	NP_FILTER_YES_BARE = 3, /* if what has no link header is an IP packet */
+};
 
 /*
  * The expression for the sk_buff at this address by two short reads, where there

@@ -42,6 +42,9 @@ const volatile __s32 want_cpu = -1;
 
 /* For the types in the skeleton. */
 struct icmp_event icmp_event_type;
+enum icmp_kind icmp_kind_type;
+enum icmp_context icmp_context_type;
+enum icmp_drop icmp_drop_type;
 
 /*
  * Requests whose reply has not reached a device yet: the number of each, by its

@@ -9,30 +9,36 @@
 
 #include "event.h"
 
-/* The answering side. */
-#define ICMP_KIND_ECHO 1 /* the kernel handles a request (icmp_echo) */
-#define ICMP_KIND_REPLY 2 /* its reply is handed to a device's driver */
-/* The sending side. */
-#define ICMP_KIND_SEND 3 /* a process' request, headers complete */
-#define ICMP_KIND_XMIT 4 /* it is handed to a device's driver */
-#define ICMP_KIND_RETURN 5 /* its reply is received from a device */
-#define ICMP_KIND_READ 6 /* its process reads the reply */
-#define ICMP_KIND_DROP 7 /* this kernel frees the request or its reply */
-/* The CPU that made an echo wait. */
-#define ICMP_KIND_GAP 8 /* struct icmp_gap */
-#define ICMP_KIND_SAMPLE 9 /* struct icmp_sample */
-
-/* The sending side again. */
-#define ICMP_KIND_DELIVER 10 /* the reply is put into a socket's queue */
+enum icmp_kind {
+	/* The answering side. */
+	ICMP_KIND_ECHO = 1, /* the kernel handles a request (icmp_echo) */
+	ICMP_KIND_REPLY = 2, /* its reply is handed to a device's driver */
+	/* The sending side. */
+	ICMP_KIND_SEND = 3, /* a process' request, headers complete */
+	ICMP_KIND_XMIT = 4, /* it is handed to a device's driver */
+	ICMP_KIND_RETURN = 5, /* its reply is received from a device */
+	ICMP_KIND_READ = 6, /* its process reads the reply */
+	ICMP_KIND_DROP = 7, /* this kernel frees the request or its reply */
+	/* The CPU that made an echo wait. */
+	ICMP_KIND_GAP = 8, /* struct icmp_gap */
+	ICMP_KIND_SAMPLE = 9, /* struct icmp_sample */
+	/* The sending side again. */
+	ICMP_KIND_DELIVER = 10, /* the reply is put into a socket's queue */
+};
 
 /* icmp_event.context: who was current when the request was handled. */
-#define ICMP_CONTEXT_TASK 0
-#define ICMP_CONTEXT_IDLE 1
-#define ICMP_CONTEXT_KSOFTIRQD 2
+enum icmp_context {
+	ICMP_CONTEXT_TASK = 0,
+	ICMP_CONTEXT_IDLE = 1,
+	ICMP_CONTEXT_KSOFTIRQD = 2,
+};
 
 /* Bits of icmp_event.drop. */
-#define ICMP_DROP_COPY 1 /* another copy of the packet has not been dropped */
-#define ICMP_DROP_UNQUEUED 2 /* its socket had no room for it */
+enum icmp_drop {
+	ICMP_DROP_COPY =
+		1, /* another copy of the packet has not been dropped */
+	ICMP_DROP_UNQUEUED = 2, /* its socket had no room for it */
+};
 
 #define ICMP_IFNAMSIZ 16
 

@@ -11,6 +11,7 @@ const volatile struct np_path np_paths[NP_PATHS] = {};
 
 /* For the types in the skeleton. */
 struct np_members np_members_type;
+enum np_path_limit np_path_limit_type;
 
 static __always_inline void np_read_members(const void *from,
 					    struct np_members *m)

@@ -3,8 +3,10 @@
 #ifndef NETPROBE_MEMBERS_H
 #define NETPROBE_MEMBERS_H
 
-#define NP_PATHS 4 /* shown at most */
-#define NP_PATH_POINTERS 6 /* followed at most */
+enum np_path_limit {
+	NP_PATHS = 4, /* shown at most */
+	NP_PATH_POINTERS = 6, /* followed at most */
+};
 
 /* How to get at a number from the address of a struct on; from BTF. */
 struct np_path {

@@ -151,6 +151,7 @@ struct {
 } nft_calls SEC(".maps");
 
 struct nf_decision nf_decision_type;
+enum nf_decided nf_decided_type;
 
 static __always_inline struct nf_way *nf_way_of(__u64 skb)
 {

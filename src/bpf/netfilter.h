@@ -3,11 +3,14 @@
 #ifndef NETPROBE_NETFILTER_H
 #define NETPROBE_NETFILTER_H
 
-#define NF_DECIDED_RULE 1 /* an nft rule: table, chain, handle, verdict */
-#define NF_DECIDED_POLICY 2 /* the policy of an nft base chain */
-#define NF_DECIDED_NFT 3 /* nft; of which rule or policy is not known */
-#define NF_DECIDED_HOOK 4 /* `hook`, or what follows it; not an nft chain */
-#define NF_DECIDED_PASSED 5 /* what follows `hook`, whose nft chain accepted */
+enum nf_decided {
+	NF_DECIDED_RULE = 1, /* an nft rule: table, chain, handle, verdict */
+	NF_DECIDED_POLICY = 2, /* the policy of an nft base chain */
+	NF_DECIDED_NFT = 3, /* nft; of which rule or policy is not known */
+	NF_DECIDED_HOOK = 4, /* `hook`, or what follows it; not an nft chain */
+	NF_DECIDED_PASSED =
+		5, /* what follows `hook`, whose nft chain accepted */
+};
 
 #define NF_NAME_LEN 64 /* longer names are cut off */
 

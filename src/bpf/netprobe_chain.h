@@ -28,10 +28,12 @@
 #define NETPROBE_CHAIN_H
 
 /* Slots 0 to 6 are for programs of yours, 7 holds the program that was there before. */
-#define NP_CHAIN_SLOTS 8
-#define NP_CHAIN_LAST (NP_CHAIN_SLOTS - 1)
-/* Verdicts that are counted: XDP_ABORTED to XDP_REDIRECT, and any other. */
-#define NP_CHAIN_VERDICTS 6
+enum np_chain_limit {
+	NP_CHAIN_SLOTS = 8,
+	NP_CHAIN_LAST = NP_CHAIN_SLOTS - 1,
+	/* Verdicts that are counted: XDP_ABORTED to XDP_REDIRECT, and any other. */
+	NP_CHAIN_VERDICTS = 6,
+};
 
 struct np_chain_slot {
 	__u64 runs;

@@ -8,35 +8,39 @@
 #include "netfilter.h"
 #include "packet.h"
 
-#define SKB_KIND_HIT 1 /* a function was entered with this skb */
-#define SKB_KIND_DROP 2 /* the same, and `reason` says why it is freed */
-#define SKB_KIND_DROPPED 3 /* tracepoint skb:kfree_skb; `func`: the location */
-
-#define SKB_KIND_RETURN 4 /* a function ends; `retval`: what it gives back */
-#define SKB_KIND_NEAR 5 /* a function without an skb, below one of a packet */
-
-/* A tc or XDP program; `func`: its id, `skb`: the sk_buff or the xdp_buff */
-#define SKB_KIND_ENTER 6 /* it is entered */
-#define SKB_KIND_LEAVE 7 /* it ends; `reason`: its verdict */
+enum skb_kind {
+	SKB_KIND_HIT = 1, /* a function was entered with this skb */
+	SKB_KIND_DROP = 2, /* the same, and `reason` says why it is freed */
+	SKB_KIND_DROPPED =
+		3, /* tracepoint skb:kfree_skb; `func`: the location */
+	SKB_KIND_RETURN = 4, /* a function ends; `retval`: what it gives back */
+	SKB_KIND_NEAR =
+		5, /* a function without an skb, below one of a packet */
+	/* A tc or XDP program; `func`: its id, `skb`: the sk_buff or the xdp_buff */
+	SKB_KIND_ENTER = 6, /* it is entered */
+	SKB_KIND_LEAVE = 7, /* it ends; `reason`: its verdict */
+};
 
 /* Bits of skb_event.sections, in the order in which the sections follow. */
-#define SKB_SECTION_META (1U << 0) /* struct skb_meta */
-#define SKB_SECTION_TUPLE (1U << 1) /* struct np_tuple */
-#define SKB_SECTION_PACKET (1U << 2) /* __u64 identity, see skb_track */
-#define SKB_SECTION_OWNER (1U << 3) /* struct skb_owner */
-#define SKB_SECTION_CALLER (1U << 4) /* __u64 address of the caller */
-#define SKB_SECTION_TUNNEL (1U << 5) /* struct np_tuple of the inner packet */
-#define SKB_SECTION_CB (1U << 6) /* skb->cb, SKB_CB_LEN bytes */
-#define SKB_SECTION_SKB (1U << 7) /* struct skb_copy of the sk_buff */
-#define SKB_SECTION_SHINFO (1U << 8) /* struct skb_copy, skb_shared_info */
-#define SKB_SECTION_DATA (1U << 9) /* struct skb_data and snap_len bytes */
-#define SKB_SECTION_MEMBERS (1U << 10) /* struct np_members of the sk_buff */
-#define SKB_SECTION_NFT (1U << 11) /* struct nf_decision */
-#define SKB_SECTION_MAP (1U << 12) /* struct skb_map */
-#define SKB_SECTION_LIFE \
-	(1U << 13) /* __u64 number of its life, see skb_track */
-#define SKB_SECTION_DROP (1U << 14) /* struct skb_drop */
-#define SKB_SECTION_STACK (1U << 15) /* __u64 addresses, to the end */
+enum skb_section {
+	SKB_SECTION_META = 1U << 0, /* struct skb_meta */
+	SKB_SECTION_TUPLE = 1U << 1, /* struct np_tuple */
+	SKB_SECTION_PACKET = 1U << 2, /* __u64 identity, see skb_track */
+	SKB_SECTION_OWNER = 1U << 3, /* struct skb_owner */
+	SKB_SECTION_CALLER = 1U << 4, /* __u64 address of the caller */
+	SKB_SECTION_TUNNEL = 1U << 5, /* struct np_tuple of the inner packet */
+	SKB_SECTION_CB = 1U << 6, /* skb->cb, SKB_CB_LEN bytes */
+	SKB_SECTION_SKB = 1U << 7, /* struct skb_copy of the sk_buff */
+	SKB_SECTION_SHINFO = 1U << 8, /* struct skb_copy, skb_shared_info */
+	SKB_SECTION_DATA = 1U << 9, /* struct skb_data and snap_len bytes */
+	SKB_SECTION_MEMBERS = 1U << 10, /* struct np_members of the sk_buff */
+	SKB_SECTION_NFT = 1U << 11, /* struct nf_decision */
+	SKB_SECTION_MAP = 1U << 12, /* struct skb_map */
+	SKB_SECTION_LIFE = 1U
+			   << 13, /* __u64 number of its life, see skb_track */
+	SKB_SECTION_DROP = 1U << 14, /* struct skb_drop */
+	SKB_SECTION_STACK = 1U << 15, /* __u64 addresses, to the end */
+};
 
 #define SKB_STACK_DEPTH 64
 #define SKB_CB_LEN 48
@@ -55,7 +59,9 @@ struct skb_event {
 };
 
 /* In skb_meta.mtu: a VLAN tag is beside the packet. */
-#define SKB_MTU_TAGGED (1U << 31)
+enum skb_mtu {
+	SKB_MTU_TAGGED = 1U << 31,
+};
 
 struct skb_meta {
 	__u32 netns; /* inode */
@@ -69,8 +75,10 @@ struct skb_meta {
 };
 
 /* A packet's identity: a number that its first CPU gave it, and that CPU. */
-#define SKB_PACKET_CPU_BITS 16
-#define SKB_PACKET_CPU_MASK 0xffff
+enum skb_packet {
+	SKB_PACKET_CPU_BITS = 16,
+	SKB_PACKET_CPU_MASK = 0xffff,
+};
 
 /* Value of the map `tracked`; the key is the address of an sk_buff. */
 struct skb_track {
@@ -94,6 +102,11 @@ struct skb_owner {
 	__u8 comm[NP_COMM_LEN]; /* its name then */
 };
 
+/* A constant that user space looks for in the loaded instructions. */
+enum skb_program {
+	SKB_PROGRAM_ID = 0x4e50b1d0,
+};
+
 /* A kernel struct as it is in memory; BTF says what is in it. */
 struct skb_copy {
 	__u32 size; /* of the struct; what does not fit is cut off */
@@ -112,11 +125,14 @@ struct skb_data {
 };
 
 /* What a listening socket lost, and the kernel frees as consumed or for no reason. */
-#define SKB_LOST_ACCEPT_QUEUE 1 /* its accept queue is full */
-#define SKB_LOST_SYN_QUEUE 2 /* its queue of SYNs is full */
-#define SKB_LOST_SYN 3 /* a SYN that got no answer, for another cause */
-#define SKB_LOST_CHILD \
-	4 /* a handshake that made no socket, for another cause */
+enum skb_lost {
+	SKB_LOST_ACCEPT_QUEUE = 1, /* its accept queue is full */
+	SKB_LOST_SYN_QUEUE = 2, /* its queue of SYNs is full */
+	SKB_LOST_SYN = 3, /* a SYN that got no answer, for another cause */
+	SKB_LOST_CHILD =
+		4, /* a handshake that made no socket, for another cause */
+};
+
 #define SKB_DROP_CALLERS 4
 
 /* A drop, with --drops. */
@@ -134,10 +150,15 @@ struct skb_drop {
 _Static_assert(sizeof(struct skb_drop) == 56,
 	       "skb_drop is part of the contract");
 
-/* What a BPF program does with a map. */
 #define SKB_MAP_BYTES 256 /* longer keys and values are cut off */
-#define SKB_MAP_KEY 1
-#define SKB_MAP_VALUE 2
+
+/* Bits of skb_map.known. */
+enum skb_map_part {
+	SKB_MAP_KEY = 1,
+	SKB_MAP_VALUE = 2,
+};
+
+/* What a BPF program does with a map. */
 struct skb_map {
 	__u32 id;
 	__u32 key_size;

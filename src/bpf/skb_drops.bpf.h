@@ -21,6 +21,7 @@ const volatile __u8 has_rx_sock = 0;
 const volatile __u8 rx_watched = 0;
 
 struct skb_drop skb_drop_type;
+enum skb_lost skb_lost_type;
 
 /* A function that works on a handshake, by the stack that it runs on. */
 struct listen_call {

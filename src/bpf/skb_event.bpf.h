@@ -52,6 +52,18 @@ struct {
 struct skb_event skb_event_type;
 struct skb_meta skb_meta_type;
 struct np_tuple np_tuple_type;
+enum skb_kind skb_kind_type;
+enum skb_section skb_section_type;
+enum skb_mtu skb_mtu_type;
+enum skb_packet skb_packet_type;
+enum skb_program skb_program_type;
+enum np_config_version np_config_version_type;
+enum np_field np_field_type;
+enum np_filter_bit np_filter_bit_type;
+enum np_filter_block np_filter_block_type;
+enum np_filter_answer np_filter_answer_type;
+enum np_type np_type_type;
+enum np_cast np_cast_type;
 
 /*
  * The skb's device; to be asked for by np_is_pointer. With a socket (`sk`)

@@ -27,6 +27,7 @@ struct {
 } map_calls SEC(".maps");
 
 struct skb_map skb_map_type;
+enum skb_map_part skb_map_part_type;
 
 /* The packet that this function is called for; NULL: none of ours. */
 static __always_inline struct skb_context *helper_context(struct pt_regs *ctx)

@@ -16,9 +16,6 @@
 
 #include "skb_event.bpf.h"
 
-/* A constant that user space looks for in the loaded instructions. */
-#define SKB_PROGRAM_ID 0x4e50b1d0
-
 /* bpf_xdp_get_buff_len exists (kernels from 5.18); packets have one buffer before. */
 const volatile __u8 has_buff_len = 0;
 

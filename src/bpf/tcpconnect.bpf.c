@@ -58,6 +58,11 @@ struct tcp_event tcp_event_type;
 struct tcp_exe tcp_exe_type;
 struct tcp_flow tcp_flow_type;
 struct tcp_prefix tcp_prefix_type;
+enum tcp_kind tcp_kind_type;
+enum tcp_mode tcp_mode_type;
+enum tcp_filter_bit tcp_filter_bit_type;
+enum tcp_flag tcp_flag_type;
+enum tcp_decided tcp_decided_type;
 
 static __always_inline bool is_nonblocking(struct sock *sk, bool mptcp)
 {

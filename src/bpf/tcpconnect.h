@@ -7,27 +7,33 @@
 #include "dns.h"
 #include "listen.h"
 
-#define TCP_KIND_CONNECT 1 /* connect has sent its SYN: struct tcp_event */
-#define TCP_KIND_OUTCOME 2 /* a connect is decided: struct tcp_outcome */
+enum tcp_kind {
+	TCP_KIND_CONNECT = 1, /* connect has sent its SYN: struct tcp_event */
+	TCP_KIND_OUTCOME = 2, /* a connect is decided: struct tcp_outcome */
+};
 /* DNS_KIND_ANSWER (dns.h) is the third. */
 
 /* Bits of the variable `mode`: what a run does with a connect. */
-#define TCP_MODE_COUNT (1U << 0) /* count it in the map counts, no event */
-#define TCP_MODE_LPORT (1U << 1) /* the local port is part of a count's key */
-#define TCP_MODE_OUTCOME (1U << 2) /* follow it until it is decided */
-#define TCP_MODE_STACKS (1U << 3) /* kernel and user stack of the connect */
+enum tcp_mode {
+	TCP_MODE_COUNT = 1U << 0, /* count it in the map counts, no event */
+	TCP_MODE_LPORT = 1U << 1, /* the local port is part of a count's key */
+	TCP_MODE_OUTCOME = 1U << 2, /* follow it until it is decided */
+	TCP_MODE_STACKS = 1U << 3, /* kernel and user stack of the connect */
+};
 
 /* Bits of tcp_filter.on and .negated. All that are on must hold. */
-#define TCP_FILTER_PID (1U << 0)
-#define TCP_FILTER_UID (1U << 1)
-#define TCP_FILTER_COMM (1U << 2)
-#define TCP_FILTER_CGROUP (1U << 3)
-#define TCP_FILTER_CGROUPMAP (1U << 4)
-#define TCP_FILTER_MNTNSMAP (1U << 5)
-#define TCP_FILTER_PORTS (1U << 6)
-#define TCP_FILTER_FAMILY (1U << 7)
-#define TCP_FILTER_DADDR (1U << 8)
-#define TCP_FILTER_NETNS (1U << 9)
+enum tcp_filter_bit {
+	TCP_FILTER_PID = 1U << 0,
+	TCP_FILTER_UID = 1U << 1,
+	TCP_FILTER_COMM = 1U << 2,
+	TCP_FILTER_CGROUP = 1U << 3,
+	TCP_FILTER_CGROUPMAP = 1U << 4,
+	TCP_FILTER_MNTNSMAP = 1U << 5,
+	TCP_FILTER_PORTS = 1U << 6,
+	TCP_FILTER_FAMILY = 1U << 7,
+	TCP_FILTER_DADDR = 1U << 8,
+	TCP_FILTER_NETNS = 1U << 9,
+};
 
 /* In .rodata: fixed for a run, so that what is off is taken out. */
 struct tcp_filter {
@@ -43,23 +49,27 @@ struct tcp_filter {
 };
 
 /* Bits of tcp_event.flags. */
-#define TCP_FLAG_MAPPED (1U << 0) /* IPv4 by an IPv6 socket */
-#define TCP_FLAG_NONBLOCK (1U << 1)
-#define TCP_FLAG_MPTCP (1U << 2) /* a subflow of an MPTCP socket */
-#define TCP_FLAG_FASTOPEN (1U << 3) /* the SYN had its option, or data */
-#define TCP_FLAG_SYN_DATA (1U << 4) /* the SYN had data (Fast Open) */
-#define TCP_FLAG_DEFERRED (1U << 5) /* the SYN waited for the first data */
-#define TCP_FLAG_EXITING (1U << 6) /* closed by the end of the process */
-#define TCP_FLAG_FLOODED (1U << 7) /* a bridge sent its SYN to several ports */
-#define TCP_FLAG_SOFT (1U << 8) /* error is the soft error, which was read */
-#define TCP_FLAG_IN_CALL (1U << 31) /* connect has not returned yet */
+enum tcp_flag {
+	TCP_FLAG_MAPPED = 1U << 0, /* IPv4 by an IPv6 socket */
+	TCP_FLAG_NONBLOCK = 1U << 1,
+	TCP_FLAG_MPTCP = 1U << 2, /* a subflow of an MPTCP socket */
+	TCP_FLAG_FASTOPEN = 1U << 3, /* the SYN had its option, or data */
+	TCP_FLAG_SYN_DATA = 1U << 4, /* the SYN had data (Fast Open) */
+	TCP_FLAG_DEFERRED = 1U << 5, /* the SYN waited for the first data */
+	TCP_FLAG_EXITING = 1U << 6, /* closed by the end of the process */
+	TCP_FLAG_FLOODED = 1U << 7, /* a bridge sent its SYN to several ports */
+	TCP_FLAG_SOFT = 1U << 8, /* error is the soft error, which was read */
+	TCP_FLAG_IN_CALL = 1U << 31, /* connect has not returned yet */
+};
 
 /* How a connect was decided: tcp_event.decided. */
-#define TCP_DECIDED_NOT 0
-#define TCP_DECIDED_ESTABLISHED 1
-#define TCP_DECIDED_AT_ONCE 2 /* connect failed before any packet was sent */
-#define TCP_DECIDED_CLOSED \
-	3 /* the socket closed; error says why, 0: closed by its process */
+enum tcp_decided {
+	TCP_DECIDED_NOT = 0,
+	TCP_DECIDED_ESTABLISHED = 1,
+	TCP_DECIDED_AT_ONCE = 2, /* connect failed before any packet was sent */
+	TCP_DECIDED_CLOSED =
+		3, /* the socket closed; error says why, 0: closed by its process */
+};
 
 #define TCP_STACK_DEPTH 64
 

@@ -50,6 +50,12 @@ struct np_xdp_packet np_unused_packet SEC(".data");
 struct np_xdp_event np_unused_event SEC(".data");
 struct np_xdp_count np_unused_count SEC(".data");
 struct np_chain_stats np_unused_stats SEC(".data");
+enum np_xdp_kind np_unused_xdp_kind SEC(".data");
+enum np_xdp_capture np_unused_xdp_capture SEC(".data");
+enum np_xdp_sent np_unused_xdp_sent SEC(".data");
+enum np_chain_limit np_unused_chain_limit SEC(".data");
+enum np_chain_kind np_unused_chain_kind SEC(".data");
+enum np_chain_state_limit np_unused_chain_state_limit SEC(".data");
 
 static __always_inline __u64 packet_len(struct xdp_md *ctx)
 {

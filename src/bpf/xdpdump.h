@@ -10,25 +10,30 @@
 #include "event.h"
 
 /* Kinds of events, np_head.kind: where the packet was seen. */
-#define NP_XDP_CHAIN 1 /* by the chain's own program, before all others */
-#define NP_XDP_ENTRY 2 /* as a traced program was entered */
-#define NP_XDP_EXIT 3 /* as it returned */
-
-#define NP_XDP_ERROR \
-	4 /* no packet, but why one was dropped: struct np_xdp_error */
+enum np_xdp_kind {
+	NP_XDP_CHAIN = 1, /* by the chain's own program, before all others */
+	NP_XDP_ENTRY = 2, /* as a traced program was entered */
+	NP_XDP_EXIT = 3, /* as it returned */
+	NP_XDP_ERROR =
+		4, /* no packet, but why one was dropped: struct np_xdp_error */
+};
 
 /* np_xdp_error.what: the tracepoint that told it. */
-#define NP_XDP_EXCEPTION \
-	1 /* xdp_exception: an aborted packet, or a verdict that could not be carried out */
-#define NP_XDP_REDIRECT 2 /* xdp_redirect_err, xdp_redirect_map_err */
-#define NP_XDP_XMIT \
-	3 /* xdp_devmap_xmit: frames that the target device did not take */
+enum np_xdp_what {
+	NP_XDP_EXCEPTION =
+		1, /* xdp_exception: an aborted packet, or a verdict that could not be carried out */
+	NP_XDP_REDIRECT = 2, /* xdp_redirect_err, xdp_redirect_map_err */
+	NP_XDP_XMIT =
+		3, /* xdp_devmap_xmit: frames that the target device did not take */
+};
 
 /*
  * A perf record is 65,535 bytes at most: this much of a packet fits behind the
  * event and perf's own heads.
  */
-#define NP_XDP_MAX_CAPTURE 65400
+enum np_xdp_capture {
+	NP_XDP_MAX_CAPTURE = 65400,
+};
 
 /*
  * One packet at the head of the chain; `len` counts the packet's bytes that follow.
@@ -45,7 +50,10 @@ struct np_xdp_packet {
 	__u64 number; /* of the CPU's packets that matched, from 1 */
 };
 
-#define NP_XDP_PACKET_SENT (sizeof(struct np_xdp_packet) - 2)
+/* Bytes of it that are sent. */
+enum np_xdp_sent {
+	NP_XDP_PACKET_SENT = sizeof(struct np_xdp_packet) - 2,
+};
 
 _Static_assert(sizeof(struct np_xdp_packet) == 32 &&
 		       __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
@@ -101,13 +109,17 @@ struct np_xdp_count {
 };
 
 /* How the chain got to the interface, np_chain_state.kind. */
-#define NP_CHAIN_OWN_LINK 1 /* nothing was there: a bpf_link of our own */
-#define NP_CHAIN_OWN_NETLINK 2 /* the same on a kernel without XDP links */
-#define NP_CHAIN_THEIR_NETLINK 3 /* replaced a program attached over netlink */
-#define NP_CHAIN_THEIR_LINK 4 /* updated another process's bpf_link */
+enum np_chain_kind {
+	NP_CHAIN_OWN_LINK = 1, /* nothing was there: a bpf_link of our own */
+	NP_CHAIN_THEIR_NETLINK =
+		3, /* replaced a program attached over netlink */
+	NP_CHAIN_THEIR_LINK = 4, /* updated another process's bpf_link */
+};
 
-#define NP_CHAIN_NAME 32
-#define NP_CHAIN_STATE_VERSION 1
+enum np_chain_state_limit {
+	NP_CHAIN_NAME = 32,
+	NP_CHAIN_STATE_VERSION = 1,
+};
 
 /* The one value of the pinned map chain_state: all that it takes to put things back. */
 struct np_chain_state {

@@ -18,8 +18,10 @@
 const volatile __u32 ifindices[INTERFACES] = {};
 const volatile __u32 netns = 0;
 
-/* Keeps the type in the object, for the skeleton. */
+/* Keeps the types in the object, for the skeleton. */
 struct np_xdp_error np_unused_error SEC(".data");
+enum np_xdp_kind np_unused_xdp_kind SEC(".data");
+enum np_xdp_what np_unused_xdp_what SEC(".data");
 
 /* The index of a device that is captured at, or 0. */
 static __always_inline __u32 captured(const struct net_device *dev)

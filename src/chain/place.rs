@@ -17,6 +17,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::bpf;
 pub use crate::bpf::xdpdump::types::np_chain_state as State;
+use crate::bpf::xdpdump::types::{np_chain_kind, np_chain_limit, np_chain_state_limit};
 use crate::kernel::bpf_object;
 use crate::kernel::netdev;
 use crate::kernel::netns::Netns;
@@ -24,13 +25,13 @@ use crate::kernel::xdp::{self, Attached};
 use crate::run::pins::ROOT;
 
 /// Slots of the program array; the last one is for the program that was there before.
-pub const SLOTS: u32 = 8;
-pub const LAST: u32 = SLOTS - 1;
-pub(super) const NAME_LEN: usize = 32;
-pub(super) const VERSION: u32 = 1;
-pub(super) const OWN_LINK: u32 = 1;
-pub(super) const THEIR_NETLINK: u32 = 3;
-pub(super) const THEIR_LINK: u32 = 4;
+const SLOTS: u32 = np_chain_limit::NP_CHAIN_SLOTS.0;
+pub const LAST: u32 = np_chain_limit::NP_CHAIN_LAST.0;
+pub(super) const NAME_LEN: usize = np_chain_state_limit::NP_CHAIN_NAME.0 as usize;
+pub(super) const VERSION: u32 = np_chain_state_limit::NP_CHAIN_STATE_VERSION.0;
+pub(super) const OWN_LINK: u32 = np_chain_kind::NP_CHAIN_OWN_LINK.0;
+pub(super) const THEIR_NETLINK: u32 = np_chain_kind::NP_CHAIN_THEIR_NETLINK.0;
+pub(super) const THEIR_LINK: u32 = np_chain_kind::NP_CHAIN_THEIR_LINK.0;
 
 /// An interface and the folder of its pins.
 #[derive(Clone, Debug)]

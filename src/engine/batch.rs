@@ -1,9 +1,13 @@
 //! What one round of a drain thread takes out of the kernel's buffers: the bytes, and where each event is in them.
 
+use std::mem::offset_of;
+
+use crate::bpf::skb::types::np_head;
+
 /// The longest that an event waits in a buffer that is not filling, in ms.
 pub const POLL_MS: u16 = 50;
-/// Size of a head that has a time stamp and a length (`struct np_head`: ts at 0, len at 8).
-const HEAD: usize = 12;
+/// Size of a head that has a time stamp and a length.
+const HEAD: usize = offset_of!(np_head, len) + size_of::<u32>();
 
 /// One event within [`Batch::data`].
 #[derive(Debug, Clone, Copy)]

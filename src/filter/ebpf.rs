@@ -22,6 +22,7 @@ pub use copied::translate_copied;
 pub use typed::translate_typed;
 
 use super::cbpf::{self, Acc, Offset, Op, Operand, Operand2, Program, Value};
+use crate::bpf::skb::types::np_filter_answer;
 use crate::insn::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
 use flow::Flow;
 
@@ -82,8 +83,8 @@ const END: Reg = Reg::R2;
 const T: Reg = Reg::R3;
 const T2: Reg = Reg::R4;
 
-/// What a filter returns for a match of what begins with an IP header, if it is an IP packet (NP_FILTER_YES_BARE).
-const YES_BARE: u32 = 3;
+/// What a filter returns for a match of what begins with an IP header, if it is an IP packet.
+const YES_BARE: u32 = np_filter_answer::NP_FILTER_YES_BARE.0;
 
 /// The offset of an sk_buff's header that is not set.
 const UNSET: u32 = 0xffff;

@@ -10,6 +10,7 @@ use libbpf_sys as sys;
 use super::code::{Code, read, slice, write};
 use super::ebpf::{CAST_CALL, LOAD_CALL};
 use super::prune::{self, Constants};
+use crate::bpf::skb::types::{np_cast, np_type};
 use crate::insn::asm::Insn;
 use crate::kernel::bpf_object;
 use crate::kernel::features::Casts;
@@ -18,9 +19,9 @@ use crate::kernel::features::Casts;
 const LOAD_FUNCTION: &str = "np_filter_load";
 
 /// What is called in the place of bpf_rdonly_cast (compat.bpf.h).
-const CAST_PLACE: i32 = 0x4e50_4341;
+const CAST_PLACE: i32 = np_cast::NP_CAST_PLACE.0 as i32;
 /// The first of `enum np_type` there.
-const FIRST_TYPE: i32 = 0x4e50_5400;
+const FIRST_TYPE: i32 = np_type::NP_TYPE___kernel_sockaddr_storage.0 as i32;
 
 /// A stub's name and what its body becomes.
 pub struct Body {

@@ -29,6 +29,7 @@ mod tests;
 use anyhow::Result;
 use libbpf_rs::OpenObject;
 
+use crate::bpf::skb::types::{np_filter_bit, np_filter_block};
 use crate::insn::asm::Insn;
 use cbpf::Program;
 use ebpf::{Beyond, LoadMode};
@@ -38,17 +39,17 @@ use members::Condition;
 
 use crate::kernel::features::{Features, SkbFields};
 
-/// Bytes of header that a tracing program copies once, for all loads (NP_FILTER_BLOCK of filter.bpf.h).
-pub const BLOCK: u32 = 96;
+/// Bytes of header that a tracing program copies once, for all loads.
+pub const BLOCK: u32 = np_filter_block::NP_FILTER_BLOCK.0;
 
 /// What is set in `np_filter_on` (NP_FILTER_*).
-const EXPRESSION: u32 = 1 << 0;
-const TUNNEL_L2: u32 = 1 << 1;
-const TUNNEL_L3: u32 = 1 << 2;
-const MEMBERS: u32 = 1 << 3;
-const TYPED: u32 = 1 << 4;
-const QUICK: u32 = 1 << 5;
-const VLAN: u32 = 1 << 6;
+const EXPRESSION: u32 = np_filter_bit::NP_FILTER_EXPRESSION.0;
+const TUNNEL_L2: u32 = np_filter_bit::NP_FILTER_TUNNEL_L2.0;
+const TUNNEL_L3: u32 = np_filter_bit::NP_FILTER_TUNNEL_L3.0;
+const MEMBERS: u32 = np_filter_bit::NP_FILTER_MEMBERS.0;
+const TYPED: u32 = np_filter_bit::NP_FILTER_TYPED.0;
+const QUICK: u32 = np_filter_bit::NP_FILTER_QUICK.0;
+const VLAN: u32 = np_filter_bit::NP_FILTER_VLAN.0;
 
 /// The stub of [`Filters::members`].
 const MEMBERS_STUB: &str = "np_filter_members";

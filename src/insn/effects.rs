@@ -11,7 +11,7 @@ pub enum Operand {
 }
 
 impl Insn {
-    /// `src` of a 64-bit constant that is the address of a map's value.
+    /// `src` of a 64-bit constant that is the address of a map's value (BPF_PSEUDO_MAP_VALUE).
     pub const MAP_VALUE: u8 = 2;
 
     fn class(self) -> u8 {

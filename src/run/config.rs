@@ -4,10 +4,10 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 
 use crate::bpf::bytes_of;
-use crate::bpf::skb::types::np_config;
+use crate::bpf::skb::types::{np_config, np_field};
 
-/// Set in `np_config.fields`: no program sends any more (NP_PAUSED of config.h).
-pub const PAUSED: u32 = 1 << 31;
+/// Set in `np_config.fields`: no program sends any more.
+const PAUSED: u32 = np_field::NP_PAUSED.0;
 
 /// A run's configuration, as the programs read it.
 pub struct Config<'a, M> {

@@ -4,22 +4,22 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::Result;
 
-use crate::bpf::skb::types::np_config;
+use crate::bpf::skb::types::{np_config, np_config_version, np_field};
 use crate::event::tuple::PROTOCOLS;
 use crate::kernel::netns::Netns;
 use crate::usage::usage;
 
-/// NP_CONFIG_VERSION
-pub const VERSION: u32 = 1;
+/// Of `struct np_config`.
+pub const VERSION: u32 = np_config_version::NP_CONFIG_VERSION.0;
 /// NP_FIELD_*
-pub const MARK: u32 = 1 << 0;
-pub const NETNS: u32 = 1 << 1;
-pub const IFINDEX: u32 = 1 << 2;
-pub const PROTO: u32 = 1 << 3;
-pub const SADDR: u32 = 1 << 4;
-pub const DADDR: u32 = 1 << 5;
-pub const SPORT: u32 = 1 << 6;
-pub const DPORT: u32 = 1 << 7;
+pub const MARK: u32 = np_field::NP_FIELD_MARK.0;
+pub const NETNS: u32 = np_field::NP_FIELD_NETNS.0;
+pub const IFINDEX: u32 = np_field::NP_FIELD_IFINDEX.0;
+pub const PROTO: u32 = np_field::NP_FIELD_PROTO.0;
+pub const SADDR: u32 = np_field::NP_FIELD_SADDR.0;
+pub const DADDR: u32 = np_field::NP_FIELD_DADDR.0;
+pub const SPORT: u32 = np_field::NP_FIELD_SPORT.0;
+pub const DPORT: u32 = np_field::NP_FIELD_DPORT.0;
 
 /// Filters by field, decided in the kernel. All that are given must hold.
 #[derive(Debug, Clone, Default, clap::Args)]

@@ -9,13 +9,14 @@ use anyhow::Result;
 
 use super::super::cbpf::{Offset, Op, Program};
 use super::{A, END, IP_HEADER, Load, LoadMode, SHORT, UNSET, Writer, X, YES_BARE, width};
+use crate::bpf::skb::types::np_filter_answer;
 use crate::insn::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Label, Reg, Size};
 use crate::kernel::features::SkbFields;
 
-/// What the subprogram returns (NP_FILTER_NO, _YES, _UNSURE), beside YES_BARE.
-const NO: u32 = 0;
-const YES: u32 = 1;
-const UNSURE: u32 = 2;
+/// What the subprogram returns, beside YES_BARE.
+const NO: u32 = np_filter_answer::NP_FILTER_NO.0;
+const YES: u32 = np_filter_answer::NP_FILTER_YES.0;
+const UNSURE: u32 = np_filter_answer::NP_FILTER_UNSURE.0;
 
 /// Bytes of an Ethernet header: so far behind the copy's beginning lies the IP header.
 const LINK: u32 = 14;

@@ -2,25 +2,27 @@
 
 use std::net::IpAddr;
 
-use crate::bpf::icmp::types::{icmp_event, icmp_gap, icmp_key, icmp_softirq, np_head};
+use crate::bpf::icmp::types::{
+    icmp_context, icmp_drop, icmp_event, icmp_gap, icmp_key, icmp_kind, icmp_softirq, np_head,
+};
 use crate::bpf::read;
 use crate::event::head::Head;
 use crate::event::tuple::address;
 
 /// ICMP_KIND_*
-pub const KIND_ECHO: u16 = 1;
-pub const KIND_REPLY: u16 = 2;
-pub const KIND_SEND: u16 = 3;
-pub const KIND_XMIT: u16 = 4;
-pub const KIND_RETURN: u16 = 5;
-pub const KIND_READ: u16 = 6;
-pub const KIND_DROP: u16 = 7;
-pub const KIND_DELIVER: u16 = 10;
+pub const KIND_ECHO: u16 = icmp_kind::ICMP_KIND_ECHO.0 as u16;
+pub const KIND_REPLY: u16 = icmp_kind::ICMP_KIND_REPLY.0 as u16;
+pub const KIND_SEND: u16 = icmp_kind::ICMP_KIND_SEND.0 as u16;
+pub const KIND_XMIT: u16 = icmp_kind::ICMP_KIND_XMIT.0 as u16;
+pub const KIND_RETURN: u16 = icmp_kind::ICMP_KIND_RETURN.0 as u16;
+pub const KIND_READ: u16 = icmp_kind::ICMP_KIND_READ.0 as u16;
+pub const KIND_DROP: u16 = icmp_kind::ICMP_KIND_DROP.0 as u16;
+pub const KIND_DELIVER: u16 = icmp_kind::ICMP_KIND_DELIVER.0 as u16;
 /// ICMP_DROP_*
-const DROP_COPY: u8 = 1;
-const DROP_UNQUEUED: u8 = 2;
-const KIND_GAP: u16 = 8;
-const KIND_SAMPLE: u16 = 9;
+const DROP_COPY: u8 = icmp_drop::ICMP_DROP_COPY.0 as u8;
+const DROP_UNQUEUED: u8 = icmp_drop::ICMP_DROP_UNQUEUED.0 as u8;
+const KIND_GAP: u16 = icmp_kind::ICMP_KIND_GAP.0 as u16;
+const KIND_SAMPLE: u16 = icmp_kind::ICMP_KIND_SAMPLE.0 as u16;
 
 /// An event of any kind. Most are the large one.
 #[allow(clippy::large_enum_variant, reason = "short-lived, never stored")]
@@ -202,10 +204,10 @@ fn event(bytes: &[u8]) -> Option<Event> {
             backlog: e.times.backlog != 0,
         },
         icmp_type: e.icmp_type,
-        context: match e.context {
-            0 => Context::Task,
-            1 => Context::Idle,
-            2 => Context::Ksoftirqd,
+        context: match icmp_context(e.context.into()) {
+            icmp_context::ICMP_CONTEXT_TASK => Context::Task,
+            icmp_context::ICMP_CONTEXT_IDLE => Context::Idle,
+            icmp_context::ICMP_CONTEXT_KSOFTIRQD => Context::Ksoftirqd,
             _ => return None,
         },
         ifindex: e.ifindex,

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use regex::Regex;
 
+use crate::bpf::skb::types::skb_section;
 use crate::filter::members::Condition;
 use crate::kernel::btf::Btf;
 use crate::run::output::OutputArgs;
@@ -15,22 +16,22 @@ use crate::tools::{EngineArgs, TransportArgs};
 use crate::usage::usage;
 
 /// SKB_SECTION_* of src/bpf/skb.h
-pub const SECTION_META: u32 = 1 << 0;
-pub const SECTION_TUPLE: u32 = 1 << 1;
-pub const SECTION_PACKET: u32 = 1 << 2;
-pub const SECTION_OWNER: u32 = 1 << 3;
-pub const SECTION_CALLER: u32 = 1 << 4;
-pub const SECTION_TUNNEL: u32 = 1 << 5;
-pub const SECTION_CB: u32 = 1 << 6;
-pub const SECTION_SKB: u32 = 1 << 7;
-pub const SECTION_SHINFO: u32 = 1 << 8;
-pub const SECTION_DATA: u32 = 1 << 9;
-pub const SECTION_MEMBERS: u32 = 1 << 10;
-pub const SECTION_NFT: u32 = 1 << 11;
-pub const SECTION_MAP: u32 = 1 << 12;
-pub const SECTION_LIFE: u32 = 1 << 13;
-pub const SECTION_DROP: u32 = 1 << 14;
-pub const SECTION_STACK: u32 = 1 << 15;
+pub const SECTION_META: u32 = skb_section::SKB_SECTION_META.0;
+pub const SECTION_TUPLE: u32 = skb_section::SKB_SECTION_TUPLE.0;
+pub const SECTION_PACKET: u32 = skb_section::SKB_SECTION_PACKET.0;
+pub const SECTION_OWNER: u32 = skb_section::SKB_SECTION_OWNER.0;
+pub const SECTION_CALLER: u32 = skb_section::SKB_SECTION_CALLER.0;
+pub const SECTION_TUNNEL: u32 = skb_section::SKB_SECTION_TUNNEL.0;
+pub const SECTION_CB: u32 = skb_section::SKB_SECTION_CB.0;
+pub const SECTION_SKB: u32 = skb_section::SKB_SECTION_SKB.0;
+pub const SECTION_SHINFO: u32 = skb_section::SKB_SECTION_SHINFO.0;
+pub const SECTION_DATA: u32 = skb_section::SKB_SECTION_DATA.0;
+pub const SECTION_MEMBERS: u32 = skb_section::SKB_SECTION_MEMBERS.0;
+pub const SECTION_NFT: u32 = skb_section::SKB_SECTION_NFT.0;
+pub const SECTION_MAP: u32 = skb_section::SKB_SECTION_MAP.0;
+pub const SECTION_LIFE: u32 = skb_section::SKB_SECTION_LIFE.0;
+pub const SECTION_DROP: u32 = skb_section::SKB_SECTION_DROP.0;
+pub const SECTION_STACK: u32 = skb_section::SKB_SECTION_STACK.0;
 
 /// How functions are attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

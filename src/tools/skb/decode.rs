@@ -2,8 +2,8 @@
 
 use crate::bpf::read;
 use crate::bpf::skb::types::{
-    nf_decision, np_members, np_tuple, skb_copy, skb_data, skb_drop, skb_event, skb_map, skb_meta,
-    skb_owner,
+    nf_decision, np_members, np_tuple, skb_copy, skb_data, skb_drop, skb_event, skb_kind, skb_map,
+    skb_map_part, skb_meta, skb_mtu, skb_owner, skb_packet,
 };
 use crate::event::head::Head;
 use crate::event::tuple::{Tuple, address};
@@ -16,23 +16,15 @@ use super::args::{
 use super::drops::Drop;
 use super::netfilter::Decision;
 
-/// SKB_KIND_DROP
-const KIND_DROP: u16 = 2;
-/// SKB_KIND_DROPPED
-const KIND_DROPPED: u16 = 3;
-/// SKB_KIND_RETURN
-const KIND_RETURN: u16 = 4;
-/// SKB_KIND_ENTER
-const KIND_ENTER: u16 = 6;
-/// SKB_KIND_LEAVE
-const KIND_LEAVE: u16 = 7;
-/// SKB_MAP_KEY, SKB_MAP_VALUE
-const MAP_KEY: u32 = 1;
-const MAP_VALUE: u32 = 2;
-/// SKB_MTU_TAGGED
-const MTU_TAGGED: u32 = 1 << 31;
-/// SKB_PACKET_CPU_BITS
-const PACKET_CPU_BITS: u32 = 16;
+const KIND_DROP: u16 = skb_kind::SKB_KIND_DROP.0 as u16;
+const KIND_DROPPED: u16 = skb_kind::SKB_KIND_DROPPED.0 as u16;
+const KIND_RETURN: u16 = skb_kind::SKB_KIND_RETURN.0 as u16;
+const KIND_ENTER: u16 = skb_kind::SKB_KIND_ENTER.0 as u16;
+const KIND_LEAVE: u16 = skb_kind::SKB_KIND_LEAVE.0 as u16;
+const MAP_KEY: u32 = skb_map_part::SKB_MAP_KEY.0;
+const MAP_VALUE: u32 = skb_map_part::SKB_MAP_VALUE.0;
+const MTU_TAGGED: u32 = skb_mtu::SKB_MTU_TAGGED.0;
+const PACKET_CPU_BITS: u32 = skb_packet::SKB_PACKET_CPU_BITS.0;
 
 /// A function was entered with this skb.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -3,14 +3,14 @@
 
 use serde::Serialize;
 
-use crate::bpf::skb::types::skb_drop;
+use crate::bpf::skb::types::{skb_drop, skb_lost};
 use crate::kernel::ksyms::KernelSymbols;
 
 /// SKB_LOST_* of src/bpf/skb.h
-const ACCEPT_QUEUE: u32 = 1;
-const SYN_QUEUE: u32 = 2;
-const SYN: u32 = 3;
-const CHILD: u32 = 4;
+const ACCEPT_QUEUE: u32 = skb_lost::SKB_LOST_ACCEPT_QUEUE.0;
+const SYN_QUEUE: u32 = skb_lost::SKB_LOST_SYN_QUEUE.0;
+const SYN: u32 = skb_lost::SKB_LOST_SYN.0;
+const CHILD: u32 = skb_lost::SKB_LOST_CHILD.0;
 /// PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST, PACKET_LOOPBACK
 const BROADCAST: u8 = 1;
 const MULTICAST: u8 = 2;

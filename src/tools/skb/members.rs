@@ -3,13 +3,13 @@
 
 use anyhow::{Result, ensure};
 
-use crate::bpf::skb::types::np_path;
+use crate::bpf::skb::types::{np_path, np_path_limit};
 use crate::filter::members::path;
 use crate::kernel::btf::Btf;
 use crate::kernel::members::Access;
 
 /// NP_PATHS
-pub const MOST: usize = 4;
+pub const MOST: usize = np_path_limit::NP_PATHS.0 as usize;
 
 /// The members asked for, each with its path as it was typed.
 #[derive(Debug, Clone, Default)]

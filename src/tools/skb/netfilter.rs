@@ -6,15 +6,15 @@ use std::fmt::{self, Write as _};
 
 use serde::Serialize;
 
-use crate::bpf::skb::types::nf_decision;
+use crate::bpf::skb::types::{nf_decided, nf_decision};
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::text::escape::escaped;
 
 /// NF_DECIDED_* of src/bpf/netfilter.h
-const RULE: u8 = 1;
-const POLICY: u8 = 2;
-const NFT: u8 = 3;
-const PASSED: u8 = 5;
+const RULE: u8 = nf_decided::NF_DECIDED_RULE.0 as u8;
+const POLICY: u8 = nf_decided::NF_DECIDED_POLICY.0 as u8;
+const NFT: u8 = nf_decided::NF_DECIDED_NFT.0 as u8;
+const PASSED: u8 = nf_decided::NF_DECIDED_PASSED.0 as u8;
 /// NFPROTO_BRIDGE, NFPROTO_NETDEV; NF_QUEUE
 const BRIDGE: u8 = 7;
 const NETDEV: u8 = 5;

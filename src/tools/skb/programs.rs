@@ -10,6 +10,7 @@ use libbpf_rs::{MapMut, OpenMapMut, OpenObject};
 use libbpf_sys as sys;
 
 use crate::bpf::skb::SkbSkel;
+use crate::bpf::skb::types::skb_program;
 use crate::bpf::skb_prog::{OpenSkbProgSkel, SkbProgSkelBuilder};
 use crate::filter::Filters;
 use crate::filter::members::Condition;
@@ -29,8 +30,8 @@ use super::args::{
 use super::helpers::Helpers;
 use super::members::Members;
 
-/// SKB_PROGRAM_ID of src/bpf/skb_prog.bpf.c
-const PROGRAM_ID: i32 = 0x4e50_b1d0;
+/// What stands in the programs where the id of the watched one belongs.
+const PROGRAM_ID: i32 = skb_program::SKB_PROGRAM_ID.0 as i32;
 
 /// Sections that programs' events do not have: a program's caller is its hook in the kernel, the same for all; nft's rules drop elsewhere;
 /// which members there are, each kind of program has its own say.

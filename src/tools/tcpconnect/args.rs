@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::bpf::tcpconnect::types::{tcp_filter_bit, tcp_mode};
 use crate::kernel::cgroup;
 use crate::kernel::netns::Netns;
 use crate::run::output::OutputArgs;
@@ -12,22 +13,22 @@ use crate::tools::{EngineArgs, TransportArgs};
 use crate::usage::usage;
 
 /// TCP_FILTER_* of src/bpf/tcpconnect.h
-pub const PID: u32 = 1 << 0;
-pub const UID: u32 = 1 << 1;
-pub const COMM: u32 = 1 << 2;
-pub const CGROUP: u32 = 1 << 3;
-pub const CGROUPMAP: u32 = 1 << 4;
-pub const MNTNSMAP: u32 = 1 << 5;
-pub const PORTS: u32 = 1 << 6;
-pub const FAMILY: u32 = 1 << 7;
-pub const DADDR: u32 = 1 << 8;
-pub const NETNS: u32 = 1 << 9;
+pub const PID: u32 = tcp_filter_bit::TCP_FILTER_PID.0;
+pub const UID: u32 = tcp_filter_bit::TCP_FILTER_UID.0;
+pub const COMM: u32 = tcp_filter_bit::TCP_FILTER_COMM.0;
+pub const CGROUP: u32 = tcp_filter_bit::TCP_FILTER_CGROUP.0;
+pub const CGROUPMAP: u32 = tcp_filter_bit::TCP_FILTER_CGROUPMAP.0;
+pub const MNTNSMAP: u32 = tcp_filter_bit::TCP_FILTER_MNTNSMAP.0;
+pub const PORTS: u32 = tcp_filter_bit::TCP_FILTER_PORTS.0;
+pub const FAMILY: u32 = tcp_filter_bit::TCP_FILTER_FAMILY.0;
+pub const DADDR: u32 = tcp_filter_bit::TCP_FILTER_DADDR.0;
+pub const NETNS: u32 = tcp_filter_bit::TCP_FILTER_NETNS.0;
 
 /// TCP_MODE_*
-pub const MODE_COUNT: u32 = 1 << 0;
-pub const MODE_LPORT: u32 = 1 << 1;
-pub const MODE_OUTCOME: u32 = 1 << 2;
-pub const MODE_STACKS: u32 = 1 << 3;
+pub const MODE_COUNT: u32 = tcp_mode::TCP_MODE_COUNT.0;
+pub const MODE_LPORT: u32 = tcp_mode::TCP_MODE_LPORT.0;
+pub const MODE_OUTCOME: u32 = tcp_mode::TCP_MODE_OUTCOME.0;
+pub const MODE_STACKS: u32 = tcp_mode::TCP_MODE_STACKS.0;
 
 /// A thread's name as the kernel keeps it: 15 bytes and a NUL.
 const COMM_MAX: usize = 15;

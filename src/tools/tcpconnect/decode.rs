@@ -4,30 +4,31 @@ use std::net::IpAddr;
 
 use crate::bpf::read;
 use crate::bpf::tcpconnect::types::{
-    dns_event, tcp_drop, tcp_event, tcp_exe, tcp_flow, tcp_outcome,
+    dns_event, dns_kind, tcp_decided, tcp_drop, tcp_event, tcp_exe, tcp_flag, tcp_flow, tcp_kind,
+    tcp_outcome,
 };
 use crate::event::head::Head;
 use crate::event::tuple::address;
 
 /// TCP_KIND_*, DNS_KIND_ANSWER
-const KIND_CONNECT: u16 = 1;
-const KIND_OUTCOME: u16 = 2;
-const KIND_ANSWER: u16 = 3;
+const KIND_CONNECT: u16 = tcp_kind::TCP_KIND_CONNECT.0 as u16;
+const KIND_OUTCOME: u16 = tcp_kind::TCP_KIND_OUTCOME.0 as u16;
+const KIND_ANSWER: u16 = dns_kind::DNS_KIND_ANSWER.0 as u16;
 
 /// TCP_DECIDED_*
-pub const DECIDED_ESTABLISHED: u8 = 1;
-pub const DECIDED_AT_ONCE: u8 = 2;
+pub const DECIDED_ESTABLISHED: u8 = tcp_decided::TCP_DECIDED_ESTABLISHED.0 as u8;
+pub const DECIDED_AT_ONCE: u8 = tcp_decided::TCP_DECIDED_AT_ONCE.0 as u8;
 
 /// TCP_FLAG_*
-pub const FLAG_MAPPED: u32 = 1 << 0;
-pub const FLAG_NONBLOCK: u32 = 1 << 1;
-pub const FLAG_MPTCP: u32 = 1 << 2;
-pub const FLAG_FASTOPEN: u32 = 1 << 3;
-pub const FLAG_SYN_DATA: u32 = 1 << 4;
-pub const FLAG_DEFERRED: u32 = 1 << 5;
-pub const FLAG_EXITING: u32 = 1 << 6;
-pub const FLAG_FLOODED: u32 = 1 << 7;
-pub const FLAG_SOFT: u32 = 1 << 8;
+pub const FLAG_MAPPED: u32 = tcp_flag::TCP_FLAG_MAPPED.0;
+pub const FLAG_NONBLOCK: u32 = tcp_flag::TCP_FLAG_NONBLOCK.0;
+pub const FLAG_MPTCP: u32 = tcp_flag::TCP_FLAG_MPTCP.0;
+pub const FLAG_FASTOPEN: u32 = tcp_flag::TCP_FLAG_FASTOPEN.0;
+pub const FLAG_SYN_DATA: u32 = tcp_flag::TCP_FLAG_SYN_DATA.0;
+pub const FLAG_DEFERRED: u32 = tcp_flag::TCP_FLAG_DEFERRED.0;
+pub const FLAG_EXITING: u32 = tcp_flag::TCP_FLAG_EXITING.0;
+pub const FLAG_FLOODED: u32 = tcp_flag::TCP_FLAG_FLOODED.0;
+pub const FLAG_SOFT: u32 = tcp_flag::TCP_FLAG_SOFT.0;
 
 /// What the programs send.
 #[derive(Debug, Clone, PartialEq)]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{ArgAction, ValueEnum};
 
+use crate::bpf::xdpdump::types::np_xdp_capture;
 use crate::capture::pcapng::{Format, MAX_SNAPLEN};
 use crate::filter::cbpf::Program;
 use crate::filter::expr;
@@ -17,8 +18,8 @@ use crate::usage::usage;
 
 use super::trace::Points;
 
-/// The most of a packet that one event can carry (NP_XDP_MAX_CAPTURE).
-const MAX_CAPTURE: u32 = 65_400;
+/// The most of a packet that one event can carry.
+const MAX_CAPTURE: u32 = np_xdp_capture::NP_XDP_MAX_CAPTURE.0;
 
 /// How our own program is attached where no program is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

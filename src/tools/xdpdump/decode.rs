@@ -1,9 +1,9 @@
 //! Events of src/bpf/xdpdump.h into owned packets. Pure.
 
 use crate::bpf;
-use crate::bpf::xdpdump::types::{np_xdp_event, np_xdp_packet};
+use crate::bpf::xdpdump::types::{np_xdp_event, np_xdp_kind, np_xdp_packet, np_xdp_sent};
 
-/// NP_XDP_*: where a packet was seen.
+/// Where a packet was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Point {
     /// Before all programs of the chain.
@@ -36,8 +36,8 @@ pub struct Seen<'a> {
     pub data: &'a [u8],
 }
 
-/// NP_XDP_PACKET_SENT: bytes of `np_xdp_packet` in an event.
-const PACKET_SENT: usize = size_of::<np_xdp_packet>() - 2;
+/// Bytes of `np_xdp_packet` in an event.
+const PACKET_SENT: usize = np_xdp_sent::NP_XDP_PACKET_SENT.0 as usize;
 
 /// What the buffer of CPU `cpu` held. Nothing for bytes that are no event of ours.
 pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
@@ -46,7 +46,7 @@ pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
     let mut packet = [0; size_of::<np_xdp_packet>()];
     packet[..PACKET_SENT].copy_from_slice(sent);
     let (packet, _) = bpf::read::<np_xdp_packet>(&packet)?;
-    if packet.kind == 1 {
+    if np_xdp_kind(packet.kind.into()) == np_xdp_kind::NP_XDP_CHAIN {
         let captured = (packet.len as usize).checked_sub(PACKET_SENT)?;
         return Some(Seen {
             ts: packet.ts,
@@ -63,9 +63,9 @@ pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
         });
     }
     let (event, rest) = bpf::read::<np_xdp_event>(bytes)?;
-    let point = match event.head.kind {
-        2 => Point::Entry,
-        3 => Point::Exit,
+    let point = match np_xdp_kind(event.head.kind.into()) {
+        np_xdp_kind::NP_XDP_ENTRY => Point::Entry,
+        np_xdp_kind::NP_XDP_EXIT => Point::Exit,
         _ => return None,
     };
     let captured = (event.head.len as usize).checked_sub(size_of::<np_xdp_event>())?;

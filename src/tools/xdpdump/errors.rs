@@ -9,7 +9,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{ErrorKind, Link, OpenObject};
 
 use crate::bpf;
-use crate::bpf::xdperr::types::np_xdp_error;
+use crate::bpf::xdperr::types::{np_xdp_error, np_xdp_kind, np_xdp_what};
 use crate::bpf::xdperr::{XdperrSkel, XdperrSkelBuilder};
 use crate::kernel::bpf_object;
 use crate::kernel::netns::Netns;
@@ -20,13 +20,13 @@ use crate::text::escape::escaped;
 use super::decode::verdict_name;
 
 /// NP_XDP_ERROR
-const KIND: u16 = 4;
+const KIND: u16 = np_xdp_kind::NP_XDP_ERROR.0 as u16;
 /// The kernel's id of the map where a redirect went through none.
 const NO_MAP: u32 = i32::MAX as u32;
 /// NP_XDP_EXCEPTION, NP_XDP_REDIRECT, NP_XDP_XMIT
-const EXCEPTION: u32 = 1;
-const REDIRECT: u32 = 2;
-const XMIT: u32 = 3;
+const EXCEPTION: u32 = np_xdp_what::NP_XDP_EXCEPTION.0;
+const REDIRECT: u32 = np_xdp_what::NP_XDP_REDIRECT.0;
+const XMIT: u32 = np_xdp_what::NP_XDP_XMIT.0;
 
 const NO_FRAMES: &str = "the target cannot take XDP frames: its driver does not, or on veth its peer \
     lacks NAPI (an XDP program there, or ethtool -K PEER gro on, brings it)";
