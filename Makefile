@@ -10,7 +10,7 @@ C_FILES = $(wildcard src/bpf/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static deps test check fmt unit live fuzz-filter demo bench clean
+.PHONY: build release static deps test check fmt unit live fuzz-filter demo bench clean reference documents
 
 build: deps ## debug build
 	cargo build --locked
@@ -76,6 +76,13 @@ demo: deps ## the main job, shown: a connection before and after an iptables rul
 
 bench: deps ## what netprobe costs, beside the limit and peers, in instruction-counted machines: one table
 	bench/run $(BENCH)
+
+reference: ## docs/reference, from the help of each subcommand
+	NETPROBE_WRITE_REFERENCE=1 cargo test --locked --test cli the_reference
+
+documents: deps release ## output in README.md and docs/cookbook.md, and the picture: all from real runs
+	docs/cookbook/fill
+	demo/picture
 
 clean: ## removes the build (the kernels for the virtual machines stay in ~/.cache/netprobe/vm)
 	cargo clean

@@ -30,11 +30,11 @@ enum Command {
     Icmp(Box<tools::icmp::args::Args>),
     /// Capture packets at XDP, before the stack
     Xdpdump(Box<tools::xdpdump::args::Args>),
-    /// Put XDP programs of yours into an interface's chain, list them, take them out
+    /// Run several XDP programs on one interface in an order: add, list, remove
     Xdpchain(tools::xdpchain::Args),
     /// Show what a packet expression is compiled to, or try it on a file's packets in this kernel
     Filter(tools::filter::Args),
-    /// See runs of netprobe that are in progress, and change their field filters
+    /// List running netprobes, and change their field filters
     Ctl(tools::ctl::Args),
     /// Show which process connects where over TCP, and what became of it
     Tcpconnect(Box<tools::tcpconnect::args::Args>),

@@ -133,13 +133,13 @@ fn a_full_disk_under_stdout_is_an_error() {
     assert!(stderr(&status).contains("stdout"), "{}", stderr(&status));
 }
 
-/// Each `netprobe …` line in README's shell blocks is one that the program understands.
+/// Each `netprobe …` line in the guide's shell blocks is one that the program understands.
 #[test]
-fn the_commands_in_readme_parse() {
-    let readme = include_str!("../README.md");
+fn the_commands_in_the_guide_parse() {
+    let guide = include_str!("../docs/guide.md");
     let mut count = 0;
     let mut in_block = false;
-    for line in readme.lines() {
+    for line in guide.lines() {
         if line.starts_with("```") {
             in_block = !in_block && line.trim() == "```sh";
             continue;
@@ -150,11 +150,11 @@ fn the_commands_in_readme_parse() {
         }
         let words = split(line);
         if let Err(e) = Cli::try_parse_from(&words) {
-            panic!("README: {line}\n{e}");
+            panic!("guide: {line}\n{e}");
         }
         count += 1;
     }
-    assert!(count >= 10, "only {count} commands found in README.md");
+    assert!(count >= 10, "only {count} commands found in docs/guide.md");
 }
 
 /// The source of the live tests.
@@ -184,7 +184,7 @@ fn each_flag_of_skb_is_in_a_live_test() {
     }
 }
 
-/// Each row of README's table of peers has a row in DEVELOPMENT.md that names live tests, and these exist.
+/// Each row of the table in docs/peers.md has a row in DEVELOPMENT.md that names live tests, and these exist.
 #[test]
 fn each_row_beside_the_peers_has_its_live_test() {
     let first_cells = |text: &str| -> Vec<String> {
@@ -193,10 +193,9 @@ fn each_row_beside_the_peers_has_its_live_test() {
             .filter_map(|l| Some(l.trim_matches('|').split(" | ").next()?.trim().to_owned()))
             .collect()
     };
-    let readme = include_str!("../README.md");
-    let (_, table) = readme
+    let (_, table) = include_str!("../docs/peers.md")
         .split_once("| | netprobe skb | pwru | retis | nettrace |\n")
-        .expect("README's table of peers");
+        .expect("the table of peers");
     let rows = first_cells(&format!("|\n{table}"));
     assert!(rows.len() >= 15, "{rows:?}");
     let (_, proofs) = include_str!("../DEVELOPMENT.md")
@@ -240,4 +239,114 @@ fn split(line: &str) -> Vec<String> {
     }
     words.retain(|w| !w.is_empty());
     words
+}
+
+/// A file of the repository.
+fn repository(path: &str) -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// docs/reference/TOOL.md is the help of `netprobe TOOL`. NETPROBE_WRITE_REFERENCE=1 writes the files.
+#[test]
+fn the_reference_is_what_the_help_says() {
+    for sub in Cli::command().get_subcommands() {
+        let name = sub.get_name();
+        let new = reference(sub.clone());
+        let path = repository(&format!("docs/reference/{name}.md"));
+        if std::env::var_os("NETPROBE_WRITE_REFERENCE").is_some() {
+            std::fs::write(&path, &new).unwrap();
+        }
+        let old = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            old == new,
+            "docs/reference/{name}.md is stale: make reference"
+        );
+    }
+}
+
+/// The page of a subcommand, and of its own subcommands.
+fn reference(command: clap::Command) -> String {
+    let name = command.get_name().to_owned();
+    let mut page = format!(
+        "# netprobe {name}\n\nThis page is `netprobe {name} --help`, written by `make reference`.\n"
+    );
+    let mut add = |command: clap::Command, name: &str| {
+        let mut command = command.bin_name(format!("netprobe {name}")).term_width(100);
+        let help = command.render_long_help().to_string();
+        let lines: Vec<&str> = help.trim_end().lines().map(str::trim_end).collect();
+        page += &format!("\n## {name}\n\n```text\n{}\n```\n", lines.join("\n"));
+    };
+    add(command.clone(), &name);
+    for sub in command.get_subcommands() {
+        add(sub.clone(), &format!("{name} {}", sub.get_name()));
+    }
+    page
+}
+
+/// Every subcommand has a section with an example in README, and a page in docs/reference that README's table links to.
+#[test]
+fn readme_shows_every_subcommand() {
+    let readme = include_str!("../README.md");
+    assert!(
+        readme.lines().count() <= 150,
+        "README.md has over 150 lines"
+    );
+    for sub in Cli::command().get_subcommands() {
+        let name = sub.get_name();
+        assert!(
+            readme.contains(&format!("# netprobe {name}")),
+            "README.md has no example of {name}"
+        );
+        assert!(
+            readme.contains(&format!("docs/reference/{name}.md")),
+            "README.md has no link to docs/reference/{name}.md"
+        );
+    }
+}
+
+/// Each `netprobe …` command of the documents' output blocks (`# netprobe …`) is one that the program understands.
+#[test]
+fn the_commands_in_output_blocks_parse() {
+    for (path, least) in [("README.md", 10), ("docs/cookbook.md", 30)] {
+        let text = std::fs::read_to_string(repository(path)).unwrap();
+        let (mut count, mut in_block) = (0, false);
+        for line in text.lines() {
+            if line.starts_with("```") {
+                in_block = !in_block;
+            }
+            let command = line.split_once("# ").filter(|_| in_block);
+            let Some((_, command)) = command.filter(|(_, c)| c.starts_with("netprobe ")) else {
+                continue;
+            };
+            if let Err(e) = Cli::try_parse_from(split(command)) {
+                panic!("{path}: {line}\n{e}");
+            }
+            count += 1;
+        }
+        assert!(count >= least, "only {count} commands found in {path}");
+    }
+}
+
+/// Lines of the documents fit into 120 columns, but for output and tables.
+#[test]
+fn lines_of_documents_are_short() {
+    let mut paths = vec![repository("README.md"), repository("DEVELOPMENT.md")];
+    let pages = std::fs::read_dir(repository("docs")).unwrap();
+    paths.extend(pages.map(|f| f.unwrap().path()));
+    paths.retain(|p| p.extension().is_some_and(|e| e == "md"));
+    assert!(paths.len() >= 4, "{paths:?}");
+    for path in paths {
+        let mut in_block = false;
+        for line in std::fs::read_to_string(&path).unwrap().lines() {
+            if line.starts_with("```") {
+                in_block = !in_block;
+            }
+            let text = !in_block && !line.starts_with('|') && !line.starts_with('[');
+            assert!(
+                !text || line.chars().count() <= 120,
+                "{}: {line}",
+                path.display()
+            );
+        }
+    }
 }

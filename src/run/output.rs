@@ -19,11 +19,11 @@ const BUFFER: usize = 64 * 1024;
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
-    /// Print one JSON object a line in place of text
+    /// Print JSON, one object per line
     #[arg(long)]
     pub output_json: bool,
 
-    /// Write to FILE in place of stdout
+    /// Write to FILE instead of stdout
     #[arg(long, value_name = "FILE")]
     pub output_file: Option<PathBuf>,
 

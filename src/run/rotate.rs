@@ -18,15 +18,15 @@ use super::stream::Stream;
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Output")]
 pub struct RotateArgs {
-    /// Put --output-file aside at this size, as NAME-TIME.EXTENSION, and begin it anew
+    /// When --output-file reaches this size, rename it to NAME-TIME.EXTENSION and begin a new file
     #[arg(long, value_name = "MB", default_value_t = 100, requires = "output_file", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub output_file_max_size: u64,
 
-    /// Keep this many files that were put aside, the newest (0: all)
+    /// Keep only the newest N renamed files (0: all)
     #[arg(long, value_name = "N", default_value_t = 0, requires = "output_file")]
     pub output_file_max_backups: usize,
 
-    /// Delete files that were put aside more than this many days ago (0: none)
+    /// Delete files that were renamed more than this many days ago (0: none)
     #[arg(
         long,
         value_name = "DAYS",
@@ -35,7 +35,7 @@ pub struct RotateArgs {
     )]
     pub output_file_max_age: u64,
 
-    /// Compress files that are put aside (gzip)
+    /// Compress renamed files (gzip)
     #[arg(long, requires = "output_file")]
     pub output_file_compress: bool,
 }

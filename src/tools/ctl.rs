@@ -21,7 +21,7 @@ const KEY: [u8; 4] = 0u32.to_ne_bytes();
 /// What a field is set to so that it does not filter.
 const OFF: &str = "off";
 
-/// See runs of netprobe that are in progress, and change their field filters.
+/// List running netprobes, and change their field filters.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -30,9 +30,9 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// The runs in progress, one a line
+    /// List the runs in progress, one per line
     List,
-    /// The field filters of a run
+    /// Show the field filters of a run
     Show {
         /// Its name as `list` shows it (skb-1234), or its process id
         session: String,
@@ -42,7 +42,7 @@ enum Command {
         /// Its name as `list` shows it (skb-1234), or its process id
         session: String,
         /// mark=MARK[/MASK] netns=NETNS ifname=NAME proto=PROTO src-ip=ADDR[/LEN] dst-ip=ADDR[/LEN] src-port=PORT
-        /// dst-port=PORT, as after the --filter-… flags; `off` in place of a value: any
+        /// dst-port=PORT, with values as the --filter-… flags take them; the value `off` removes a filter
         #[arg(required = true, value_name = "FIELD=VALUE")]
         changes: Vec<String>,
     },

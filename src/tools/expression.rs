@@ -20,15 +20,15 @@ pub struct ExpressionArgs {
     #[arg(value_name = "EXPRESSION")]
     pub expression: Vec<String>,
 
-    /// The Ethernet frame inside VXLAN, GENEVE or GRE matches; what is not tunnelled passes
+    /// Match the Ethernet frame inside VXLAN, GENEVE or GRE. Packets outside a tunnel are not filtered
     #[arg(long, value_name = "EXPRESSION")]
     pub filter_tunnel_pcap_l2: Option<String>,
 
-    /// The IP packet inside VXLAN, GENEVE, IPIP or GRE matches; what is not tunnelled passes
+    /// Match the IP packet inside VXLAN, GENEVE, IPIP or GRE. Packets outside a tunnel are not filtered
     #[arg(long, value_name = "EXPRESSION")]
     pub filter_tunnel_pcap_l3: Option<String>,
 
-    /// Members of the sk_buff and of what it points to, in C: 'skb->dev->ifindex == 3 && skb->mark & 0xff != 0';
+    /// A condition in C on members of the sk_buff and of the structs that it points to: 'skb->dev->ifindex == 3 && skb->mark & 0xff != 0';
     /// constants may be names of enums; values are in the kernel's byte order (htons(…), htonl(…))
     #[arg(long, value_name = "CONDITION")]
     pub filter_skb_expr: Option<String>,

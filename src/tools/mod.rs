@@ -29,18 +29,18 @@ const DEFAULT_PAGES: usize = 256;
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
-    /// Pages of each CPU's buffer (a power of two); larger loses less in a burst, and takes memory
-    /// (default: 256; xdpdump: up to 2048, by the number of CPUs). Beside the buffers, events that wait for a slow reader take 32 MiB at most
-    /// and the last round of all buffers; what comes then is counted as lost
+    /// Pages of each CPU's buffer (a power of two). A larger buffer loses less in a burst and takes more memory (default: 256;
+    /// xdpdump: up to 2048, by the number of CPUs). Events that wait for a slow reader take at most 32 MiB and one round of all
+    /// buffers; netprobe counts further events as lost
     #[arg(long, value_name = "N", value_parser = power_of_two)]
     pub buffer_pages: Option<usize>,
 
-    /// Wake up for every N events of a CPU; 1: for each at once (default: when a quarter of its buffer is full, or after 50 ms; xdpdump -w to a
+    /// Wake up after every N events of a CPU; 1: at each event (default: when a quarter of its buffer is full, or after 50 ms; xdpdump -w to a
     /// file: 250 ms)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub perf_wakeup: Option<u32>,
 
-    /// Threads that drain the buffers, each a part of the CPUs
+    /// Threads that drain the buffers; each thread serves some of the CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub drain_threads: usize,
 

@@ -61,7 +61,7 @@ enum Action {
         #[arg(long, value_name = "N", default_value_t = 0)]
         slot: u32,
     },
-    /// Take all programs out, and put back what was at the interface before
+    /// Remove all programs, and restore the program that was at the interface before
     Clear { iface: String },
 }
 
@@ -76,13 +76,13 @@ struct AddArgs {
     /// 0 to 6, run in this order; the default is the first free one
     #[arg(long, value_name = "N")]
     slot: Option<u32>,
-    /// Take the place of the program that is in the slot
+    /// Replace the program that is in the slot
     #[arg(long)]
     replace: bool,
     /// The name to be listed; the default is the program's
     #[arg(long)]
     name: Option<String>,
-    /// How to attach where no chain and no XDP program is
+    /// How to attach if the interface has neither a chain nor an XDP program
     #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
     xdp_mode: XdpMode,
 }

@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top: usize,
 
-    /// What a row is made of; a drop's class needs reason and place
+    /// Group drops by these; the class of a drop needs reason and place
     #[arg(
         long,
         value_enum,
@@ -60,7 +60,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t)]
     pub sort: Sort,
 
-    /// Show packets too that are freed in the normal course of things
+    /// Also show packets that the kernel frees in normal operation
     #[arg(long)]
     pub all: bool,
 
@@ -68,11 +68,11 @@ pub struct Args {
     #[arg(long)]
     pub offsets: bool,
 
-    /// Rules of your own (TOML, as src/explain/reasons.toml), which come before those that are compiled in
+    /// Read further rules from FILE (TOML, like src/explain/reasons.toml); they take precedence over the built-in rules
     #[arg(long, value_name = "FILE")]
     pub rules: Option<PathBuf>,
 
-    /// Say what a reason means, without tracing; `all`: every reason that this kernel has
+    /// Explain a drop reason and end; `all` explains every reason of this kernel
     #[arg(long, value_name = "REASON")]
     pub explain: Option<String>,
 

@@ -39,8 +39,7 @@ pub enum Timestamp {
 #[command(verbatim_doc_comment)]
 pub struct Args {
     /// Print exactly what the script traceicmpsoftirq.py prints: TGID, PID, COMM and SEQ of IPv4 requests, without a header.
-    /// SEQ is the 16 bits of the packet read as a number of this machine, as the script reads them: on a little-endian
-    /// machine sequence 1 is 256
+    /// Like the script, it does not convert SEQ to the machine's byte order: on a little-endian machine sequence 1 is 256
     #[arg(long, conflicts_with_all = ["output_json", "timestamp", "min_us", "stages"])]
     pub legacy: bool,
 
@@ -54,7 +53,7 @@ pub struct Args {
     #[arg(long, verbatim_doc_comment, conflicts_with_all = ["legacy", "stages", "culprit"])]
     pub sent: bool,
 
-    /// A request whose reply has not been read after SECONDS is lost
+    /// Count a request as lost if its reply has not been read after SECONDS
     #[arg(long, value_name = "SECONDS", default_value_t = 2, requires = "sent", value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: u64,
 
@@ -62,13 +61,13 @@ pub struct Args {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = true, default_missing_value = "true", require_equals = true, action = clap::ArgAction::Set)]
     pub stages: bool,
 
-    /// Only echoes that took N microseconds or more in all (TOTAL)
+    /// Only echoes whose TOTAL is N microseconds or more
     #[arg(long, value_name = "N")]
     pub min_us: Option<u64>,
 
-    /// Where an echo's softirq WAITed --min-us or longer (1000 unless given): what ran on that CPU in the meantime, by task, process
-    /// and cgroup, and its kernel stack, sampled --culprit-hz times a second (on x86 the sampling timer is held up while interrupts
-    /// are off: then the stack is that of the place that switched them on again)
+    /// If an echo's softirq WAITed --min-us or longer (default 1000), show what ran on that CPU in the meantime: task, process,
+    /// cgroup and kernel stack. A timer samples it --culprit-hz times a second. On x86 this timer waits while interrupts are
+    /// off; the stack then shows the code that switched them on again
     #[arg(long, conflicts_with_all = ["legacy", "histogram"])]
     pub culprit: bool,
 
@@ -76,11 +75,11 @@ pub struct Args {
     #[arg(long, value_name = "HZ", default_value_t = 999, requires = "culprit", value_parser = clap::value_parser!(u64).range(1..=20_000))]
     pub culprit_hz: u64,
 
-    /// In place of lines: histograms (powers of two, microseconds) of each stage on each CPU, at the end
+    /// Print histograms of each stage on each CPU (powers of two, microseconds) at the end, and no lines
     #[arg(long, conflicts_with_all = ["legacy", "timestamp", "min_us", "output_limit_lines"])]
     pub histogram: bool,
 
-    /// Histograms every SECONDS, each of that time alone
+    /// Print histograms every SECONDS, each of these seconds alone
     #[arg(short, long, value_name = "SECONDS", requires = "histogram", value_parser = clap::value_parser!(u64).range(1..))]
     pub interval: Option<u64>,
 

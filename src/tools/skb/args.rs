@@ -78,11 +78,12 @@ pub struct Args {
     )]
     pub kmods: Option<Vec<String>>,
 
-    /// Functions of all loaded modules: the default, but it is an error where the kernel does not tell them (before 5.11)
+    /// Functions of all loaded modules. This is the default; with the flag, a kernel that does not list them (before 5.11) is an
+    /// error
     #[arg(long)]
     pub all_kmods: bool,
 
-    /// Take the kernel's types from FILE (BTF, or an ELF file with it) in place of /sys/kernel/btf/vmlinux
+    /// Take the kernel's types from FILE (BTF, or an ELF file with it) instead of from /sys/kernel/btf/vmlinux
     #[arg(long, value_name = "FILE")]
     pub kernel_btf: Option<PathBuf>,
 
@@ -93,17 +94,17 @@ pub struct Args {
     #[command(flatten)]
     pub fields: FieldArgs,
 
-    /// Go on following a packet that matched once: NAT, tunnels, clones, copies, segments, other namespaces. Shows which events
-    /// are of one packet
+    /// Follow a packet that has matched once through NAT, tunnels, clones, copies, segments and other namespaces. The column
+    /// PACKET numbers the packets
     #[arg(long, help_heading = "Tracking")]
     pub filter_track_skb: bool,
 
-    /// The same, and through free and rebuild: an skb that is made by a function below one that handles the packet is taken for
-    /// the same packet
+    /// As --filter-track-skb, and also through free and rebuild: if a function that handles the packet calls one that makes a new
+    /// skb, the new skb counts as the same packet
     #[arg(long, help_heading = "Tracking")]
     pub filter_track_skb_by_stackid: bool,
 
-    /// Show these functions too, which have no skb, where they run below one that handles a packet; implies
+    /// Also show these functions, which take no skb, when a function that handles a packet calls them. Implies
     /// --filter-track-skb-by-stackid
     #[arg(
         long,
@@ -113,17 +114,16 @@ pub struct Args {
     )]
     pub filter_non_skb_funcs: Vec<String>,
 
-    /// Show each run of a tc program too (tcx and netkit programs as well), with its verdict: of those that are loaded, and of those
-    /// that are loaded later (noticed within 0.1 s)
+    /// Show each run of a tc, tcx or netkit program, with its verdict. Programs that are loaded later are traced within 0.1 s
     #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
     pub filter_trace_tc: bool,
 
-    /// The same of XDP programs
+    /// Show each run of an XDP program, with its verdict. Programs that are loaded later are traced within 0.1 s
     #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
     pub filter_trace_xdp: bool,
 
-    /// XDP packets whose xdp_buff, and what it points to, is so: 'xdp->rxq->queue_index == 3' (--filter-skb-expr does not apply
-    /// to them)
+    /// A condition in C on members of an XDP packet's xdp_buff: 'xdp->rxq->queue_index == 3' (--filter-skb-expr does not apply to
+    /// XDP packets)
     #[arg(
         long,
         value_name = "CONDITION",
@@ -132,12 +132,12 @@ pub struct Args {
     )]
     pub filter_xdp_expr: Option<String>,
 
-    /// Show calls of kernel functions (helpers, map functions, kfuncs) by tc and XDP programs that handle a packet of ours; implies
+    /// Show the kernel functions (helpers, map functions, kfuncs) that tc and XDP programs call for a traced packet. Implies
     /// --filter-track-skb-by-stackid
     #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
     pub filter_track_bpf_helpers: bool,
 
-    /// Show map, key and value of calls that look up, update or delete in a BPF map
+    /// Show map, key and value when a program looks up, updates or deletes an element of a BPF map
     #[arg(
         long,
         help_heading = "BPF programs",
@@ -145,11 +145,12 @@ pub struct Args {
     )]
     pub output_bpfmap: bool,
 
-    /// skbs that can be tracked at the same time
+    /// Track at most N skbs at the same time
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216), help_heading = "Tracking")]
     pub track_entries: u32,
 
-    /// One line for each dropped packet, with its reason and where: by the tracepoint of drops, and by probes on the few functions in which full listen queues lose handshakes
+    /// Print one line for each dropped packet, with its reason and place. Uses the kernel's tracepoint of drops, and probes on the
+    /// few functions that drop handshakes when a listen queue is full
     #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "filter_kprobe_batch", "kmods", "all_kmods", "output_retval", "output_caller"])]
     pub drops: bool,
 
@@ -165,15 +166,15 @@ pub struct Args {
     #[arg(long, help_heading = "Output")]
     pub output_stack: bool,
 
-    /// Show whose function called each function
+    /// Show the caller of each function
     #[arg(long, help_heading = "Output")]
     pub output_caller: bool,
 
-    /// Show what functions give back that return a number (kernels from 5.15)
+    /// Show the return value of functions that return a number (kernels from 5.15)
     #[arg(long, help_heading = "Output")]
     pub output_retval: bool,
 
-    /// Show the flags of TCP packets behind their addresses
+    /// Show TCP flags after the addresses
     #[arg(long, help_heading = "Output")]
     pub output_tcp_flags: bool,
 

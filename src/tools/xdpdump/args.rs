@@ -36,11 +36,11 @@ pub enum XdpMode {
 /// Where to capture beside programs that are there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// trace where a program is and the kernel lets one, else chain
+    /// trace if there is a program and the kernel allows it, else chain
     Auto,
-    /// in front of the programs, by tail call; every kernel
+    /// run before the program and tail-call it; every kernel
     Chain,
-    /// at a program's entry and exit, by fentry and fexit: shows verdicts, changes nothing at the interface
+    /// fentry and fexit on the program: shows verdicts, leaves the interface as it is
     Trace,
 }
 
@@ -92,11 +92,11 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub sample: u32,
 
-    /// How to capture where an XDP program is
+    /// How to capture if the interface has an XDP program
     #[arg(long, value_enum, default_value_t = Mode::Auto)]
     pub mode: Mode,
 
-    /// Ends of the traced program; exit shows its verdict
+    /// Capture at the traced program's entry, exit or both; exit shows its verdict
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Point::Entry])]
     pub rx_capture: Vec<Point>,
 
@@ -105,15 +105,15 @@ pub struct Args {
     #[arg(short, long, value_name = "NAME", value_delimiter = ',')]
     pub program_names: Vec<String>,
 
-    /// Show what the traced program changed in each packet: bytes put in, taken out, header fields rewritten
+    /// Show what the traced program changed in each packet: inserted bytes, removed bytes, rewritten header fields
     #[arg(long, conflicts_with_all = ["rx_capture", "write", "read"])]
     pub diff: bool,
 
-    /// Only packets with one of these verdicts: traced at exit, or of a file
+    /// Only packets with one of these verdicts, traced at exit or read from a file
     #[arg(long, value_enum, value_delimiter = ',')]
     pub action: Vec<Verdict>,
 
-    /// How to attach where no XDP program is
+    /// How to attach if the interface has no XDP program
     #[arg(long, alias = "load-xdp-mode", value_enum, default_value_t = XdpMode::Auto)]
     pub xdp_mode: XdpMode,
 
@@ -141,15 +141,15 @@ pub struct Args {
     #[arg(long, requires = "write")]
     pub use_pcap: bool,
 
-    /// Begin another file when one has reached this many MB; files are numbered
+    /// Begin a new, numbered file after this many MB
     #[arg(long, value_name = "MB", requires = "write")]
     pub rotate_size: Option<u64>,
 
-    /// Begin another file after this many seconds; files are numbered
+    /// Begin a new, numbered file after this many seconds
     #[arg(long, value_name = "SECONDS", requires = "write")]
     pub rotate_seconds: Option<u64>,
 
-    /// Keep the last N files only
+    /// Keep only the last N files
     #[arg(long, value_name = "N", requires = "write")]
     pub rotate_files: Option<usize>,
 
@@ -161,7 +161,7 @@ pub struct Args {
     #[arg(short = 'D', long = "list-interfaces", id = "list")]
     pub list: bool,
 
-    /// Put back what a killed netprobe left at the interfaces (without --iface: at all of them)
+    /// Restore the XDP programs of interfaces that a killed netprobe has left changed (default: all interfaces)
     #[arg(long, conflicts_with = "list")]
     pub restore: bool,
 
