@@ -24,6 +24,9 @@ pub struct Meaning {
     /// what to change or to look at
     #[serde(default)]
     pub change: String,
+    /// the reason that newer kernels give for the same, without SKB_DROP_REASON_; empty where nobody knows
+    #[serde(default, skip_deserializing)]
+    pub reason: String,
 }
 
 impl Meaning {
@@ -63,6 +66,9 @@ struct PlaceRule {
     what: String,
     #[serde(default)]
     change: String,
+    /// the reason that newer kernels give
+    #[serde(default, rename = "as")]
+    reason: String,
 }
 
 impl PlaceRule {
@@ -152,16 +158,22 @@ impl Rules {
                 class: rule.class.clone(),
                 what: rule.what.clone(),
                 change: rule.change.clone(),
+                reason: match reason {
+                    NOT_SPECIFIED => rule.reason.clone(),
+                    given => given.to_owned(),
+                },
             };
         }
-        match self.reason.get(reason) {
-            Some(meaning) => meaning.clone(),
-            None => Meaning {
-                class: "unknown".into(),
-                what: reason.to_owned(),
-                change: String::new(),
-            },
+        let mut meaning = self.reason.get(reason).cloned().unwrap_or(Meaning {
+            class: "unknown".into(),
+            what: reason.to_owned(),
+            change: String::new(),
+            reason: String::new(),
+        });
+        if reason != NOT_SPECIFIED {
+            meaning.reason = reason.to_owned();
         }
+        meaning
     }
 }
 
@@ -191,6 +203,8 @@ mod tests {
             "firewall"
         );
         assert_eq!(what("", "nf_hook_slow", &[]).class, "firewall");
+        assert_eq!(what("", "__udp4_lib_rcv", &[]).reason, "NO_SOCKET");
+        assert_eq!(what("", "some_driver_xmit", &[]).reason, "");
         assert!(what("NOT_SPECIFIED", "netlink_broadcast_filtered", &[]).is_expected());
         assert!(!what("OTHERHOST", "ip_rcv_core", &[Fact::OtherHost]).is_expected());
         assert!(what("OTHERHOST", "ip_rcv_core", &[Fact::Promiscuous]).is_expected());

@@ -104,10 +104,11 @@ impl Args {
         self.by.iter().fold(0, |all, by| all | bit(by).0 as u8)
     }
 
-    /// Whether every drop is counted: only then do the kernel's counters balance.
+    /// Whether every drop is counted, and by what the counters tell apart: only then do the kernel's counters balance.
     pub fn is_whole(&self) -> bool {
-        self.by.contains(&By::Reason)
-            && self.by.contains(&By::Netns)
+        [By::Reason, By::Place, By::Netns, By::Proto]
+            .iter()
+            .all(|by| self.by.contains(by))
             && self.expression.expression.is_empty()
             && self.expression.filter_skb_expr.is_none()
             && self.expression.filter_tunnel_pcap_l2.is_none()

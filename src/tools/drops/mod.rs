@@ -122,7 +122,7 @@ impl<M: MapCore> Drops<'_, M> {
         let now = self.programs.rows()?;
         let unexplained = match &mut self.ledger {
             Some(ledger) => {
-                let seen = self.names.seen(&rows::grown(&self.start, &now));
+                let seen = self.names.seen(&rows::grown(&self.start, &now))?;
                 Some(ledger.balance(&seen, last))
             }
             None => None,

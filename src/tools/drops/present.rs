@@ -139,7 +139,7 @@ impl Presenter {
             Some(_) => writeln!(text, ", {} unexplained", table.unexplained()),
             None => writeln!(
                 text,
-                " (filtered: not balanced against the kernel's counters)"
+                " (filtered or grouped: not balanced against the kernel's counters)"
             ),
         };
     }

@@ -74,20 +74,10 @@ impl Names {
         grown: &HashMap<drop_key, Count>,
         example: impl Fn(&drop_key) -> Option<drop_example>,
     ) -> Result<Vec<Row>> {
-        let places: Vec<u64> = grown
-            .keys()
-            .map(|key| key.place)
-            .filter(|p| *p != 0)
-            .collect();
-        self.symbols.resolve(&places)?;
+        self.resolve(grown)?;
         let mut rows = Vec::new();
         for (key, count) in grown {
-            let symbol = self.symbols.get(key.place).cloned();
-            let (place, offset) = match symbol {
-                Some(symbol) => (symbol.name, symbol.offset),
-                None if key.place == 0 => (String::new(), 0),
-                None => (format!("{:#x}", key.place), 0),
-            };
+            let (place, offset) = self.place(key);
             let reason = self.reason(key.reason);
             let example = example(key);
             let inode = example.as_ref().map_or(0, |e| e.inode);
@@ -114,13 +104,33 @@ impl Names {
     }
 
     /// All drops since the start, as the ledger wants them.
-    pub fn seen(&mut self, all: &HashMap<drop_key, Count>) -> Seen {
+    pub fn seen(&mut self, all: &HashMap<drop_key, Count>) -> Result<Seen> {
+        self.resolve(all)?;
         let mut seen = Seen::new();
         for (key, count) in all {
+            let (place, _) = self.place(key);
             let reason = self.reason(key.reason);
-            *seen.entry((key.netns, reason, key.proto)).or_default() += count.packets;
+            let meaning = self.rules.explain(&reason, &place, &facts(key.facts));
+            *seen
+                .entry((key.netns, meaning.reason, key.proto))
+                .or_default() += count.packets;
         }
-        seen
+        Ok(seen)
+    }
+
+    fn resolve(&mut self, rows: &HashMap<drop_key, Count>) -> Result<()> {
+        let places = rows.keys().map(|key| key.place);
+        let places: Vec<u64> = places.filter(|place| *place != 0).collect();
+        self.symbols.resolve(&places)
+    }
+
+    /// The function that decided, and how far behind its beginning; empty where places are not asked for.
+    fn place(&self, key: &drop_key) -> (String, u64) {
+        match self.symbols.get(key.place) {
+            Some(symbol) => (symbol.name.clone(), symbol.offset),
+            None if key.place == 0 => (String::new(), 0),
+            None => (format!("{:#x}", key.place), 0),
+        }
     }
 }
 
