@@ -23,7 +23,8 @@ enum drop_fact {
 	DROP_PROMISCUOUS = 1 << 3, /* its device takes frames for others too */
 	DROP_ECHO_REPLY = 1 << 4, /* ICMP or ICMPv6 */
 	DROP_NO_IP = 1 << 5,
-	DROP_FIN = 1 << 6, /* a TCP segment that ends a connection */
+	DROP_TIME_WAIT = 1 << 6, /* for a TCP connection in TIME-WAIT */
+	DROP_NO_DATA = 1 << 7, /* a TCP segment without data, SYN or RST */
 };
 
 struct drop_key {

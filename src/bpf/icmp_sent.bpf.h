@@ -121,13 +121,38 @@ static __always_inline bool is_wide(const struct icmp_key *key, void *dst)
 }
 
 /* Is this request one of those that are shown? (np_filter_skb() beside it) */
-static __always_inline bool sent_match(const struct icmp_event *e,
+static __always_inline bool sent_match(const struct icmp_key *key,
 				       struct sk_buff *skb,
 				       struct net_device *dev)
 {
 	if (want_cpu >= 0 && bpf_get_smp_processor_id() != want_cpu)
 		return false;
-	return match(np_config_get(), skb, &e->key, dev);
+	return match(np_config_get(), skb, key, dev);
+}
+
+/* A request that is shown, before netfilter. */
+struct sending {
+	struct icmp_key key;
+	__u64 start;
+	__u64 sock;
+	__u64 skb;
+	__u64 dev;
+	__u64 wide;
+};
+
+/* Not within sent(): its event and the filter's functions are too much for one stack. */
+static __noinline int send_request(void *ctx, const struct sending *s)
+{
+	struct icmp_event e = {};
+
+	e.key = s->key;
+	e.start = s->start;
+	np_head_fill(&e.head, ICMP_KIND_SEND);
+	read_dev(&e, NP_CAST(net_device, s->dev));
+	e.len = l3_len(NP_CAST(sk_buff, s->skb));
+	ask_out(&e, (void *)s->skb, s->sock, s->wide);
+	np_output(ctx, &e.head, sizeof(e));
+	return 0;
 }
 
 /* A request with its headers, before netfilter: skb->protocol is not set. */
@@ -139,35 +164,34 @@ static __always_inline int sent(void *ctx, void *net_ptr, void *sk,
 	const void *l3 = NP_READ(skb, head) + NP_READ(skb, network_header);
 	struct dst_entry *dst;
 	struct net_device *dev;
-	struct icmp_event e = {};
-	int echo = read_echo(l3, proto, &e.key);
+	struct sending s = {};
+	int echo = read_echo(l3, proto, &s.key);
 	__u64 ref;
 
 	if (echo == ECHO_NONE)
 		return 0;
 	if (echo == ECHO_REPLY)
-		return reply_begins(skb_ptr, &e.key);
-	e.start = sender_take();
-	if (!e.start) {
+		return reply_begins(skb_ptr, &s.key);
+	s.start = sender_take();
+	if (!s.start) {
 		/* Not of a socket, or once more (ipvlan). */
-		follow(skb_ptr, &e.key, false, true);
+		follow(skb_ptr, &s.key, false, true);
 		return 0;
 	}
-	e.key.netns = NP_READ(net, ns.inum);
+	s.key.netns = NP_READ(net, ns.inum);
 	/* Bit 0 of the address says that no reference is held. */
 	ref = NP_READ(skb, _skb_refdst) & ~1ULL;
 	dst = NP_CAST(dst_entry, ref);
 	dev = NP_READ(dst, dev);
-	if (!sent_match(&e, skb, dev) || !np_filter_skb(skb_ptr)) {
+	if (!sent_match(&s.key, skb, dev) || !np_filter_skb(skb_ptr)) {
 		seen_forget(skb_ptr);
 		return 0;
 	}
-	np_head_fill(&e.head, ICMP_KIND_SEND);
-	read_dev(&e, dev);
-	e.len = l3_len(skb);
-	ask_out(&e, skb_ptr, (__u64)sk, is_wide(&e.key, (void *)ref));
-	np_output(ctx, &e.head, sizeof(e));
-	return 0;
+	s.sock = (__u64)sk;
+	s.skb = (__u64)skb_ptr;
+	s.dev = (__u64)dev;
+	s.wide = is_wide(&s.key, (void *)ref);
+	return send_request(ctx, &s);
 }
 
 SEC("kprobe/__ip_local_out")
@@ -230,7 +254,8 @@ static __noinline int sent_own(struct bpf_raw_tracepoint_args *ctx, __u64 start)
 	struct net_device *dev = NP_CAST(net_device, ctx->args[1]);
 	struct icmp_event e = {};
 
-	if (read_sent(skb, &e.key) != ECHO_REQUEST || !sent_match(&e, skb, dev))
+	if (read_sent(skb, &e.key) != ECHO_REQUEST ||
+	    !sent_match(&e.key, skb, dev))
 		return 0;
 	e.start = start;
 	np_head_fill(&e.head, ICMP_KIND_XMIT);

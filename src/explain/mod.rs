@@ -49,8 +49,10 @@ pub enum Fact {
     /// ICMP or ICMPv6
     EchoReply,
     NoIp,
-    /// a TCP segment that ends a connection
-    Fin,
+    /// for a TCP connection in TIME-WAIT
+    TimeWait,
+    /// a TCP segment without data, SYN or RST
+    NoData,
 }
 
 /// Places.toml's rules.

@@ -84,6 +84,7 @@ impl<'a> Programs<'a> {
         }
         if !features.kprobe {
             open.progs.drops_listen.set_autoload(false);
+            open.progs.drops_time_wait.set_autoload(false);
         }
         filters.prepare(open.open_object_mut(), features)?;
         let skel = object::load(open)?;
@@ -93,17 +94,26 @@ impl<'a> Programs<'a> {
             .attach_raw_tracepoint("kfree_skb")
             .context("failed to attach to the tracepoint skb:kfree_skb")?;
         let mut links = vec![freed];
-        if features.kprobe {
-            match skel
-                .progs
-                .drops_listen
-                .attach_kprobe(false, "tcp_conn_request")
-            {
+        let kprobes = [
+            (
+                &skel.progs.drops_listen,
+                "tcp_conn_request",
+                "full queues of listening sockets are not seen",
+            ),
+            (
+                &skel.progs.drops_time_wait,
+                "tcp_timewait_state_process",
+                "segments for connections in TIME-WAIT count as lost",
+            ),
+        ];
+        for (program, function, without) in kprobes {
+            if !features.kprobe {
+                eprintln!("netprobe: {without}: this kernel has no kprobes");
+                continue;
+            }
+            match program.attach_kprobe(false, function) {
                 Ok(link) => links.push(link),
-                Err(e) => eprintln!(
-                    "netprobe: full queues of listening sockets are not seen: {:?}",
-                    anyhow::Error::new(e)
-                ),
+                Err(e) => eprintln!("netprobe: {without}: {:?}", anyhow::Error::new(e)),
             }
         }
         Ok(Self { skel, links })
@@ -149,13 +159,12 @@ impl<'a> Programs<'a> {
 
     /// Drops that the kernel skipped, since a program of ours ran on the same CPU already.
     pub fn missed(&self) -> u64 {
-        let progs = [&self.skel.progs.drops_freed, &self.skel.progs.drops_listen];
-        let of_programs = progs.map(|p| bpf_object::missed(p.as_fd().as_raw_fd()));
+        let of_programs = bpf_object::missed(self.skel.progs.drops_freed.as_fd().as_raw_fd());
         let of_links = self
             .links
             .iter()
             .map(|l| bpf_object::missed_by_link(l.as_fd().as_raw_fd()));
-        of_programs.iter().sum::<u64>() + of_links.sum::<u64>()
+        of_programs + of_links.sum::<u64>()
     }
 }
 

@@ -147,7 +147,8 @@ fn facts(bits: u8) -> Vec<Fact> {
         (drop_fact::DROP_PROMISCUOUS, Fact::Promiscuous),
         (drop_fact::DROP_ECHO_REPLY, Fact::EchoReply),
         (drop_fact::DROP_NO_IP, Fact::NoIp),
-        (drop_fact::DROP_FIN, Fact::Fin),
+        (drop_fact::DROP_TIME_WAIT, Fact::TimeWait),
+        (drop_fact::DROP_NO_DATA, Fact::NoData),
     ];
     let set = more.into_iter().filter(|(bit, _)| bits & bit.0 != 0);
     facts.extend(set.map(|(_, fact)| fact));
