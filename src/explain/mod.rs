@@ -212,6 +212,8 @@ mod tests {
         assert!(what("OTHERHOST", "ip_rcv_core", &[Fact::Promiscuous]).is_expected());
         assert!(what("NO_SOCKET", "ping_rcv", &[Fact::EchoReply]).is_expected());
         assert!(!what("NO_SOCKET", "__udp4_lib_rcv", &[]).is_expected());
+        assert!(what("TCP_CLOSE", "tcp_rcv_state_process", &[Fact::NoData]).is_expected());
+        assert!(!what("TCP_CLOSE", "tcp_rcv_state_process", &[]).is_expected());
         assert!(what("NO_SOCKET", "__udp4_lib_rcv", &[Fact::Multicast]).is_expected());
         assert_eq!(
             what("NOT_SPECIFIED", "some_driver_xmit", &[]).class,
