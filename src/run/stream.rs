@@ -1,12 +1,12 @@
-//! A file, pipe or terminal that is written to, whose reader may stall: a write waits for it, but no longer than a second after the
-//! signal that ends the run.
+//! A file, pipe or terminal that is written to, whose reader may stall: a write waits for it, but after the signal that ends the run no
+//! longer than a second. A reader that is slow, and takes something in each second, gets everything.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -14,7 +14,7 @@ use nix::sys::socket::{MsgFlags, send};
 
 use super::signals;
 
-/// How long after the signal a reader may still take what is there.
+/// How long after the signal a reader may take nothing.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How often a writer that waits looks for the signal, ms.
 const LOOK_MS: u16 = 50;
@@ -83,6 +83,7 @@ impl AsFd for Stream {
 impl Write for Stream {
     /// Fails with `TimedOut` when the reader has not taken anything for a second after the signal.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let begun = Instant::now();
         loop {
             match self.try_write(bytes) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -94,7 +95,8 @@ impl Write for Stream {
                 }
                 result => return result,
             }
-            if signals::since_stop().is_some_and(|since| since > PATIENCE) {
+            let waited = |since: Duration| since.min(begun.elapsed()) > PATIENCE;
+            if signals::since_stop().is_some_and(waited) {
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     "its reader has not read for a second after the signal",
