@@ -175,12 +175,14 @@ static __always_inline __u8 tcp_facts(struct sk_buff *skb,
 	__u32 zero = 0, seq, end;
 	__u64 *waiting = bpf_map_lookup_elem(&time_wait, &zero);
 
-	if (waiting && *waiting == (__u64)skb) {
+	bool ended = waiting && *waiting == (__u64)skb;
+
+	if (ended)
 		*waiting = 0;
-		return DROP_TIME_WAIT;
-	}
 	if (t->tcp_flags & DROP_TCP_SYN_RST)
 		return 0;
+	if (ended)
+		return DROP_TIME_WAIT;
 	/* A FIN counts as one byte. */
 	seq = BPF_CORE_READ(cb, seq) + (t->tcp_flags & 1);
 	end = BPF_CORE_READ(cb, end_seq);
