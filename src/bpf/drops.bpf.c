@@ -166,7 +166,7 @@ struct {
 	__type(value, __u64);
 } time_wait SEC(".maps");
 
-#define DROP_TCP_SYN_RST 0x06
+#define DROP_TCP_SYN 0x02
 
 static __always_inline __u8 tcp_facts(struct sk_buff *skb,
 				      const struct np_tuple *t)
@@ -174,12 +174,11 @@ static __always_inline __u8 tcp_facts(struct sk_buff *skb,
 	struct tcp_skb_cb *cb = (void *)skb->cb;
 	__u32 zero = 0, seq, end;
 	__u64 *waiting = bpf_map_lookup_elem(&time_wait, &zero);
-
 	bool ended = waiting && *waiting == (__u64)skb;
 
 	if (ended)
 		*waiting = 0;
-	if (t->tcp_flags & DROP_TCP_SYN_RST)
+	if (t->tcp_flags & DROP_TCP_SYN)
 		return 0;
 	if (ended)
 		return DROP_TIME_WAIT;

@@ -24,7 +24,7 @@ enum drop_fact {
 	DROP_ECHO_REPLY = 1 << 4, /* ICMP or ICMPv6 */
 	DROP_NO_IP = 1 << 5,
 	DROP_TIME_WAIT = 1 << 6, /* for a TCP connection in TIME-WAIT */
-	DROP_NO_DATA = 1 << 7, /* a TCP segment without data, SYN or RST */
+	DROP_NO_DATA = 1 << 7, /* a TCP segment without data or SYN */
 };
 
 struct drop_key {

@@ -51,7 +51,7 @@ pub enum Fact {
     NoIp,
     /// for a TCP connection in TIME-WAIT
     TimeWait,
-    /// a TCP segment without data, SYN or RST
+    /// a TCP segment without data or SYN
     NoData,
 }
 
