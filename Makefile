@@ -6,7 +6,7 @@ PACKAGES = clang llvm gcc make pkg-config libelf-dev zlib1g-dev libpcap-dev bpft
 	iproute2 iptables nftables iputils-ping tcpdump tshark \
 	xdp-tools \
 	qemu-system-x86 busybox-static kmod cpio xz-utils zstd lz4 python3
-C_FILES = $(wildcard src/bpf/*.[ch] examples/*.[ch] tests/data/*.[ch])
+C_FILES = $(wildcard src/bpf/*/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build

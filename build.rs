@@ -1,5 +1,5 @@
-//! Compiles every `src/bpf/*.bpf.c` into a skeleton `OUT_DIR/NAME.skel.rs` (included by `src/bpf.rs`), with the names of the types
-//! that its relocations can ask for in `OUT_DIR/NAME.types` (for `src/kernel/btf_core.rs`), and every
+//! Compiles every `src/bpf/*/*.bpf.c` into a skeleton `OUT_DIR/NAME.skel.rs` (included by `src/bpf.rs`), with the names
+//! of the types that its relocations can ask for in `OUT_DIR/NAME.types` (for `src/kernel/btf_core.rs`), and every
 //! `examples/*.bpf.c` and `tests/data/*.bpf.c` into `OUT_DIR/NAME.o` (which the live tests take).
 
 use std::collections::BTreeSet;
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=vmlinux");
     println!("cargo:rerun-if-changed=examples");
     println!("cargo:rerun-if-changed=tests/data");
-    for (source, name) in bpf_sources(&root.join("src/bpf"))? {
+    for (source, name) in bpf_sources_below(&root.join("src/bpf"))? {
         let object = out.join(format!("{name}.bpf.o"));
         let mut builder = SkeletonBuilder::new();
         builder
@@ -134,6 +134,15 @@ fn types(object: &Path) -> Result<String> {
     Ok(names.into_iter().collect())
 }
 
+/// The `NAME.bpf.c` in the folders of a folder, and their names.
+fn bpf_sources_below(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let mut sources = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        sources.append(&mut bpf_sources(&entry?.path())?);
+    }
+    Ok(sources)
+}
+
 /// The `NAME.bpf.c` of a folder, and their names.
 fn bpf_sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut sources = Vec::new();
@@ -151,7 +160,7 @@ fn bpf_sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
 /// Arguments for clang: examples include the kernel's own headers, as a user's program does.
 fn example_args(root: &Path, arch: &str) -> Vec<OsString> {
     let mut headers = OsString::from("-I");
-    headers.push(root.join("src/bpf"));
+    headers.push(root.join("src/bpf/xdp"));
     vec![
         headers,
         OsString::from("-idirafter"),

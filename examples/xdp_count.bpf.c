@@ -3,7 +3,7 @@
  * A link of the chain that looks on: counts packets and bytes per CPU, and hands
  * every packet on to the next slot. Read it by `bpftool map dump name packets`.
  *
- *	clang -O2 -g -target bpf -I src/bpf -c examples/xdp_count.bpf.c -o xdp_count.o
+ *	clang -O2 -g -target bpf -I src/bpf/xdp -c examples/xdp_count.bpf.c -o xdp_count.o
  *	netprobe xdpchain add enp0s9 xdp_count.o --slot 1
  */
 #include <linux/bpf.h>

@@ -3,7 +3,7 @@
  * A link of the chain that filters: drops UDP packets over IPv4 to one port, and
  * hands everything else on to the next slot.
  *
- *	clang -O2 -g -target bpf -I src/bpf -c examples/xdp_drop_port.bpf.c -o xdp_drop_port.o
+ *	clang -O2 -g -target bpf -I src/bpf/xdp -c examples/xdp_drop_port.bpf.c -o xdp_drop_port.o
  *	netprobe xdpchain add enp0s9 xdp_drop_port.o --slot 0
  */
 #include <linux/bpf.h>

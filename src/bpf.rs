@@ -1,4 +1,4 @@
-//! The skeletons that build.rs makes of `src/bpf/*.bpf.c`, and the plain views of their types.
+//! The skeletons that build.rs makes of `src/bpf/*/*.bpf.c`, and the plain views of their types.
 //!
 //! A struct of an event is defined once, in its C header; the skeleton gives the Rust type. Samples are only 4-byte
 //! aligned: copy a struct out of them ([`read`]), never refer into them.

@@ -3,7 +3,7 @@
 use crate::text::escape::push_escaped;
 use crate::text::format::push_dec;
 
-/// `struct np_head` of src/bpf/event.h.
+/// `struct np_head` of src/bpf/common/event.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Head {
     /// ns of CLOCK_MONOTONIC

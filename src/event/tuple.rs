@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::text::format::{push_dec, push_ip};
 
-/// What `struct np_tuple` of src/bpf/packet.h says; only for IP packets.
+/// What `struct np_tuple` of src/bpf/common/packet.h says; only for IP packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuple {
     pub saddr: IpAddr,

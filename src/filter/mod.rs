@@ -203,7 +203,7 @@ impl Filters {
     }
 }
 
-/// The same for an XDP program (NP_FILTER_XDP in filter.bpf.h). `frags`: its packets may lie in several buffers.
+/// The same for an XDP program (filter_xdp.bpf.h). `frags`: its packets may lie in several buffers.
 pub fn inject_xdp(object: &mut OpenObject, program: &Program, frags: bool) -> Result<()> {
     let beyond = if frags {
         Beyond::XdpLoad

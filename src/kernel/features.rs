@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn types_to_cast_to_are_those_of_the_header() {
-        let header = include_str!("../bpf/compat.bpf.h");
+        let header = include_str!("../bpf/common/compat.bpf.h");
         let list = header.split_once("enum np_type {").unwrap().1;
         let list = list.split_once('}').unwrap().0;
         let names: Vec<&str> = list

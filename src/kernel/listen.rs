@@ -1,4 +1,4 @@
-//! Why a listener had no room for a SYN (src/bpf/listen.h): the kernel frees such a SYN as if it had been used, without a reason.
+//! Why a listener had no room for a SYN (src/bpf/common/listen.h): the kernel frees such a SYN as if it had been used, without a reason.
 
 use crate::bpf::tcpconnect::types::np_listen;
 

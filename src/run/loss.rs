@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::output::Output;
 
-/// `struct np_stats` of src/bpf/event.h: one CPU's counters since the start of the run.
+/// `struct np_stats` of src/bpf/common/event.h: one CPU's counters since the start of the run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct CpuStats {

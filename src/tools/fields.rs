@@ -1,4 +1,4 @@
-//! The field filters that tools share: flags in, `struct np_config` (src/bpf/config.h) out.
+//! The field filters that tools share: flags in, `struct np_config` (src/bpf/common/config.h) out.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -1,4 +1,4 @@
-//! Bytes of an event (src/bpf/icmp.h) to an owned value. Pure; short or odd data gives `None`.
+//! Bytes of an event (src/bpf/icmp/icmp.h) to an owned value. Pure; short or odd data gives `None`.
 
 use std::net::IpAddr;
 

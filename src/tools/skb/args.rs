@@ -15,7 +15,7 @@ use crate::tools::fields::FieldArgs;
 use crate::tools::{EngineArgs, TransportArgs};
 use crate::usage::usage;
 
-/// SKB_SECTION_* of src/bpf/skb.h
+/// SKB_SECTION_* of src/bpf/skb/skb.h
 pub const SECTION_META: u32 = skb_section::SKB_SECTION_META.0;
 pub const SECTION_TUPLE: u32 = skb_section::SKB_SECTION_TUPLE.0;
 pub const SECTION_PACKET: u32 = skb_section::SKB_SECTION_PACKET.0;

@@ -1,4 +1,4 @@
-//! Bytes of an event (src/bpf/skb.h) to an owned value. Pure; short or odd data gives `None`.
+//! Bytes of an event (src/bpf/skb/skb.h) to an owned value. Pure; short or odd data gives `None`.
 
 use crate::bpf::read;
 use crate::bpf::skb::types::{

@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::bpf::skb::types::{skb_drop, skb_lost};
 use crate::kernel::ksyms::KernelSymbols;
 
-/// SKB_LOST_* of src/bpf/skb.h
+/// SKB_LOST_* of src/bpf/skb/skb.h
 const ACCEPT_QUEUE: u32 = skb_lost::SKB_LOST_ACCEPT_QUEUE.0;
 const SYN_QUEUE: u32 = skb_lost::SKB_LOST_SYN_QUEUE.0;
 const SYN: u32 = skb_lost::SKB_LOST_SYN.0;

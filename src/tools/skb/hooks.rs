@@ -4,7 +4,7 @@
 /// A function, and the program that is attached to it where its hits are not shown.
 pub type Hook = (&'static str, &'static str);
 
-/// --filter-track-skb (src/bpf/skb_track.bpf.h)
+/// --filter-track-skb (src/bpf/skb/skb_track.bpf.h)
 pub const TRACK: [Hook; 25] = [
     // An skb is given up, or freed where this is its last reference.
     ("track_free_1", "consume_skb"),
@@ -46,7 +46,7 @@ pub fn is_of_life(hook: &Hook) -> bool {
     )
 }
 
-/// --output-owner (src/bpf/skb_owner.bpf.h)
+/// --output-owner (src/bpf/skb/skb_owner.bpf.h)
 pub const OWNER: [Hook; 14] = [
     ("owner_made", "sock_init_data"),
     ("owner_connects", "tcp_v4_connect"),
@@ -64,7 +64,7 @@ pub const OWNER: [Hook; 14] = [
     ("owner_gone", "packet_sock_destruct"),
 ];
 
-/// --filter-trace-xdp with tracking (src/bpf/skb_xdp.bpf.h)
+/// --filter-trace-xdp with tracking (src/bpf/skb/skb_xdp.bpf.h)
 pub const XDP: [Hook; 7] = [
     // A packet in an skb is on its way to XDP: generic, then veth.
     ("xdp_skb_2", "do_xdp_generic"),
@@ -82,7 +82,7 @@ pub const NETFILTER_HOOK: &str = "nf_enter";
 /// The program at an expression of nft.
 pub const EXPRESSION: &str = "nft_eval";
 
-/// --output-nft (src/bpf/netfilter.bpf.h)
+/// --output-nft (src/bpf/skb/netfilter.bpf.h)
 pub const NETFILTER: [Hook; 26] = [
     ("nf_run", "nf_hook_slow"),
     ("nft_enter", "nft_do_chain"),
@@ -113,7 +113,7 @@ pub const NETFILTER: [Hook; 26] = [
     (EXPRESSION, "nft_exthdr_tcp_strip_eval"),
 ];
 
-/// --drops (src/bpf/skb_drops.bpf.h)
+/// --drops (src/bpf/skb/skb_drops.bpf.h)
 pub const LISTEN: [Hook; 4] = [
     ("listen_syn", "tcp_conn_request"),
     ("listen_answer", "tcp_make_synack"),

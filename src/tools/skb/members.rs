@@ -1,5 +1,5 @@
 //! Members of a kernel struct that are shown with each event (`--output-skb-metadata skb->mark,skb->dev->ifindex`): from their
-//! paths to what the BPF programs read (src/bpf/members.h), and from what was read to numbers.
+//! paths to what the BPF programs read (src/bpf/skb/members.h), and from what was read to numbers.
 
 use anyhow::{Result, ensure};
 

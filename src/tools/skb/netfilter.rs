@@ -10,7 +10,7 @@ use crate::bpf::skb::types::{nf_decided, nf_decision};
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::text::escape::escaped;
 
-/// NF_DECIDED_* of src/bpf/netfilter.h
+/// NF_DECIDED_* of src/bpf/skb/netfilter.h
 const RULE: u8 = nf_decided::NF_DECIDED_RULE.0 as u8;
 const POLICY: u8 = nf_decided::NF_DECIDED_POLICY.0 as u8;
 const NFT: u8 = nf_decided::NF_DECIDED_NFT.0 as u8;

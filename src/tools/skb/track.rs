@@ -1,7 +1,7 @@
 //! Sweeps the map of tracked skbs: what was given up and never seen again is removed.
 //!
 //! Most entries go in the kernel, with kfree_skbmem. An skb that goes into napi's cache, or is freed in bulk, stays marked as dying
-//! (src/bpf/skb_track.bpf.h); this keeps such entries from filling the map.
+//! (src/bpf/skb/skb_track.bpf.h); this keeps such entries from filling the map.
 //!
 //! Key by key, and not in batches: while the kernel puts a batch together (over all empty buckets, without a pause) it skips every
 //! probe that is hit on that CPU.

@@ -12,7 +12,7 @@ use crate::tools::fields;
 use crate::tools::{EngineArgs, TransportArgs};
 use crate::usage::usage;
 
-/// TCP_FILTER_* of src/bpf/tcpconnect.h
+/// TCP_FILTER_* of src/bpf/tcp/tcpconnect.h
 pub const PID: u32 = tcp_filter_bit::TCP_FILTER_PID.0;
 pub const UID: u32 = tcp_filter_bit::TCP_FILTER_UID.0;
 pub const COMM: u32 = tcp_filter_bit::TCP_FILTER_COMM.0;

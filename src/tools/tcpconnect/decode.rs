@@ -1,4 +1,4 @@
-//! Bytes of an event (src/bpf/tcpconnect.h, dns.h) to an owned value. Pure; short or odd data gives `None`.
+//! Bytes of an event (src/bpf/tcp/tcpconnect.h, dns.h) to an owned value. Pure; short or odd data gives `None`.
 
 use std::net::IpAddr;
 

@@ -32,7 +32,7 @@ const CONNECT: [&str; 2] = ["tcp_v4_connect", "tcp_v6_connect"];
 /// Where answers of DNS servers are.
 const RECEIVE: [&str; 3] = ["udp_recvmsg", "udpv6_recvmsg", "tcp_recvmsg"];
 
-/// How the entry and the return of connect are seen; src/bpf/tcpconnect.bpf.c says what each is good for.
+/// How the entry and the return of connect are seen; src/bpf/tcp/tcpconnect.bpf.c says what each is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pair {
     /// kprobe.multi: any number of threads can be inside, and none is passed over

@@ -1,4 +1,4 @@
-//! Events of src/bpf/xdpdump.h into owned packets. Pure.
+//! Events of src/bpf/xdp/xdpdump.h into owned packets. Pure.
 
 use crate::bpf;
 use crate::bpf::xdpdump::types::{np_xdp_event, np_xdp_kind, np_xdp_packet, np_xdp_sent};

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * netprobe drops: packets that the kernel drops, counted in the kernel by reason,
+ * place, interface, namespace, protocol and port. No event leaves the kernel: user
+ * space reads the counts now and then.
+ */
+#include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "common/compat.bpf.h"
+#include "common/event.h"
+#include "common/config.bpf.h"
+#include "common/packet.h"
+#include "common/packet.bpf.h"
+#include "common/fields.bpf.h"
+#include "filter/filter.bpf.h"
+#include "common/listen.bpf.h"
+#include "drops/drops.h"
+
+/* For the skeleton's types. */
+enum drop_by drop_by_type;
+enum drop_fact drop_fact_type;
+struct drop_key drop_key_type;
+struct drop_count drop_count_type;
+struct drop_example drop_example_type;
+
+/* The tracepoint tells a reason (5.17), the receiving socket (6.11). */
+const volatile __u8 has_reasons = 0;
+const volatile __u8 has_rx_sock = 0;
+/* DROP_BY_* */
+const volatile __u8 by = 0xff;
+
+/*
+ * Functions that free what others give up: from start to end. Who called them is
+ * the place of the drop.
+ */
+#define DROP_FREES 24
+const volatile __u64 frees_start[DROP_FREES] = {};
+const volatile __u64 frees_end[DROP_FREES] = {};
+const volatile __u32 frees_count = 0;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct drop_key);
+	__type(value, struct drop_count);
+} rows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct drop_key);
+	__type(value, struct drop_example);
+} examples SEC(".maps");
+
+/* Drops that found no room for their row. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct drop_count);
+} overflow SEC(".maps");
+
+#define DROP_FRAMES 16
+
+struct drop_stack {
+	__u64 at[DROP_FRAMES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct drop_stack);
+} stacks SEC(".maps");
+
+/*
+ * Is the address in a function that only frees? Not static: so the verifier
+ * checks it once, and not for each frame of each path again (16 s on 6.12).
+ */
+__noinline int only_frees(__u64 addr)
+{
+	for (__u32 i = 0; i < DROP_FREES && i < frees_count; i++)
+		if (addr >= frees_start[i] && addr < frees_end[i])
+			return 1;
+	return 0;
+}
+
+/* The first caller of the function at `place` that does more than free. */
+static __noinline __u64 deciding(void *ctx, __u64 place)
+{
+	__u32 zero = 0;
+	struct drop_stack *s = bpf_map_lookup_elem(&stacks, &zero);
+	bool found = false;
+	long len;
+
+	if (!s)
+		return place;
+	len = bpf_get_stack(ctx, s->at, sizeof(s->at), 0);
+	for (int i = 0; i < DROP_FRAMES; i++) {
+		if ((i + 1) * (long)sizeof(__u64) > len)
+			break;
+		if (found && !only_frees(s->at[i]))
+			return s->at[i];
+		if (s->at[i] == place)
+			found = true;
+	}
+	return place;
+}
+
+static __always_inline void add(struct drop_count *count, __u32 len)
+{
+	__sync_fetch_and_add(&count->packets, 1);
+	__sync_fetch_and_add(&count->bytes, len);
+}
+
+static __always_inline __u64 socket_inode(struct sock *sk)
+{
+	struct socket *socket;
+	struct socket_alloc *alloc;
+	__u8 state;
+
+	if (!sk)
+		return 0;
+	state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	/* TIME-WAIT and NEW-SYN-RECV: no whole struct sock. */
+	if (state == 6 || state == 12)
+		return 0;
+	socket = BPF_CORE_READ(sk, sk_socket);
+	if (!socket)
+		return 0;
+	alloc = container_of(socket, struct socket_alloc, socket);
+	return BPF_CORE_READ(alloc, vfs_inode.i_ino);
+}
+
+static __always_inline void example(const struct drop_key *key,
+				    struct sk_buff *skb, __u64 sk_ptr,
+				    struct net_device *dev,
+				    const struct np_tuple *tuple, __u32 len)
+{
+	struct sock *sk = (void *)sk_ptr;
+	struct drop_example e = {};
+
+	e.tuple = *tuple;
+	e.ts = bpf_ktime_get_ns();
+	e.inode = socket_inode(sk);
+	e.len = len;
+	e.protocol = bpf_ntohs(NP_READ(skb, protocol));
+	if (np_is_pointer(dev))
+		bpf_probe_read_kernel(e.ifname, sizeof(e.ifname), dev->name);
+	if (key->reason == NP_LISTEN_ACCEPT_QUEUE_FULL && sk) {
+		e.backlog = BPF_CORE_READ(sk, sk_ack_backlog);
+		e.limit = BPF_CORE_READ(sk, sk_max_ack_backlog);
+	}
+	bpf_map_update_elem(&examples, key, &e, BPF_NOEXIST);
+}
+
+/* The segment that this CPU handles for a connection in TIME-WAIT: an skb's address. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} time_wait SEC(".maps");
+
+#define DROP_TCP_SYN 0x02
+
+static __always_inline __u8 tcp_facts(struct sk_buff *skb,
+				      const struct np_tuple *t)
+{
+	struct tcp_skb_cb *cb = (void *)skb->cb;
+	__u32 zero = 0, seq, end;
+	__u64 *waiting = bpf_map_lookup_elem(&time_wait, &zero);
+	bool ended = waiting && *waiting == (__u64)skb;
+
+	if (ended)
+		*waiting = 0;
+	if (t->tcp_flags & DROP_TCP_SYN)
+		return 0;
+	if (ended)
+		return DROP_TIME_WAIT;
+	/* A FIN counts as one byte. */
+	seq = BPF_CORE_READ(cb, seq) + (t->tcp_flags & 1);
+	end = BPF_CORE_READ(cb, end_seq);
+	return seq == end ? DROP_NO_DATA : 0;
+}
+
+static __always_inline __u8 facts_of(struct sk_buff *skb,
+				     struct net_device *dev,
+				     const struct np_tuple *t)
+{
+	__u8 facts = BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type) &
+		     DROP_PKT_TYPE;
+
+	if (np_is_pointer(dev) && NP_READ(dev, promiscuity))
+		facts |= DROP_PROMISCUOUS;
+	if (!t->l3_version)
+		facts |= DROP_NO_IP;
+	if ((t->l4_proto == IPPROTO_ICMP && t->icmp_type == 0) ||
+	    (t->l4_proto == 58 && t->icmp_type == 129))
+		facts |= DROP_ECHO_REPLY;
+	if (t->l4_proto == IPPROTO_TCP)
+		facts |= tcp_facts(skb, t);
+	return facts;
+}
+
+/* A packet that has passed the filter. `to_ptr`: the socket that it was on its way to, or 0. */
+static __noinline int count_drop(void *ctx, __u64 skb_ptr, __u64 to_ptr,
+				 __u64 place, __u64 reason)
+{
+	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct sock *to = to_ptr ? NP_CAST(sock, to_ptr) : NULL;
+	struct np_tuple tuple = {};
+	struct drop_key key = {};
+	struct drop_count *count;
+	struct drop_count one = {};
+	struct net_device *dev;
+	__u32 zero = 0, netns, ifindex = 0, len;
+
+	dev = NP_READ(skb, dev);
+	if (np_is_pointer(dev))
+		ifindex = NP_READ(dev, ifindex);
+	netns = np_read_netns(skb, to);
+	np_read_tuple(skb, &tuple);
+	if ((cfg->fields & NP_FIELD_NETNS) && netns != cfg->netns)
+		return 0;
+	if ((cfg->fields & NP_FIELD_IFINDEX) && ifindex != cfg->ifindex)
+		return 0;
+	if ((cfg->fields & NP_FIELD_MARK) &&
+	    (NP_READ(skb, mark) & cfg->mark_mask) != cfg->mark)
+		return 0;
+	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
+		return 0;
+	len = NP_READ(skb, len);
+	if (by & DROP_BY_REASON) {
+		key.reason = reason;
+		key.facts = facts_of(skb, dev, &tuple);
+	}
+	if (by & DROP_BY_PLACE)
+		key.place = only_frees(place) ? deciding(ctx, place) : place;
+	if (by & DROP_BY_IFACE)
+		key.ifindex = ifindex;
+	if (by & DROP_BY_NETNS)
+		key.netns = netns;
+	if (by & DROP_BY_PROTO)
+		key.proto = tuple.l4_proto;
+	if (by & DROP_BY_PORT)
+		key.dport = tuple.dport;
+	count = bpf_map_lookup_elem(&rows, &key);
+	if (!count) {
+		example(&key, skb, to_ptr ? to_ptr : (__u64)NP_READ(skb, sk),
+			dev, &tuple, len);
+		bpf_map_update_elem(&rows, &key, &one, BPF_NOEXIST);
+		count = bpf_map_lookup_elem(&rows, &key);
+	}
+	if (!count)
+		count = bpf_map_lookup_elem(&overflow, &zero);
+	if (count)
+		add(count, len);
+	return 0;
+}
+
+/* One packet that is dropped. The filter and the count are not on one stack: together they are too much for it. */
+static __always_inline int dropped(void *ctx, __u64 skb, __u64 to, __u64 place,
+				   __u32 reason)
+{
+	if ((np_config_get()->fields & NP_PAUSED) ||
+	    !np_filter_skb((void *)skb))
+		return 0;
+	return count_drop(ctx, skb, to, place, reason);
+}
+
+/* skb:kfree_skb(skb, location), from 5.17 with the reason, from 6.11 with the receiving socket behind it. */
+SEC("raw_tp/kfree_skb")
+int drops_freed(struct bpf_raw_tracepoint_args *ctx)
+{
+	return dropped(ctx, ctx->args[0], has_rx_sock ? ctx->args[3] : 0,
+		       ctx->args[1], has_reasons ? (__u32)ctx->args[2] : 0);
+}
+
+/* tcp_conn_request(ops, af_ops, sk, skb): a SYN without room is freed as if it had been used. */
+SEC("kprobe/tcp_conn_request")
+int drops_listen(struct pt_regs *ctx)
+{
+	struct sock *sk = (void *)PT_REGS_PARM3(ctx);
+	__u32 full = np_listen_full(sk);
+
+	if (full != NP_LISTEN_ROOM)
+		dropped(ctx, PT_REGS_PARM4(ctx), (__u64)sk, PT_REGS_IP(ctx),
+			full);
+	return 0;
+}
+
+/* tcp_timewait_state_process(tw, skb, ...): most of these segments are freed without a reason, and nothing is lost. */
+SEC("kprobe/tcp_timewait_state_process")
+int drops_time_wait(struct pt_regs *ctx)
+{
+	__u32 zero = 0;
+	__u64 *waiting = bpf_map_lookup_elem(&time_wait, &zero);
+
+	if (waiting)
+		*waiting = PT_REGS_PARM2(ctx);
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

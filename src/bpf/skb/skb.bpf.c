@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * netprobe skb: one program for each argument position of the skb (1 to 5),
+ * attached to every function with such a parameter; two more for functions
+ * that also say why they free it; two for those that tracking must know of;
+ * one for the tracepoint of drops.
+ *
+ * The order within a hit is by cost: config map, then sk_buff fields (mark,
+ * interface, namespace), then the expression, the packet's headers, the event.
+ */
+#include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "skb/skb_event.bpf.h"
+
+/* How a function was hit, for passed(): its kind and these. */
+#define HOW_BEGIN (1U << 16) /* without: ours only where it is tracked */
+#define HOW_MATCHED (1U << 17) /* so far */
+
+static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
+				       __u64 sk_ptr, __u32 reason, __u32 how,
+				       const bool use_cast)
+{
+	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(sock, sk_ptr) : NULL;
+	struct hit hit = {.kind = (__u16)how, .reason = reason, .sk = sk};
+	struct skb_scratch *buf = scratch_get();
+	struct np_tuple *tuple;
+
+	if (!skb_ptr || !buf)
+		return 0;
+	tuple = tuple_place(buf);
+	if (wants_tuple(cfg))
+		__builtin_memset(tuple, 0, sizeof(*tuple));
+	if (!is_ours(cfg, ctx, PT_REGS_SP(ctx), skb, tuple, &hit.packet,
+		     how & HOW_MATCHED, how & HOW_BEGIN, use_cast))
+		return 0;
+	hit.func = func_addr(ctx);
+	if (returns_on)
+		return_expect(ctx, hit.func, skb_ptr, hit.packet);
+	if (sections & (SKB_SECTION_CALLER | SKB_SECTION_NFT))
+		hit.caller = caller_addr(ctx);
+	write_event_by(ctx, buf, skb, tuple, &hit, use_cast);
+	return 1;
+}
+
+/*
+ * The second half of a hit, for the few that got so far. A function of its own,
+ * so that those that did not need neither its stack nor its registers.
+ */
+static __noinline __u64 passed(struct pt_regs *ctx, __u64 skb_ptr, __u64 sk_ptr,
+			       __u32 reason, __u32 how)
+{
+	if (use_cast)
+		return passed_by(ctx, skb_ptr, sk_ptr, reason, how, true);
+	return passed_by(ctx, skb_ptr, sk_ptr, reason, how, false);
+}
+
+/* A hit where tracking is on: an skb that the filters refuse may be one of ours. */
+static __noinline __u64 handle_tracked(struct pt_regs *ctx, __u64 skb_ptr,
+				       __u64 sk_ptr, __u32 reason, __u32 how)
+{
+	const struct np_config *cfg = np_config_get();
+
+	if (passes_gates(cfg, (void *)skb_ptr, (void *)sk_ptr))
+		how |= HOW_MATCHED;
+	else if (cfg->fields & NP_PAUSED)
+		return 0;
+	return passed(ctx, skb_ptr, sk_ptr, reason, how);
+}
+
+/* One hit. Gives true where the skb is one of ours. */
+static __always_inline bool handle(struct pt_regs *ctx, __u64 skb_ptr,
+				   __u64 sk_ptr, __u16 kind, __u32 reason,
+				   bool begin)
+{
+	__u32 how = kind | (begin ? HOW_BEGIN : 0);
+
+	if (track)
+		return handle_tracked(ctx, skb_ptr, sk_ptr, reason, how);
+	return passes_gates(np_config_get(), (void *)skb_ptr, (void *)sk_ptr) &&
+	       passed(ctx, skb_ptr, sk_ptr, reason, how | HOW_MATCHED);
+}
+
+#define SKB_PROBE(n)                                                         \
+	SEC("kprobe/skb_" #n)                                                \
+	int skb_##n(struct pt_regs *ctx)                                     \
+	{                                                                    \
+		handle(ctx, PT_REGS_PARM##n(ctx), 0, SKB_KIND_HIT, 0, true); \
+		return 0;                                                    \
+	}
+
+SKB_PROBE(1)
+SKB_PROBE(2)
+SKB_PROBE(3)
+SKB_PROBE(4)
+SKB_PROBE(5)
+
+/* f(sk, skb) */
+SEC("kprobe/skb_sk_2")
+int skb_sk_2(struct pt_regs *ctx)
+{
+	handle(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx), SKB_KIND_HIT, 0,
+	       true);
+	return 0;
+}
+
+/* kfree_skb_reason(skb, reason) and its like (from 5.17). */
+SEC("kprobe/skb_drop_1")
+int skb_drop_1(struct pt_regs *ctx)
+{
+	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_DROP,
+		   (__u32)PT_REGS_PARM2(ctx), true) &&
+	    track)
+		track_dying(TRACK_SKB(1));
+	return 0;
+}
+
+/* sk_skb_reason_drop(sk, skb, reason) (from 6.11). */
+SEC("kprobe/skb_drop_2")
+int skb_drop_2(struct pt_regs *ctx)
+{
+	if (handle(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx), SKB_KIND_DROP,
+		   (__u32)PT_REGS_PARM3(ctx), true) &&
+	    track)
+		track_dying(TRACK_SKB(2));
+	return 0;
+}
+
+/* consume_skb(skb) and its like, where tracking is on or lives are numbered */
+SEC("kprobe/skb_free_1")
+int skb_free_1(struct pt_regs *ctx)
+{
+	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_HIT, 0, true) || lives)
+		track_dying(TRACK_SKB(1));
+	return 0;
+}
+
+/* kfree_skbmem(skb), in the same case: the entry goes behind the event. */
+SEC("kprobe/skb_gone_1")
+int skb_gone_1(struct pt_regs *ctx)
+{
+	__u64 key = PT_REGS_PARM1(ctx);
+
+	if (handle(ctx, key, 0, SKB_KIND_HIT, 0, false) || lives)
+		bpf_map_delete_elem(&tracked, &key);
+	return 0;
+}
+
+/* --filter-non-skb-funcs: shown below a function that has a packet of ours. */
+SEC("kprobe/skb_near")
+int skb_near(struct pt_regs *ctx)
+{
+	const struct np_config *cfg = np_config_get();
+	struct skb_context *c;
+
+	if (cfg->fields & NP_PAUSED)
+		return 0;
+	c = track_below(ctx, PT_REGS_SP(ctx));
+	if (c)
+		write_short(ctx, SKB_KIND_NEAR, func_addr(ctx), c->skb,
+			    c->packet, 0);
+	return 0;
+}
+
+/* A drop, if it is one of ours. `sk`: the socket that the packet was on its way to, or 0. */
+static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
+				    __u64 place, __u32 reason,
+				    struct skb_drop *drop)
+{
+	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct hit hit = {
+		.kind = SKB_KIND_DROPPED,
+		.func = place,
+		.reason = reason,
+		.drop = drop,
+	};
+	struct np_tuple tuple = {};
+
+	if (sk_ptr)
+		hit.sk = NP_CAST(sock, sk_ptr);
+	if (wants_tuple(cfg))
+		np_read_tuple(skb, &tuple);
+	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
+		return;
+	drop->others = drop_others(skb);
+	drop->qdisc = drop_qdisc(skb);
+	drop->pkt_type = BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type);
+	drop_callers(ctx, place, drop);
+	write_event(ctx, skb, &tuple, &hit);
+}
+
+/*
+ * --drops: tracepoint skb:kfree_skb(skb, location), from 5.17 with the reason,
+ * from 6.11 with the receiving socket behind it.
+ */
+SEC("raw_tp/kfree_skb")
+int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
+{
+	const struct np_config *cfg = np_config_get();
+	struct skb_drop drop = {};
+	__u64 sk = 0;
+
+	if ((cfg->fields & NP_PAUSED) ||
+	    !passes_gates(cfg, (void *)ctx->args[0], NULL))
+		return 0;
+	if (has_rx_sock)
+		sk = ctx->args[3];
+	else if (rx_watched)
+		sk = rx_sock_of(ctx, ctx->args[0]);
+	if (listens)
+		drop_of_ack(ctx, ctx->args[0], &drop);
+	dropped(ctx, ctx->args[0], sk, ctx->args[1],
+		has_reasons ? (__u32)ctx->args[2] : 0, &drop);
+	return 0;
+}
+
+/* The end of tcp_conn_request: without an answer its SYN is lost. */
+SEC("kprobe/listen_syn_end")
+int listen_syn_end(struct pt_regs *ctx)
+{
+	const struct np_config *cfg = np_config_get();
+	__u64 key = track_context(stack_address(ctx));
+	struct listen_call *call = bpf_map_lookup_elem(&listen_syns, &key);
+	struct skb_drop drop = {};
+	__u64 skb, sk, func;
+
+	if (!call)
+		return 0;
+	skb = call->answered ? 0 : call->skb;
+	sk = call->sk;
+	func = call->func;
+	drop.lost = call->lost;
+	drop.backlog = call->backlog;
+	drop.limit = call->limit;
+	bpf_map_delete_elem(&listen_syns, &key);
+	if (!skb || (cfg->fields & NP_PAUSED) ||
+	    !passes_gates(cfg, (void *)skb, (void *)sk))
+		return 0;
+	dropped(ctx, skb, sk, func, 0, &drop);
+	return 0;
+}
+
+#include "skb/skb_helpers.bpf.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The events of `netprobe skb`: a fixed part, then the sections asked for. */
+#ifndef NETPROBE_SKB_H
+#define NETPROBE_SKB_H
+
+#include "common/event.h"
+#include "skb/members.h"
+#include "skb/netfilter.h"
+#include "common/packet.h"
+
+enum skb_kind {
+	SKB_KIND_HIT = 1, /* a function was entered with this skb */
+	SKB_KIND_DROP = 2, /* the same, and `reason` says why it is freed */
+	SKB_KIND_DROPPED =
+		3, /* tracepoint skb:kfree_skb; `func`: the location */
+	SKB_KIND_RETURN = 4, /* a function ends; `retval`: what it gives back */
+	SKB_KIND_NEAR =
+		5, /* a function without an skb, below one of a packet */
+	/* A tc or XDP program; `func`: its id, `skb`: the sk_buff or the xdp_buff */
+	SKB_KIND_ENTER = 6, /* it is entered */
+	SKB_KIND_LEAVE = 7, /* it ends; `reason`: its verdict */
+};
+
+/* Bits of skb_event.sections, in the order in which the sections follow. */
+enum skb_section {
+	SKB_SECTION_META = 1U << 0, /* struct skb_meta */
+	SKB_SECTION_TUPLE = 1U << 1, /* struct np_tuple */
+	SKB_SECTION_PACKET = 1U << 2, /* __u64 identity, see skb_track */
+	SKB_SECTION_OWNER = 1U << 3, /* struct skb_owner */
+	SKB_SECTION_CALLER = 1U << 4, /* __u64 address of the caller */
+	SKB_SECTION_TUNNEL = 1U << 5, /* struct np_tuple of the inner packet */
+	SKB_SECTION_CB = 1U << 6, /* skb->cb, SKB_CB_LEN bytes */
+	SKB_SECTION_SKB = 1U << 7, /* struct skb_copy of the sk_buff */
+	SKB_SECTION_SHINFO = 1U << 8, /* struct skb_copy, skb_shared_info */
+	SKB_SECTION_DATA = 1U << 9, /* struct skb_data and snap_len bytes */
+	SKB_SECTION_MEMBERS = 1U << 10, /* struct np_members of the sk_buff */
+	SKB_SECTION_NFT = 1U << 11, /* struct nf_decision */
+	SKB_SECTION_MAP = 1U << 12, /* struct skb_map */
+	SKB_SECTION_LIFE = 1U
+			   << 13, /* __u64 number of its life, see skb_track */
+	SKB_SECTION_DROP = 1U << 14, /* struct skb_drop */
+	SKB_SECTION_STACK = 1U << 15, /* __u64 addresses, to the end */
+};
+
+#define SKB_STACK_DEPTH 64
+#define SKB_CB_LEN 48
+/* Room for any kernel's sk_buff and skb_shared_info (6.12: 232 and 320). */
+#define SKB_COPY_LEN 384
+#define SKB_SNAP_MAX 1536
+#define SKB_IFNAMSIZ 16
+
+struct skb_event {
+	struct np_head head;
+	__u64 skb; /* address of the sk_buff */
+	__u64 func; /* address of the function */
+	__u32 sections;
+	/* enum skb_drop_reason, where it is a drop; SKB_KIND_RETURN: the value */
+	__u32 reason;
+};
+
+/* In skb_meta.mtu: a VLAN tag is beside the packet. */
+enum skb_mtu {
+	SKB_MTU_TAGGED = 1U << 31,
+};
+
+struct skb_meta {
+	__u32 netns; /* inode */
+	__u32 mark;
+	__u32 ifindex;
+	__u32 len; /* skb->len, bytes */
+	__u32 mtu; /* of the device, bytes; SKB_MTU_TAGGED */
+	__u16 protocol; /* EtherType, host byte order */
+	__u16 vlan; /* of the tag beside the packet: priority, DEI and id */
+	__u8 ifname[SKB_IFNAMSIZ]; /* NUL-padded */
+};
+
+/* A packet's identity: a number that its first CPU gave it, and that CPU. */
+enum skb_packet {
+	SKB_PACKET_CPU_BITS = 16,
+	SKB_PACKET_CPU_MASK = 0xffff,
+};
+
+/* Value of the map `tracked`; the key is the address of an sk_buff. */
+struct skb_track {
+	__u64 packet; /* identity */
+	__u64 head; /* skb->head */
+	__u64 data; /* skb->data when it was given up, where `dying` */
+	__u32 len; /* skb->len then */
+	__u8 dying; /* freed, or about to be */
+	__u8 moving; /* skb->head may change once */
+	__u8 pad[2];
+};
+
+/* Whose socket a packet belongs to. */
+struct skb_owner {
+	__u64 sock; /* address of the full socket; 0: none */
+	__u64 cookie; /* 0 where the kernel has not made one yet */
+	__u64 cgroup; /* id of the socket's cgroup (v2) */
+	__u64 inode; /* of the socket's file */
+	__u32 uid; /* user who made the socket */
+	__u32 pid; /* process that made or connected it; 0: not seen */
+	__u8 comm[NP_COMM_LEN]; /* its name then */
+};
+
+/* A constant that user space looks for in the loaded instructions. */
+enum skb_program {
+	SKB_PROGRAM_ID = 0x4e50b1d0,
+};
+
+/* A kernel struct as it is in memory; BTF says what is in it. */
+struct skb_copy {
+	__u32 size; /* of the struct; what does not fit is cut off */
+	__u32 pad;
+	__u8 bytes[SKB_COPY_LEN];
+};
+
+/* The packet from its link layer header, or from its network header, on. */
+struct skb_data {
+	__u32 len; /* of the packet from there on */
+	__u32 captured; /* of the bytes that follow: these are of the packet */
+	__u16 ethernet; /* begins with an Ethernet header; 0: with that of IP */
+	__u16 hatype; /* ARPHRD_* of the device */
+	__u16 vlan; /* of the tag beside the packet: priority, DEI and id */
+	__u16 vlan_type; /* its EtherType, host byte order; 0: there is none */
+};
+
+/* What a listening socket lost, and the kernel frees as consumed or for no reason. */
+enum skb_lost {
+	SKB_LOST_ACCEPT_QUEUE = 1, /* its accept queue is full */
+	SKB_LOST_SYN_QUEUE = 2, /* its queue of SYNs is full */
+	SKB_LOST_SYN = 3, /* a SYN that got no answer, for another cause */
+	SKB_LOST_CHILD =
+		4, /* a handshake that made no socket, for another cause */
+};
+
+#define SKB_DROP_CALLERS 4
+
+/* A drop, with --drops. */
+struct skb_drop {
+	__u64 callers[SKB_DROP_CALLERS]; /* of the place, outwards; 0: none */
+	__u32 lost; /* SKB_LOST_*; 0: none of these */
+	__u32 backlog; /* what the queue held */
+	__u32 limit; /* of the queue */
+	__s32 others; /* sk_buffs that hold the same packet now; -1: none do */
+	__u8 pkt_type; /* PACKET_* of include/uapi/linux/if_packet.h */
+	__u8 pad[3];
+	__u32 qdisc; /* reason that the qdisc left in the packet; 0: the kernel keeps none */
+};
+
+_Static_assert(sizeof(struct skb_drop) == 56,
+	       "skb_drop is part of the contract");
+
+#define SKB_MAP_BYTES 256 /* longer keys and values are cut off */
+
+/* Bits of skb_map.known. */
+enum skb_map_part {
+	SKB_MAP_KEY = 1,
+	SKB_MAP_VALUE = 2,
+};
+
+/* What a BPF program does with a map. */
+struct skb_map {
+	__u32 id;
+	__u32 key_size;
+	__u32 value_size;
+	__u32 known; /* SKB_MAP_*: what could be read */
+	__u8 name[16]; /* NUL-padded */
+	__u8 key[SKB_MAP_BYTES];
+	__u8 value[SKB_MAP_BYTES];
+};
+
+_Static_assert(sizeof(struct skb_map) == 544,
+	       "skb_map is part of the contract");
+_Static_assert(sizeof(struct skb_copy) == 392,
+	       "skb_copy is part of the contract");
+_Static_assert(sizeof(struct skb_data) == 16,
+	       "skb_data is part of the contract");
+_Static_assert(sizeof(struct skb_track) == 32,
+	       "skb_track is part of the contract");
+_Static_assert(sizeof(struct skb_owner) == 56,
+	       "skb_owner is part of the contract");
+_Static_assert(sizeof(struct skb_event) == 64,
+	       "skb_event is part of the contract");
+_Static_assert(sizeof(struct skb_meta) == 40,
+	       "skb_meta is part of the contract");
+
+#endif
