@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage};
 
 use super::Netns;
 
@@ -19,6 +21,54 @@ impl Netns {
             .enter(|| TcpListener::bind(address))?
             .with_context(|| format!("failed to listen at {address}"))?;
         TcpServer::start(listener)
+    }
+
+    /// A TCP socket that listens at this address (port 0: any free one) and accepts nothing; and its address.
+    pub fn tcp_listen_only(
+        &self,
+        address: SocketAddr,
+        backlog: i32,
+    ) -> Result<(OwnedFd, SocketAddr)> {
+        self.enter(|| {
+            let family = match address {
+                SocketAddr::V4(_) => AddressFamily::Inet,
+                SocketAddr::V6(_) => AddressFamily::Inet6,
+            };
+            let fd = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+            socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+            socket::listen(&fd, Backlog::new(backlog)?)?;
+            let copy = nix::unistd::dup(&fd)?;
+            let address = TcpListener::from(copy).local_addr()?;
+            Ok((fd, address))
+        })?
+    }
+
+    /// Connects `count` times to a socket of `server` that accepts nothing, and waits until all of them are in its accept queue:
+    /// a connect returns before the server has seen the last packet of the handshake.
+    pub fn fill_accept_queue(
+        &self,
+        server: &Netns,
+        to: SocketAddr,
+        count: usize,
+    ) -> Result<Vec<TcpStream>> {
+        let mut held = Vec::new();
+        for _ in 0..count {
+            held.push(self.tcp_connect(to, super::deadline())??);
+        }
+        // Columns 2, 4, 5 of /proc/net/tcp: address:port, state (0A: LISTEN), sent:received (a listener's accept queue), in hexadecimal.
+        let (port, full) = (format!(":{:04X}", to.port()), format!(":{count:08X}"));
+        super::wait_for("a full accept queue", || {
+            let table = server.cmd("cat /proc/net/tcp /proc/net/tcp6")?;
+            let is_full = table.lines().any(|line| {
+                let columns: Vec<&str> = line.split_whitespace().collect();
+                columns.len() > 4
+                    && columns[1].ends_with(&port)
+                    && columns[3] == "0A"
+                    && columns[4].ends_with(&full)
+            });
+            Ok(is_full.then_some(()))
+        })?;
+        Ok(held)
     }
 
     /// Connects to an address, giving up after `patience`. `Ok(Err(..))` is the connect's own failure.

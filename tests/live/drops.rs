@@ -164,31 +164,14 @@ fn receive_buffer() -> Result<()> {
 }
 
 fn accept_queue() -> Result<()> {
-    use nix::sys::socket::*;
     let net = Pair::new()?;
     net.fix_neighbours()?;
-    let listener = net.server.enter(|| -> Result<_> {
-        let fd = socket(
-            AddressFamily::Inet,
-            SockType::Stream,
-            SockFlag::empty(),
-            None,
-        )?;
-        bind(
-            std::os::fd::AsRawFd::as_raw_fd(&fd),
-            &SockaddrIn::new(10, 77, 0, 2, 4324),
-        )?;
-        listen(&fd, Backlog::new(1)?)?;
-        Ok(fd)
-    })??;
+    let (_listener, to) = net.server.tcp_listen_only(net.server.v4(0), 1)?;
     // Two fit (the limit itself is not yet too many); they stay.
-    let mut held = Vec::new();
-    for _ in 0..2 {
-        held.push(net.client.tcp_connect(net.server.v4(4324), 10 * SHORT)??);
-    }
+    let _held = net.client.fill_accept_queue(&net.server, to, 2)?;
     let run = drops(&[])?;
     let before = counter(&net.server, "netstat", "TcpExt:", "ListenOverflows")?;
-    let _ = net.client.tcp_connect(net.server.v4(4324), SHORT);
+    let _ = net.client.tcp_connect(to, SHORT);
     let overflows = counter(&net.server, "netstat", "TcpExt:", "ListenOverflows")? - before;
     ensure!(overflows > 0, "the queue took them all");
     let (rows, _) = rows(run)?;
@@ -199,7 +182,6 @@ fn accept_queue() -> Result<()> {
     ensure!(row["packets"].as_u64() >= Some(overflows), "{row}");
     ensure!(row["backlog"] == 2 && row["limit"] == 1, "{row}");
     ensure!(row["pid"] == u64::from(std::process::id()), "{row}");
-    drop(listener);
     Ok(())
 }
 

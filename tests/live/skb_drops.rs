@@ -1,14 +1,13 @@
 //! `netprobe skb --drops`: losses that the kernel does not call drops, owners of what arrives, copies, reasons of subsystems.
 
 use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage};
+use nix::sys::socket;
 use serde_json::Value;
 
-use crate::common::{Case, Env, Netns, Netprobe, Pair, Running, SHORT, case, deadline};
+use crate::common::{Case, Env, Netns, Netprobe, Pair, Running, SHORT, case, deadline, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -25,22 +24,6 @@ pub fn cases() -> Vec<Case> {
             .program("tc"),
         case("skb_drops_copies", copies).trace(),
     ]
-}
-
-/// A TCP socket that listens with this backlog; nobody accepts.
-fn listen(netns: &Netns, address: SocketAddr, backlog: i32) -> Result<(OwnedFd, SocketAddr)> {
-    netns.enter(|| {
-        let family = match address {
-            SocketAddr::V4(_) => AddressFamily::Inet,
-            SocketAddr::V6(_) => AddressFamily::Inet6,
-        };
-        let fd = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
-        socket::listen(&fd, Backlog::new(backlog)?)?;
-        let copy = nix::unistd::dup(&fd)?;
-        let address = std::net::TcpListener::from(copy).local_addr()?;
-        Ok((fd, address))
-    })?
 }
 
 fn drops(netns: &Netns) -> Result<Running> {
@@ -69,12 +52,9 @@ fn accept_queue() -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     for address in [net.server.v4(0), net.server.v6(0)] {
-        let (_listener, to) = listen(&net.server, address, 1)?;
+        let (_listener, to) = net.server.tcp_listen_only(address, 1)?;
         let run = drops(&net.server)?;
-        let mut held: Vec<TcpStream> = Vec::new();
-        for _ in 0..2 {
-            held.push(net.client.tcp_connect(to, deadline())??);
-        }
+        let _held = net.client.fill_accept_queue(&net.server, to, 2)?;
         let lost = net.client.tcp_connect(to, SHORT)?;
         ensure!(lost.is_err(), "the queue was not full");
         let row = row(&run, "ACCEPT_QUEUE_FULL")?;
@@ -100,7 +80,7 @@ fn syn_queue() -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     net.server.sysctl("net/ipv4/tcp_syncookies", "0")?;
-    let (_listener, to) = listen(&net.server, net.server.v4(0), 1)?;
+    let (_listener, to) = net.server.tcp_listen_only(net.server.v4(0), 1)?;
     // No handshake comes to its end.
     net.client.nft("table ip t { chain i { type filter hook input priority 0; tcp flags & (syn | ack) == syn | ack drop; }; }")?;
     let run = drops(&net.server)?;
@@ -122,22 +102,21 @@ fn syn_queue() -> Result<()> {
 fn end_of_handshake() -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
-    let (_listener, to) = listen(&net.server, net.server.v4(0), 0)?;
+    let (_listener, to) = net.server.tcp_listen_only(net.server.v4(0), 0)?;
     // The first one's SYN-ACK is held back until another has filled the queue.
     net.client.nft("table ip t { chain i { type filter hook input priority 0; tcp flags & (syn | ack) == syn | ack drop; }; }")?;
     let run = drops(&net.server)?;
     let (client, rules) = (&net.client, "flush ruleset");
     std::thread::scope(|scope| -> Result<()> {
         let first = scope.spawn(|| client.tcp_connect(to, deadline()));
-        let half_open =
-            || -> Result<bool> { Ok(net.server.cmd("cat /proc/net/tcp")?.contains(" 03 ")) };
-        let start = std::time::Instant::now();
-        while !half_open()? {
-            ensure!(start.elapsed() < deadline(), "no half-open connection");
-        }
+        let half_open = || -> Result<Option<()>> {
+            let table = net.server.cmd("cat /proc/net/tcp")?;
+            Ok(table.contains(" 03 ").then_some(()))
+        };
+        wait_for("a half-open connection", half_open)?;
         net.client.nft(rules)?;
         // Established at once; the first one's SYN-ACK is sent again after a second.
-        let second = net.client.tcp_connect(to, deadline())??;
+        let second = net.client.fill_accept_queue(&net.server, to, 1)?;
         let row = row(&run, "ACCEPT_QUEUE_FULL")?;
         ensure!(row["location"]["name"] != "tcp_conn_request", "{row}");
         ensure!(

@@ -197,9 +197,7 @@ fn listen_queue() -> Result<()> {
     let run = start(&[])?;
     let mut kept = Vec::new();
     for to in [net.server.v4(8082), net.server.v6(8083)] {
-        for _ in 0..2 {
-            kept.push(connect(&net.client, to)?);
-        }
+        kept.push(net.client.fill_accept_queue(&net.server, to, 2)?);
         ensure!(net.client.tcp_connect(to, SHORT)?.is_err());
     }
     run.wait_lines("six rows", |t| (t.lines().count() >= 6).then_some(()))?;
