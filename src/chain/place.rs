@@ -310,8 +310,9 @@ pub(super) fn is_gone(state: &State) -> bool {
     if netns.path.is_none() {
         return true;
     }
-    let now = netns.run(|| xdp::query(state.ifindex).ok().flatten());
-    now.is_ok_and(|now| !is_root(state, now))
+    // A question without an answer says nothing.
+    let now = netns.run(|| xdp::query(state.ifindex));
+    matches!(now, Ok(Ok(now)) if !is_root(state, now))
 }
 
 /// Whether the interface runs the chain's own program.

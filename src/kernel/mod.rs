@@ -20,6 +20,7 @@ pub mod netns;
 pub mod pages;
 pub mod process;
 pub mod program;
+mod rtnl;
 pub mod trampoline;
 pub mod usyms;
 pub mod xdp;

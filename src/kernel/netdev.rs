@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use nix::net::if_::{if_nameindex, if_nametoindex};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use super::rtnl;
 use crate::usage::usage;
 
 /// The index of an interface of the current namespace.
@@ -74,6 +75,28 @@ pub fn hardware(name: &str) -> Result<u16> {
         .with_context(|| format!("failed to ask for the kind of {name}"))?;
     // SAFETY: this answer is a socket address.
     Ok(unsafe { answer.ifr_ifru.ifru_hwaddr }.sa_family)
+}
+
+/// The addresses of a tunnel device: IPv4 or IPv6, zeros where it has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TunnelEnds {
+    pub local: [u8; 16],
+    pub remote: [u8; 16],
+}
+
+/// The ends of a tunnel device, which are its link addresses.
+pub fn tunnel_ends(ifindex: u32) -> io::Result<TunnelEnds> {
+    let link = rtnl::link(ifindex)?;
+    let padded = |address: Vec<u8>| {
+        let mut bytes = [0; 16];
+        let len = address.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&address[..len]);
+        bytes
+    };
+    Ok(TunnelEnds {
+        local: padded(link.address),
+        remote: padded(link.broadcast),
+    })
 }
 
 /// The mask of the interface's first IPv4 address, in network byte order; none where it has no address.

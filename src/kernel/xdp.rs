@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use libbpf_sys as sys;
 
 use super::bpf_object::{check, for_each_link, link_info, owned, pinned, program_info};
+use super::rtnl;
 
 /// How a program runs at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,22 +82,18 @@ impl Traits {
     }
 }
 
-/// The program at an interface, if there is one.
+/// The program at an interface, if there is one, and an interface.
 pub fn query(ifindex: u32) -> io::Result<Option<Attached>> {
-    let mut opts = sys::bpf_xdp_query_opts {
-        sz: size_of::<sys::bpf_xdp_query_opts>() as _,
-        ..Default::default()
+    let link = match rtnl::link(ifindex) {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
+        link => link?,
     };
-    // SAFETY: opts is a live, writable struct whose size it states itself.
-    check(unsafe { sys::bpf_xdp_query(ifindex as i32, 0, &mut opts) })?;
     // With several attached (offload beside another) the one that runs first in software counts.
-    let found = [
-        (opts.drv_prog_id, Mode::Native),
-        (opts.skb_prog_id, Mode::Generic),
-        (opts.hw_prog_id, Mode::Offload),
-    ];
-    Ok(found
+    let mut found = link
+        .xdp
         .into_iter()
+        .zip([Mode::Native, Mode::Generic, Mode::Offload]);
+    Ok(found
         .find(|(program, _)| *program != 0)
         .map(|(program, mode)| Attached { program, mode }))
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::common::{Case, Env, Finished, Netns, Netprobe, Pair, case};
+use crate::common::{Case, Finished, Netns, Netprobe, Pair, case};
 use crate::xdp::{IFACE, flood, quiet_pair, summary};
 
 pub fn cases() -> Vec<Case> {
@@ -23,30 +23,8 @@ pub fn cases() -> Vec<Case> {
         case("files_of_bare_packets", bare_packets)
             .xdp()
             .program("tcpdump"),
-        // On 5.10 XDP at a tunnel device sees the outer IP header.
-        case("files_of_gre", || tunnel("gre"))
-            .xdp()
-            .kernel(6, 1)
-            .program("tcpdump")
-            .program("ping")
-            .when(lacks_tunnels),
-        case("files_of_ipip", || tunnel("ipip"))
-            .xdp()
-            .kernel(6, 1)
-            .program("tcpdump")
-            .program("ping")
-            .when(lacks_tunnels),
         case("files_vlan_note", vlan_note).xdp(),
     ]
-}
-
-pub fn lacks_tunnels(_: &Env) -> Option<String> {
-    let made = Netns::new("tunnels").and_then(|netns| {
-        netns.ip("link add t9 type gre local 127.0.0.1 remote 127.0.0.2")?;
-        netns.ip("link add t8 type ipip local 127.0.0.1 remote 127.0.0.2")
-    });
-    let error = made.err()?;
-    Some(format!("this kernel has no GRE or IPIP: {error:#}"))
 }
 
 /// Words of a file in one byte order.
@@ -497,35 +475,6 @@ fn bare_packets() -> Result<()> {
     let done = dump("tun9").arg("arp").run()?;
     done.expect_code(2)?;
     done.expect_stderr("tun9 (RAW)")
-}
-
-/// Tunnels by the kernel's own devices: what comes out of them begins with IP.
-fn tunnel(kind: &str) -> Result<()> {
-    let net = Pair::new()?;
-    net.fix_neighbours()?;
-    for (here, there, address) in [(&net.client, &net.server, 1), (&net.server, &net.client, 2)] {
-        let (local, remote) = (here.v4(0).ip(), there.v4(0).ip());
-        here.ip(&format!(
-            "link add t9 type {kind} local {local} remote {remote}"
-        ))?;
-        here.ip(&format!("addr add 10.97.0.{address}/24 dev t9"))?;
-        here.ip("link set t9 up")?;
-    }
-    let probe = Netprobe::new("xdpdump")
-        .args(["--iface", "t9", "icmp"])
-        .netns(&net.server)
-        .start()?;
-    ensure!(net.client.ping("10.97.0.2:0".parse()?, 3)?, "no answer");
-    let done = probe.stop()?;
-    done.expect_success()?;
-    let requests = done
-        .lines_with(" IP 10.97.0.1 > 10.97.0.2: ICMP echo request")
-        .len();
-    ensure!(requests == 3, "{kind}: {requests} echo requests:\n{done}");
-    for netns in [&net.client, &net.server] {
-        netns.ip("link del t9")?;
-    }
-    Ok(())
 }
 
 /// Where the driver has taken the tag off, it is said, once, where tags are asked for.

@@ -28,6 +28,7 @@ mod tcpconnect;
 mod tcpconnect_loss;
 mod tcpconnect_more;
 mod tcpconnect_outcome;
+mod tunnels;
 mod xdp;
 mod xdpchain;
 mod xdpdump;
@@ -45,6 +46,7 @@ fn main() {
     cases.extend(icmp_identity::cases());
     cases.extend(skb_more::cases());
     cases.extend(files::cases());
+    cases.extend(tunnels::cases());
     cases.extend(skb_headers::cases());
     cases.extend(filter::cases());
     cases.extend(skb_drops::cases());

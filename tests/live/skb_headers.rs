@@ -27,7 +27,7 @@ pub fn cases() -> Vec<Case> {
         case("headers_of_tunnel_devices", tunnel_devices)
             .trace()
             .program("ping")
-            .when(crate::files::lacks_tunnels),
+            .when(crate::tunnels::lacks_tunnels),
     ]
 }
 

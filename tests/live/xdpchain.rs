@@ -227,6 +227,7 @@ fn panic_puts_back() -> Result<()> {
                 snaplen: 64,
                 sample: 1,
                 filter: None,
+                tunnel: None,
             };
             let events = event_map()?;
             let mut storage = std::mem::MaybeUninit::uninit();

@@ -35,6 +35,12 @@ pub fn cases() -> Vec<Case> {
         case("xdpdump_promiscuous_meanwhile", promiscuous).xdp(),
         case("xdpdump_wake_ups", wake_ups).xdp(),
         case("xdpdump_errors", errors).xdp(),
+        case("xdpdump_small_receive_buffers", small_receive_buffers)
+            .xdp()
+            .when(|_| {
+                let here = (!is_emulated()).then_some("changes a setting of the whole machine");
+                here.map(str::to_owned)
+            }),
         case("xdpdump_file_printed_again", printed_again).xdp(),
         case("xdpdump_filter_in_the_kernel", filters).xdp(),
     ];
@@ -476,4 +482,30 @@ fn filters() -> Result<()> {
         .args(["tcp", "portt", "80"])
         .run()?
         .expect_code(2)
+}
+
+/// A list of all links does not fit into a small buffer: one link does.
+fn small_receive_buffers() -> Result<()> {
+    const DEFAULT: &str = "/proc/sys/net/core/rmem_default";
+    /// Puts the setting back.
+    struct Before(String);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            let _ = std::fs::write(DEFAULT, &self.0);
+        }
+    }
+    let net = quiet_pair()?;
+    let _before = Before(std::fs::read_to_string(DEFAULT)?);
+    std::fs::write(DEFAULT, "3000")?;
+    let probe = dump(&net).start()?;
+    flood(&net, PORT, 3, 10)?;
+    let done = probe.stop()?;
+    ensure!(summary(&done)?[0] == 3, "{done}");
+    let listed = Netprobe::new("xdpdump")
+        .args(["-D", "--netns", net.server.name()])
+        .run()?;
+    listed.expect_stdout(IFACE)?;
+    let refused = dump(&net).arg("--diff").run()?;
+    refused.expect_stderr("need an XDP program that can be traced")?;
+    xdpchain(&net, "list").map(|_| ())
 }

@@ -15,6 +15,7 @@
 #include <bpf/bpf_tracing.h>
 
 #include "skb/skb_event.bpf.h"
+#include "common/outer.bpf.h"
 
 /* bpf_xdp_get_buff_len exists (kernels from 5.18); packets have one buffer before. */
 const volatile __u8 has_buff_len = 0;
@@ -120,9 +121,6 @@ static __always_inline void leave_tc(void *ctx, struct sk_buff *ptr,
 #define NP_ETH_VLAN_OUTER 0x88a8
 #define NP_XDP_PASS 2
 
-#define NP_ARPHRD_ETHER 1
-#define NP_ARPHRD_LOOPBACK 772
-
 /* The IP header of what begins with one, and its EtherType; NULL: there is none. */
 static __always_inline const __u8 *xdp_bare(const __u8 *data, __u16 *type)
 {
@@ -162,6 +160,28 @@ struct xdp_packet {
 	bool ethernet;
 };
 
+/* Begins the packet behind the outer headers of a tunnel device. */
+static __always_inline void xdp_skip_outer(struct xdp_packet *p)
+{
+	struct net_device *dev = p->dev;
+	struct np_tunnel tunnel = {.type = BPF_CORE_READ(dev, type)};
+	struct np_frame frame = {
+		.data = p->data,
+		.end = p->data + p->linear,
+		.len = p->len,
+	};
+	__u32 outer, link;
+
+	bpf_probe_read_kernel(tunnel.local, sizeof(tunnel.local),
+			      BPF_CORE_READ(dev, dev_addr));
+	bpf_probe_read_kernel(tunnel.remote, sizeof(tunnel.remote),
+			      dev->broadcast);
+	outer = np_outer_len(&frame, &tunnel, &link);
+	p->data += outer;
+	p->linear -= outer;
+	p->len -= outer;
+}
+
 /* `xdp`: as the program has it; the verifier knows its type. */
 static __always_inline void xdp_read(struct xdp_buff *xdp, struct xdp_packet *p)
 {
@@ -172,6 +192,8 @@ static __always_inline void xdp_read(struct xdp_buff *xdp, struct xdp_packet *p)
 	p->len = has_buff_len ? bpf_xdp_get_buff_len((void *)xdp) : p->linear;
 	p->ethernet = xdp->rxq->dev->type == NP_ARPHRD_ETHER ||
 		      xdp->rxq->dev->type == NP_ARPHRD_LOOPBACK;
+	if (!p->ethernet)
+		xdp_skip_outer(p);
 	p->l3 = p->ethernet ? xdp_l3(p->data, &p->protocol)
 			    : xdp_bare(p->data, &p->protocol);
 }

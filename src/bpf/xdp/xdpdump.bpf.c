@@ -9,15 +9,20 @@
 #include <bpf/bpf_core_read.h>
 
 #define NP_STATS struct np_xdp_stats
+#define NP_OUTER_DIRECT
 #include "xdp/netprobe_chain.h"
 #include "xdp/xdpdump.h"
 #include "common/event.bpf.h"
+#include "common/outer.bpf.h"
 #include "filter/filter_xdp.bpf.h"
 
 /* Bytes of each packet to send; at least 1, at most NP_XDP_MAX_CAPTURE. */
 const volatile __u32 snaplen = NP_XDP_MAX_CAPTURE;
 /* Send one matching packet in this many. */
 const volatile __u32 sample_every = 1;
+/* Packets may have outer headers in front of them: those of this tunnel. */
+const volatile __u8 has_outer = 0;
+const volatile struct np_tunnel tunnel = {};
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -101,10 +106,42 @@ static __always_inline void capture(struct xdp_md *ctx)
 		count->all.lost++;
 }
 
+/* Outer headers in front of the packet. */
+static __always_inline __u32 outer_len(struct xdp_md *ctx)
+{
+	struct np_frame frame = {
+		.data = (const __u8 *)(long)ctx->data,
+		.end = (const __u8 *)(long)ctx->data_end,
+		.len = packet_len(ctx),
+	};
+	__u32 link;
+
+	return np_outer_len(&frame, &tunnel, &link);
+}
+
+/*
+ * Captures what is behind the outer headers: the packet begins there meanwhile.
+ * It can begin where it did again, since nothing else has moved it, and XDP gives
+ * every packet more room in front than bpf_xdp_adjust_head asks for.
+ */
+static __always_inline void capture_inner(struct xdp_md *ctx)
+{
+	__u32 outer = outer_len(ctx);
+
+	if (outer && bpf_xdp_adjust_head(ctx, outer))
+		return;
+	capture(ctx);
+	if (outer)
+		bpf_xdp_adjust_head(ctx, -(int)outer);
+}
+
 SEC("xdp")
 int xdp_dump(struct xdp_md *ctx)
 {
-	capture(ctx);
+	if (has_outer)
+		capture_inner(ctx);
+	else
+		capture(ctx);
 	bpf_tail_call(ctx, &chain_knowledge, chain_empty);
 	/* Still here: there may be programs in the chain. */
 	return np_chain_next(ctx);

@@ -64,8 +64,10 @@ struct np_xdp_event {
 	struct np_head head;
 	__u64 id; /* of the packet: CPU in the upper 16 bits; exit has its entry's */
 	__u32 ifindex;
-	__u32 queue;
-	__u32 len; /* of the whole packet, all buffers */
+	__u16 queue;
+	__u8 outer; /* bytes of outer headers in front of the packet: see outer.bpf.h */
+	__u8 outer_link; /* those of them that are a link header */
+	__u32 len; /* of the whole packet, all buffers and outer headers */
 	__u32 verdict; /* at exit: what the program returned */
 	__u32 program; /* which traced program: index given by user space */
 	__s32 moved; /* at exit: bytes by which the program moved the packet's start; negative: room was made in front */

@@ -11,6 +11,7 @@
 
 #include "xdp/netprobe_chain.h"
 #include "common/event.bpf.h"
+#include "common/outer.bpf.h"
 #include "filter/filter.bpf.h"
 #include "xdp/xdpdump.h"
 
@@ -30,6 +31,9 @@ const volatile __u32 program = 0;
 /* The same program may run at other interfaces too. */
 const volatile __u32 ifindex = 0;
 const volatile __u32 netns = 0;
+/* Packets may have outer headers in front of them: those of this tunnel. */
+const volatile __u8 has_outer = 0;
+const volatile struct np_tunnel tunnel = {};
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -70,13 +74,27 @@ static __always_inline __u64 packet_len(struct xdp_buff *xdp)
 	return (long)xdp->data_end - (long)xdp->data;
 }
 
+/* Outer headers in front of the packet, and the link header among them. */
+static __always_inline __u32 outer_len(struct xdp_buff *xdp, __u32 *link)
+{
+	struct np_frame frame = {
+		.data = xdp->data,
+		.end = xdp->data_end,
+		.len = packet_len(xdp),
+	};
+
+	*link = 0;
+	return has_outer ? np_outer_len(&frame, &tunnel, link) : 0;
+}
+
 static __always_inline void send(struct xdp_buff *xdp,
 				 const struct decision *decision, __u16 kind,
 				 __s32 moved, int verdict)
 {
 	struct np_xdp_event event = {};
 	struct np_stats *stats;
-	__u64 bytes;
+	__u64 bytes, wanted = snaplen;
+	__u32 link;
 
 	event.head.ts = bpf_ktime_get_ns();
 	event.head.kind = kind;
@@ -88,7 +106,12 @@ static __always_inline void send(struct xdp_buff *xdp,
 	event.verdict = verdict;
 	event.program = program;
 	event.len = packet_len(xdp);
-	bytes = event.len < snaplen ? event.len : snaplen;
+	event.outer = outer_len(xdp, &link);
+	event.outer_link = link;
+	wanted += event.outer;
+	if (wanted > NP_XDP_MAX_CAPTURE)
+		wanted = NP_XDP_MAX_CAPTURE;
+	bytes = event.len < wanted ? event.len : wanted;
 	event.head.len = sizeof(event) + bytes;
 
 	stats = np_stats_get();
@@ -104,9 +127,10 @@ static __always_inline void send(struct xdp_buff *xdp,
 static __always_inline int passes(struct xdp_buff *xdp)
 {
 	__u64 linear = (long)xdp->data_end - (long)xdp->data;
+	__u32 link, outer = np_filter_on ? outer_len(xdp, &link) : 0;
 	struct np_filter_fields fields = {
-		.head = (__u64)xdp->data,
-		.tail = linear,
+		.head = (__u64)xdp->data + outer,
+		.tail = linear - outer,
 		.data_len = packet_len(xdp) - linear,
 	};
 

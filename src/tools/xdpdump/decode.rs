@@ -24,7 +24,7 @@ pub struct Seen<'a> {
     pub id: u64,
     pub ifindex: u32,
     pub queue: u32,
-    /// Of the whole packet.
+    /// Of the whole frame: outer headers and packet.
     pub len: u32,
     /// What the traced program returned.
     pub verdict: Option<u32>,
@@ -32,8 +32,19 @@ pub struct Seen<'a> {
     pub program: u32,
     /// At exit: bytes by which the program moved the packet's start; negative: it made room in front.
     pub moved: i32,
-    /// What was captured.
+    /// Bytes of outer headers in front of the packet, and those of them that are a link header (see src/bpf/outer.bpf.h).
+    pub outer: u8,
+    pub outer_link: u8,
+    /// What was captured of the frame.
     pub data: &'a [u8],
+}
+
+impl<'a> Seen<'a> {
+    /// What was captured of the packet that the device has received, without outer headers, and its length.
+    pub fn packet(&self) -> (&'a [u8], u32) {
+        let data = self.data.get(self.outer.into()..).unwrap_or_default();
+        (data, self.len.saturating_sub(self.outer.into()))
+    }
 }
 
 /// Bytes of `np_xdp_packet` in an event.
@@ -59,6 +70,8 @@ pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
             verdict: None,
             program: 0,
             moved: 0,
+            outer: 0,
+            outer_link: 0,
             data: rest.get(..captured)?,
         });
     }
@@ -75,11 +88,13 @@ pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
         cpu: event.head.cpu,
         id: event.id,
         ifindex: event.ifindex,
-        queue: event.queue,
+        queue: event.queue.into(),
         len: event.len,
         verdict: (point == Point::Exit).then_some(event.verdict),
         program: event.program,
         moved: event.moved,
+        outer: event.outer,
+        outer_link: event.outer_link,
         data: rest.get(..captured)?,
     })
 }
@@ -136,6 +151,11 @@ mod tests {
             (seen.data, seen.len, seen.verdict),
             (&[1u8, 2, 3][..], 60, None)
         );
+        assert_eq!(seen.packet(), (&[1u8, 2, 3][..], 60));
+        let inner = Seen { outer: 2, ..seen };
+        assert_eq!(inner.packet(), (&[3u8][..], 58));
+        let cut = Seen { outer: 90, ..seen };
+        assert_eq!(cut.packet(), (&[][..], 0));
         assert_eq!(decode(0, &sample(3, 72, &[])).unwrap().verdict, Some(1));
         assert_eq!(decode(0, &sample(2, 71, &[])), None);
         assert_eq!(decode(0, &sample(2, 80, &[1])), None);

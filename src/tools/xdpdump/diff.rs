@@ -376,6 +376,8 @@ mod tests {
             verdict: Some(2),
             program,
             moved: 0,
+            outer: 0,
+            outer_link: 0,
             data: &data,
         };
         let mut pairs = Pairs::default();

@@ -42,7 +42,7 @@ use decode::Point;
 use diff::Pairs;
 use errors::Errors;
 
-use probes::{Capture, Counts, Options};
+use probes::{Capture, Counts, Options, Tunnel};
 use sink::{Sink, Source};
 use trace::{Target, Trace};
 
@@ -171,7 +171,8 @@ fn capture(args: &Args) -> Result<()> {
 /// Decides what is to be watched at an interface.
 fn plan(args: &Args, iface: &str) -> Result<Planned> {
     let ifindex = netdev::index(iface)?;
-    let linktype = linktype(iface)?;
+    let hatype = netdev::hardware(iface)?;
+    let linktype = linktype(iface, hatype)?;
     let packets = Packets::Of {
         linktype,
         snaplen: SNAPLEN,
@@ -179,6 +180,11 @@ fn plan(args: &Args, iface: &str) -> Result<Planned> {
     };
     let filter = args.filter(packets);
     note_tags(args, iface);
+    let tunnel = (linktype == Linktype::RAW_IP).then(|| -> Result<Tunnel> {
+        let ends = netdev::tunnel_ends(ifindex)
+            .with_context(|| format!("failed to ask for the addresses of {iface}"))?;
+        Ok(Tunnel { hatype, ends })
+    });
     let mut planned = Planned {
         iface: iface.to_owned(),
         ifindex,
@@ -187,6 +193,7 @@ fn plan(args: &Args, iface: &str) -> Result<Planned> {
             snaplen: args.capture_len(),
             sample: args.sample,
             filter: filter.with_context(|| format!("{iface} ({})", linktype.name()))?,
+            tunnel: tunnel.transpose()?,
         },
         targets: Vec::new(),
     };
@@ -197,7 +204,9 @@ fn plan(args: &Args, iface: &str) -> Result<Planned> {
             // A chain of netprobe's own is joined; a capture without a program to look at makes its own.
             let lock = Lock::take()?;
             let chained = chain::recover(&Place::find(iface, &lock)?)?.is_some();
-            !chained && xdp::query(ifindex).ok().flatten().is_some()
+            let attached = xdp::query(ifindex)
+                .with_context(|| format!("failed to ask for the XDP program of {iface}"))?;
+            !chained && attached.is_some()
         }
     };
     if trace {
@@ -227,8 +236,7 @@ fn note_tags(args: &Args, iface: &str) {
 }
 
 /// What the packets of an interface begin with.
-fn linktype(iface: &str) -> Result<Linktype> {
-    let hatype = netdev::hardware(iface)?;
+fn linktype(iface: &str, hatype: u16) -> Result<Linktype> {
     Linktype::of_device(hatype).with_context(|| {
         format!(
             "{iface}: its packets have a link header that netprobe does not know (ARPHRD {hatype})"

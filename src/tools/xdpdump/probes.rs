@@ -14,6 +14,7 @@ use crate::bpf::xdpdump::types::np_xdp_stats;
 use crate::bpf::xdpdump::{OpenXdpdumpSkel, XdpdumpSkel, XdpdumpSkelBuilder};
 use crate::filter::{self, cbpf::Program};
 use crate::kernel;
+use crate::kernel::netdev::TunnelEnds;
 use crate::kernel::xdp::{Mode, Traits};
 use crate::run::log;
 use crate::run::loss::Loss;
@@ -27,7 +28,29 @@ pub struct Options {
     pub sample: u32,
     /// For the link type of the interface.
     pub filter: Option<Program>,
+    /// Where outer headers may lie in front of its packets.
+    pub tunnel: Option<Tunnel>,
 }
+
+/// A device whose packets begin with IP, by its kind (ARPHRD_*) and ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Tunnel {
+    pub hatype: u16,
+    pub ends: TunnelEnds,
+}
+
+/// The constants of both objects.
+macro_rules! set_tunnel {
+    ($rodata:expr, $tunnel:expr) => {
+        if let Some(tunnel) = $tunnel {
+            $rodata.has_outer = 1;
+            $rodata.tunnel.r#type = tunnel.hatype.into();
+            $rodata.tunnel.local = tunnel.ends.local;
+            $rodata.tunnel.remote = tunnel.ends.remote;
+        }
+    };
+}
+pub(super) use set_tunnel;
 
 /// Packets at one interface, as the kernel counted them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -208,6 +231,7 @@ fn load<'a>(
     rodata.sample_every = options.sample;
     rodata.np_filter_on = u32::from(options.filter.is_some());
     rodata.np_filter_xdp_frags = u32::from(plan.traits.frags);
+    set_tunnel!(rodata, options.tunnel);
     open.maps
         .events
         .reuse_fd(events)

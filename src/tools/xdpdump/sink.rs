@@ -145,6 +145,7 @@ impl Sink {
             .iter()
             .position(|(source, _)| source.is_of(seen))
             .unwrap_or_default();
+        let (data, len) = seen.packet();
         match &mut self.kind {
             Kind::Lines(presenter) => {
                 let source = self.sources.get(at);
@@ -156,8 +157,8 @@ impl Sink {
                     id: Some(seen.id),
                     verdict: seen.verdict,
                     linktype: source.map_or(Linktype::ETHERNET, |(source, _)| source.linktype),
-                    len: seen.len,
-                    data: seen.data,
+                    len,
+                    data,
                     late,
                     comment: None,
                     diff,
@@ -174,14 +175,14 @@ impl Sink {
                 let header = if source == Some(*linktype) {
                     None
                 } else {
-                    link::made_up_header(seen.data)
+                    link::made_up_header(data)
                 };
-                let framed = header.map(|header| [&header[..], seen.data].concat());
+                let framed = header.map(|header| [&header[..], data].concat());
                 file.packet(&Packet {
                     interface: at as u32,
                     ts: wall,
-                    len: seen.len + header.map_or(0, |header| header.len() as u32),
-                    data: framed.as_deref().unwrap_or(seen.data),
+                    len: len + header.map_or(0, |header| header.len() as u32),
+                    data: framed.as_deref().unwrap_or(data),
                     direction: Some(Direction::Inbound),
                     id: Some(seen.id),
                     queue: Some(seen.queue),
@@ -214,8 +215,11 @@ impl Sink {
         }
     }
 
-    /// What the packet begins with.
+    /// What the frame begins with.
     pub fn linktype(&self, seen: &Seen<'_>) -> Linktype {
+        if seen.outer_link > 0 {
+            return Linktype::ETHERNET;
+        }
         let source = self.sources.iter().find(|(source, _)| source.is_of(seen));
         source.map_or(Linktype::ETHERNET, |(source, _)| source.linktype)
     }

@@ -23,7 +23,7 @@ use crate::text::escape::escaped;
 use crate::usage::usage;
 
 use super::decode::Point;
-use super::probes::{Counts, Options};
+use super::probes::{Counts, Options, set_tunnel};
 
 /// A function of a loaded program, to be watched.
 #[derive(Debug)]
@@ -165,6 +165,7 @@ impl<'a> Trace<'a> {
         rodata.send_exit = u8::from(points.exit);
         rodata.verdicts = points.verdicts;
         rodata.program = index;
+        set_tunnel!(rodata, options.tunnel);
         rodata.ifindex = target.ifindex;
         rodata.netns = Netns::current()?.inode;
         open.maps
