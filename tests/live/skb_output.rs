@@ -32,6 +32,7 @@ pub fn cases() -> Vec<Case> {
         case("skb_output_const_parameters", const_parameters).trace(),
         case("skb_output_kernel_btf", kernel_btf).trace().fentry(),
         case("skb_output_netns_without_device", netns_without_device).trace(),
+        case("skb_output_tcp_flags_and_caller", flags_and_caller).trace(),
     ]
 }
 
@@ -564,4 +565,25 @@ fn netns_without_device() -> Result<()> {
         ensure!(matches!(iface, "" | "veth0"), "iface: {row}");
     }
     Ok(())
+}
+
+fn flags_and_caller() -> Result<()> {
+    let net = Pair::new()?;
+    let server = net.server.tcp_listen(net.server.v4(0))?;
+    let port = server.address().port().to_string();
+    let probe = Netprobe::new("skb")
+        .args(["--output-tcp-flags", "--output-caller"])
+        .args(["--filter-dst-port", &port, "--filter-func", "tcp_v4_rcv"])
+        .start()?;
+    drop(
+        net.client
+            .tcp_connect(server.address(), crate::common::deadline())??,
+    );
+    probe.wait_line("(tcp,SYN)")?;
+    let line = probe.wait_line("FIN|ACK)")?;
+    ensure!(
+        line.contains("tcp_v4_rcv ip_protocol_deliver_rcu+0x"),
+        "{line}"
+    );
+    probe.stop()?.expect_success()
 }

@@ -25,6 +25,13 @@ pub fn cases() -> Vec<Case> {
         case("skb_track_stack_ends", stack_ends)
             .trace()
             .program("nft"),
+        case("skb_track_nat_bridge_vxlan", track_path)
+            .trace()
+            .program("nft")
+            .limit(300),
+        case("skb_track_full_map", track_full_map).trace(),
+        case("skb_track_address_reuse", track_reuse).trace(),
+        case("skb_track_by_stack", track_by_stack).trace(),
     ]
 }
 
@@ -381,5 +388,199 @@ fn entries_go() -> Result<()> {
     let done = probe.stop()?;
     done.expect_success()?;
     ensure!(!done.stderr.contains("full map"), "{}", done.stderr);
+    Ok(())
+}
+
+/// client -veth- router: SNAT, a bridge with VXLAN on it, -veth- far: decapsulated. The filter matches the first form only.
+fn track_path() -> Result<()> {
+    // client 10.1.0.2 -> router (SNAT to 10.2.0.1) -> br0 -> vxlan over 10.77.0.0/24 -> server vx0 10.2.0.2
+    let net = Pair::new()?;
+    let (router, far) = (&net.client, &net.server);
+    let client = Netns::new("inner")?;
+    client.ip(&format!(
+        "link add eth0 type veth peer name down0 netns {}",
+        router.name()
+    ))?;
+    client.ip("addr add 10.1.0.2/24 dev eth0")?;
+    client.ip("link set eth0 up")?;
+    router.ip("addr add 10.1.0.1/24 dev down0")?;
+    router.ip("link set down0 up")?;
+    client.ip("route add default via 10.1.0.1")?;
+    router.sysctl("net/ipv4/ip_forward", "1")?;
+    router.ip("link add br0 type bridge")?;
+    router.ip(
+        "link add vx0 type vxlan id 7 remote 10.77.0.2 local 10.77.0.1 dstport 4789 dev veth0",
+    )?;
+    router.ip("link set vx0 master br0")?;
+    router.ip("addr add 10.2.0.1/24 dev br0")?;
+    router.ip("link set vx0 up")?;
+    router.ip("link set br0 up")?;
+    far.ip("link add vx0 type vxlan id 7 remote 10.77.0.1 local 10.77.0.2 dstport 4789 dev veth0")?;
+    far.ip("addr add 10.2.0.2/24 dev vx0")?;
+    far.ip("link set vx0 up")?;
+    router.nft("add table ip n; add chain ip n post { type nat hook postrouting priority 100; }; add rule ip n post ip saddr 10.1.0.2 oif br0 snat to 10.2.0.1")?;
+    let socket = far.udp_bind("10.2.0.2:5555".parse()?)?;
+    // Neighbours are resolved by a first packet that nobody looks at.
+    let to: SocketAddr = "10.2.0.2:5555".parse()?;
+    client.udp_send(to, b"first")?;
+    let mut buffer = [0; 64];
+    socket.recv_from(&mut buffer)?;
+
+    // All functions, where attaching to them takes no minute.
+    let few = [
+        "--filter-func",
+        "ip_output|ip_forward|ip_finish_output|br_dev_xmit|br_handle_frame|vxlan_xmit|udp_rcv|udp_queue_rcv_skb|ip_rcv|ip_send_skb|vxlan_rcv|veth_xmit|__netif_receive_skb_core.*|dev_hard_start_xmit|consume_skb|skb_consume_udp|netif_rx.*",
+    ];
+    let all = Env::look().lacks_kprobe_multi().is_none();
+    let probe = Netprobe::new("skb")
+        .args(["--filter-track-skb", "--output-json"])
+        .args(["--filter-src-ip", "10.1.0.2", "--filter-dst-port", "5555"])
+        .args(if all { &few[..0] } else { &few[..] })
+        .start()?;
+    client.udp_send(to, b"second")?;
+    let (_, from) = socket.recv_from(&mut buffer)?;
+    ensure!(from.ip().to_string() == "10.2.0.1", "no SNAT: {from}");
+    probe.wait_lines("the packet at its end", |text| {
+        text.lines()
+            .any(|l| l.contains("\"skb_consume_udp\"") || l.contains("\"udp_queue_rcv_skb\""))
+            .then_some(())
+    })?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    let rows: Vec<&Value> = rows.iter().filter(|r| r["type"] == "event").collect();
+    let first = text(rows[0], "packet");
+    ensure!(!first.is_empty(), "{done}");
+    ensure!(
+        rows.iter().all(|r| text(r, "packet") == first),
+        "more than one identity:\n{done}"
+    );
+    let seen = |what: &str, is: &dyn Fn(&Value) -> bool| {
+        ensure!(rows.iter().any(|r| is(r)), "not seen: {what}\n{done}");
+        Ok(())
+    };
+    let in_netns = |r: &Value, netns: &Netns| r["netns"].as_u64() == netns.inode().ok();
+    let (inner, snat) = ("10.1.0.2", "10.2.0.1");
+    seen("in the client", &|r| {
+        in_netns(r, &client) && r["tuple"]["saddr"] == inner
+    })?;
+    seen("in the router", &|r| {
+        in_netns(r, router) && r["tuple"]["saddr"] == inner
+    })?;
+    seen("after SNAT", &|r| {
+        in_netns(r, router) && r["tuple"]["saddr"] == snat
+    })?;
+    seen("on the bridge", &|r| text(r, "iface") == "br0")?;
+    seen("encapsulated", &|r| {
+        in_netns(r, router) && r["tuple"]["dport"] == 4789
+    })?;
+    seen("arrived, encapsulated", &|r| {
+        in_netns(r, far) && r["tuple"]["dport"] == 4789
+    })?;
+    seen("decapsulated", &|r| {
+        in_netns(r, far) && text(r, "iface") == "vx0" && r["tuple"]["dport"] == 5555
+    })
+}
+
+/// A map too small for the packets in flight: counted and told.
+fn track_full_map() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let socket = net.server.udp_bind(net.server.v4(0))?;
+    let to = socket.local_addr()?;
+    let probe = Netprobe::new("skb")
+        .args(["--filter-track-skb", "--track-entries", "4"])
+        .args(["--filter-dst-port", &to.port().to_string()])
+        .args(["--filter-func", "ip_rcv|ip_output"])
+        .start()?;
+    // Nobody reads: they stay in the socket's queue.
+    for _ in 0..200 {
+        net.client.udp_send(to, b"x")?;
+    }
+    probe.wait_lines("200 packets", |text| {
+        (text.lines().filter(|l| l.contains("ip_rcv")).count() >= 200).then_some(())
+    })?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    done.expect_stderr("full map refused")
+}
+
+/// Many packets one after the other use the same few addresses: each has an identity of its own.
+fn track_reuse() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let socket = net.server.udp_bind(net.server.v4(0))?;
+    let to = socket.local_addr()?;
+    let probe = Netprobe::new("skb")
+        .args(["--filter-track-skb", "--output-json"])
+        .args(["--filter-dst-port", &to.port().to_string()])
+        .args(["--filter-func", "ip_rcv|ip_output|skb_consume_udp"])
+        .start()?;
+    let mut buffer = [0; 64];
+    for n in 0..100u32 {
+        net.client.udp_send(to, &n.to_ne_bytes())?;
+        socket.recv_from(&mut buffer)?;
+        // Others in between, which the filter does not match.
+        net.client.udp_send(net.server.v4(9), b"other")?;
+    }
+    let count = |text: &str, what: &str| text.lines().filter(|l| l.contains(what)).count();
+    probe.wait_lines("100 packets", |text| {
+        (count(text, "\"skb_consume_udp\"") >= 100).then_some(())
+    })?;
+    let done = probe.stop()?;
+    done.expect_success()?;
+    let rows = done.json()?;
+    let sent: Vec<&str> = rows
+        .iter()
+        .filter(|r| r["func"] == "ip_output")
+        .map(|r| text(r, "packet"))
+        .collect();
+    let distinct: std::collections::HashSet<&&str> = sent.iter().collect();
+    ensure!(sent.len() == 100 && distinct.len() == 100, "{done}");
+    ensure!(
+        rows.iter()
+            .all(|r| r["type"] != "event" || r["tuple"]["dport"] == to.port()),
+        "another packet was taken for one of them:\n{done}"
+    );
+    Ok(())
+}
+
+/// An echo reply is a new skb, made below the function that handles the request.
+fn track_by_stack() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let args = |flag: &'static str| {
+        Netprobe::new("skb")
+            .args([flag, "--output-json", "--filter-proto", "icmp"])
+            .args(["--filter-src-ip", "10.77.0.1"])
+            .args([
+                "--filter-func",
+                "icmp_rcv|ip_rcv|ip_output|ip_send_skb|__ip_local_out|ip_local_deliver",
+            ])
+    };
+    for (flag, rebuilt) in [
+        ("--filter-track-skb", false),
+        ("--filter-track-skb-by-stackid", true),
+    ] {
+        // Probes of returns put an address of their own on the stack in the place of the caller's.
+        let returns = rebuilt && Env::look().kernel >= (5, 16);
+        let probe = args(flag)
+            .args(returns.then_some("--output-retval"))
+            .start()?;
+        ensure!(net.client.ping(net.server.v4(0), 1)?);
+        probe.wait_line("icmp_rcv")?;
+        let done = probe.stop()?;
+        let rows = done.json()?;
+        let reply = rows.iter().find(|r| r["tuple"]["saddr"] == "10.77.0.2");
+        ensure!(reply.is_some() == rebuilt, "{flag}:\n{done}");
+        if let Some(reply) = reply {
+            let request = rows
+                .iter()
+                .find(|r| r["func"] == "icmp_rcv")
+                .context("no request")?;
+            ensure!(reply["packet"] == request["packet"], "{done}");
+            ensure!(reply["skb"] != request["skb"], "{done}");
+        }
+    }
     Ok(())
 }

@@ -72,7 +72,7 @@ pub fn mapped(address: SocketAddr) -> SocketAddr {
     }
 }
 
-fn me() -> String {
+pub fn me() -> String {
     std::process::id().to_string()
 }
 

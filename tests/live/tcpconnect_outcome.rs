@@ -11,7 +11,7 @@ use nix::sys::socket::{self, MsgFlags, SockFlag, SockProtocol, SockType, Sockadd
 use serde_json::Value;
 
 use super::tcpconnect::{blocking, connect, mapped, net};
-use super::tcpconnect_more::the_caller_of_connect;
+use super::tcpconnect_stack::the_caller_of_connect;
 use crate::common::{Case, Netns, Netprobe, Pair, SHORT, case, deadline, wait_for};
 
 pub fn cases() -> Vec<Case> {
