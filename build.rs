@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -20,6 +21,7 @@ fn main() -> Result<()> {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").context("no manifest folder")?);
 
     link_libpcap();
+    what_tests_find_here();
     println!("cargo:rerun-if-changed=src/bpf");
     println!("cargo:rerun-if-changed=vmlinux");
     println!("cargo:rerun-if-changed=examples");
@@ -132,6 +134,28 @@ fn types(object: &Path) -> Result<String> {
         names.insert(name.to_owned() + "\n");
     }
     Ok(names.into_iter().collect())
+}
+
+/// What this machine has that some unit tests need, as `cfg`s: a test without it is ignored, with the reason.
+fn what_tests_find_here() {
+    println!("cargo::rustc-check-cfg=cfg(is_root, has_btf, has_drop_reasons, has_tshark)");
+    let btf = fs::read("/sys/kernel/btf/vmlinux").unwrap_or_default();
+    let names = |name: &[u8]| btf.windows(name.len()).any(|bytes| bytes == name);
+    let paths = env::var_os("PATH").unwrap_or_default();
+    let is_root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+    for (name, is_here) in [
+        ("is_root", is_root),
+        ("has_btf", !btf.is_empty()),
+        ("has_drop_reasons", names(b"SKB_DROP_REASON_NO_SOCKET")),
+        (
+            "has_tshark",
+            env::split_paths(&paths).any(|folder| folder.join("tshark").exists()),
+        ),
+    ] {
+        if is_here {
+            println!("cargo::rustc-cfg={name}");
+        }
+    }
 }
 
 /// The `NAME.bpf.c` in the folders of a folder, and their names.

@@ -169,19 +169,29 @@ fn live_tests() -> String {
     text
 }
 
-/// No flag of skb without a live test.
+/// No flag of any subcommand without a live test that uses it, by its long or its short name.
 #[test]
-fn each_flag_of_skb_is_in_a_live_test() {
+fn each_flag_is_in_a_live_test() {
     let tests = live_tests();
-    let command = Cli::command();
-    let skb = command.find_subcommand("skb").unwrap();
-    let flags = skb.get_arguments().filter(|a| a.get_id() != "help");
-    for long in flags.filter_map(|a| a.get_long()) {
-        assert!(
-            tests.contains(&format!("\"--{long}")),
-            "no live test uses --{long}"
-        );
+    let mut missing = Vec::new();
+    for command in Cli::command().get_subcommands() {
+        for flag in command.get_arguments().filter(|a| a.get_id() != "help") {
+            let Some(long) = flag.get_long() else {
+                continue;
+            };
+            let used = |word: &str| {
+                ['"', '=', ' '].iter().any(|end| {
+                    tests.contains(&format!("\"{word}{end}"))
+                        || tests.contains(&format!(" {word}{end}"))
+                })
+            };
+            let short = flag.get_short().map(|short| format!("-{short}"));
+            if !used(&format!("--{long}")) && !short.is_some_and(|short| used(&short)) {
+                missing.push(format!("{} --{long}", command.get_name()));
+            }
+        }
     }
+    assert!(missing.is_empty(), "no live test uses {missing:?}");
 }
 
 /// Each row of the table in docs/peers.md has a row in DEVELOPMENT.md that names live tests, and these exist.

@@ -28,6 +28,10 @@ pub fn cases() -> Vec<Case> {
         case("drops_nothing_of_good_traffic", good_traffic).trace(),
         case("drops_burst_from_two_cpus", burst).trace(),
         case("drops_table_and_its_limits", text).trace(),
+        case("drops_order_and_offsets", order_and_offsets).trace(),
+        case("drops_rules_of_a_file", rules_of_a_file)
+            .trace()
+            .when(|env| no_reasons(env.kernel)),
         case("drops_explains_each_reason", explains).trace(),
     ]
 }
@@ -68,11 +72,15 @@ fn packets(rows: &[Value], class: &str, netns: &Netns) -> Result<u64> {
 }
 
 fn send(net: &Pair, port: u16, times: u64) -> Result<()> {
+    send_bytes(net, port, times, b"to be lost")
+}
+
+fn send_bytes(net: &Pair, port: u16, times: u64, payload: &[u8]) -> Result<()> {
     net.client.enter(|| -> Result<()> {
         let socket = UdpSocket::bind("0.0.0.0:0")?;
         for _ in 0..times {
             // What comes back as ICMP is an error of the next call.
-            let _ = socket.send_to(b"to be lost", net.server.v4(port));
+            let _ = socket.send_to(payload, net.server.v4(port));
         }
         Ok(())
     })?
@@ -346,6 +354,55 @@ fn text() -> Result<()> {
         .args(["--by", "colour"])
         .run()?
         .expect_code(2)
+}
+
+/// Few large packets and many small ones: which comes first depends on --sort. Places have their offset by --offsets.
+fn order_and_offsets() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let filter = ["--filter-proto", "udp", "--filter-netns", net.server.name()];
+    for (sort, ports) in [("lost", [4401, 4402]), ("bytes", [4402, 4401])] {
+        let run = drops(&[&["--sort", sort][..], &filter].concat())?;
+        send_bytes(&net, 4401, 5, b"small")?;
+        send_bytes(&net, 4402, 3, &[0; 1000])?;
+        let (rows, _) = rows(run)?;
+        let lost: Vec<&Value> = rows.iter().filter(|r| r["class"] == "socket").collect();
+        let order: Vec<_> = lost.iter().map(|r| r["dport"].as_u64()).collect();
+        ensure!(order == ports.map(Some), "{sort}: {rows:#?}");
+    }
+    let run = Netprobe::new("drops")
+        .arg("--offsets")
+        .args(filter)
+        .start()?;
+    send(&net, 4401, SENT)?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    let row = done.stdout.lines().find(|line| line.contains(":4401"));
+    ensure!(row.is_some_and(|row| row.contains("+0x")), "{done}");
+    Ok(())
+}
+
+/// A rule of the user's own takes precedence: what is normal here is hidden and counted, and --all shows it.
+fn rules_of_a_file() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let file = tempfile::NamedTempFile::new()?;
+    let rule = "[reason.NO_SOCKET]\nclass = \"expected\"\nwhat = \"a scan, as every day\"\n";
+    std::fs::write(file.path(), rule)?;
+    let path = file.path().display().to_string();
+    let filter = ["--filter-proto", "udp", "--filter-netns", net.server.name()];
+    for all in [&[][..], &["--all"]] {
+        let run = drops(&[&["--rules", &path][..], &filter, all].concat())?;
+        send(&net, 4403, SENT)?;
+        let (rows, table) = rows(run)?;
+        let shown = rows.iter().any(|r| r["what"] == "a scan, as every day");
+        ensure!(shown != all.is_empty(), "{rows:#?}");
+        ensure!(table["expected"] == SENT && table["lost"] == 0, "{table}");
+    }
+    std::fs::write(file.path(), "[reason.NO_SOCKET]\nclas = 1\n")?;
+    let refused = Netprobe::new("drops").args(["--rules", &path]).run()?;
+    refused.expect_code(1)?;
+    refused.expect_stderr(&path)
 }
 
 fn explains() -> Result<()> {

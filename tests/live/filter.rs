@@ -154,10 +154,15 @@ fn many_hosts() -> Result<()> {
     let server = net.server.tcp_listen(net.server.v4(8080))?;
     let mut hosts: Vec<String> = (0..99).map(|i| format!("host 10.100.{i}.9")).collect();
     hosts.push(format!("host {}", net.client.v4(0).ip()));
+    let local = net.server.tcp_listen("127.0.0.1:8081".parse()?)?;
     let probe = skb(RECEIVED, &net.server, &[&hosts.join(" or ")])?;
+    // No host of the list takes part in the first.
+    talk(&net.server, local.address(), b"hello")?;
     talk(&net.client, server.address(), b"hello")?;
     probe.wait_line(":8080")?;
-    probe.stop()?.expect_success()
+    let done = probe.stop()?;
+    done.expect_success()?;
+    lacks(&done, ":8081")
 }
 
 /// Both ends of a tunnel over the pair, and addresses inside it.

@@ -119,6 +119,7 @@ fn culprit() -> Result<()> {
     steer(&net.server, "2")?;
     let probe = Netprobe::new("icmp")
         .args(["--output-json", "--culprit", "--min-us", "1000"])
+        .args(["--culprit-hz", "1999"])
         .args(["--filter-dst-ip", "10.77.0.2"])
         .start()?;
     let hog = hog(&elsewhere, &cgroup)?;

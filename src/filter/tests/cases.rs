@@ -1,7 +1,7 @@
 //! What a translation must get right, a test for each.
 
 use super::packets::{self, Random};
-use super::{Runner, check, privileged};
+use super::{Runner, check};
 use crate::filter::cbpf::*;
 use crate::filter::ebpf::{Beyond, LoadMode, translate};
 use crate::filter::expr::{self, Compiled};
@@ -32,12 +32,11 @@ fn stmt(code: u16, k: u32) -> Insn {
 }
 
 fn checks(insns: &[Insn]) {
-    if privileged() {
-        check(&program(insns), &lengths());
-    }
+    check(&program(insns), &lengths());
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn every_arithmetic_with_k_and_x() {
     for op in [
         ALU_ADD, ALU_SUB, ALU_MUL, ALU_DIV, ALU_OR, ALU_AND, ALU_LSH, ALU_RSH, ALU_MOD, ALU_XOR,
@@ -62,6 +61,7 @@ fn every_arithmetic_with_k_and_x() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn division_and_modulo_by_x_of_0_do_not_match() {
     for op in [ALU_DIV, ALU_MOD] {
         checks(&[
@@ -73,6 +73,7 @@ fn division_and_modulo_by_x_of_0_do_not_match() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn every_jump_with_k_and_x_and_large_k() {
     for cond in [JMP_EQ, JMP_GT, JMP_GE, JMP_SET] {
         for k in [
@@ -119,6 +120,7 @@ fn every_jump_with_k_and_x_and_large_k() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn each_load_size_at_the_last_bytes() {
     for (code, size) in [(LD_B_ABS, 1), (LD_H_ABS, 2), (LD_W_ABS, 4)] {
         for end in [14, 15, 24, 25, 60, 61, 96, 97, 98, 200] {
@@ -133,10 +135,8 @@ fn each_load_size_at_the_last_bytes() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn offsets_near_32767_and_65535() {
-    if !privileged() {
-        return;
-    }
     let packets = [
         32_760, 32_768, 32_770, 32_775, 59_990, 65_530, 65_535, 65_536, 65_540, 70_000,
     ]
@@ -163,6 +163,7 @@ fn offsets_near_32767_and_65535() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn a_negative_sum_of_x_and_k() {
     // X + k wraps at 32 bits: to an offset in the packet, and to one far outside.
     for (x, k) in [
@@ -178,6 +179,7 @@ fn a_negative_sum_of_x_and_k() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn two_loads_far_apart_and_x_clobbered_between() {
     checks(&[
         stmt(LDX_IMM, 4),
@@ -197,6 +199,7 @@ fn two_loads_far_apart_and_x_clobbered_between() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn paths_with_different_guards_join() {
     // One way here has read up to byte 64, the other up to 16; then both read 40.
     checks(&[
@@ -219,6 +222,7 @@ fn paths_with_different_guards_join() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn header_length_keeps_a() {
     for k in [0, 14, 60, 97, 150] {
         checks(&[
@@ -231,6 +235,7 @@ fn header_length_keeps_a() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn scratch_words_0_and_15() {
     checks(&[
         stmt(LD_W_ABS, 4),
@@ -247,6 +252,7 @@ fn scratch_words_0_and_15() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn a_and_x_start_at_0() {
     checks(&[stmt(RET_A, 0)]);
     checks(&[stmt(TXA, 0), stmt(CLASS_ALU | ALU_ADD, 1), stmt(RET_A, 0)]);
@@ -254,6 +260,7 @@ fn a_and_x_start_at_0() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn returns_are_32_bits() {
     for k in [0, 1, 0x7fff_ffff, 0x8000_0000, ALL] {
         checks(&[stmt(RET_K, k)]);
@@ -262,6 +269,7 @@ fn returns_are_32_bits() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn length_of_the_packet() {
     checks(&[stmt(LD_LEN, 0), stmt(RET_A, 0)]);
     checks(&[
@@ -275,6 +283,7 @@ fn length_of_the_packet() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn both_ways_of_a_jump_to_one_place() {
     checks(&[
         stmt(LD_B_ABS, 0),
@@ -285,6 +294,7 @@ fn both_ways_of_a_jump_to_one_place() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn dead_code() {
     checks(&[
         stmt(LD_B_ABS, 0),
@@ -299,6 +309,7 @@ fn dead_code() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn long_jumps_and_long_programs() {
     // Loads all along: the longest code there is, in each mode.
     let mut insns = vec![
@@ -417,10 +428,8 @@ fn an_expression_for_the_link_layer_only_is_said_to_be_so() {
 
 /// Fragments, VLAN, MPLS, PPPoE, IPv6 extension headers, scratch memory: expressions over packets of each kind.
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn expressions_over_packets_of_each_kind() {
-    if !privileged() {
-        return;
-    }
     let packets = packets::all();
     for text in EXPRESSIONS {
         let program = expr::compile(text, Linktype::ETHERNET, expr::SNAPLEN).unwrap();
@@ -528,6 +537,7 @@ fn the_generator_is_the_same_everywhere() {
 
 /// Nothing lies beyond in this mode: a load there does not match, and the code stays valid.
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn loads_past_every_reach() {
     for mode in [
         LoadMode::Packet {
@@ -549,10 +559,8 @@ fn loads_past_every_reach() {
 
 /// By a short copy the usual packets are decided, with a link header and without.
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn a_copy_decides_the_usual_packets() {
-    if !privileged() {
-        return;
-    }
     for text in [
         "tcp port 80 or icmp",
         "host 10.0.0.1",
@@ -594,10 +602,8 @@ fn no_copy_with_scratch_words() {
 
 /// X + k below 2^32 wraps: a load before the end of an IP header with options, which lies where one without has its first bytes.
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn a_negative_offset_behind_a_header_with_options() {
-    if !privileged() {
-        return;
-    }
     for (before, k) in [(16, 0), (20, 0), (20, 1), (14, 2), (0, 6)] {
         for words in [&[][..], &[stmt(ST, 0), stmt(ST, 5)]] {
             let load = [

@@ -3,10 +3,10 @@
 use std::mem::MaybeUninit;
 
 use anyhow::Result;
+use libbpf_rs::OpenObject;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 
-use super::privileged;
-use crate::bpf::filter_probe::FilterProbeSkelBuilder;
+use crate::bpf::filter_probe::{FilterProbeSkelBuilder, OpenFilterProbeSkel};
 use crate::filter::Filters;
 use crate::filter::expr::Compiled;
 use crate::filter::members::Condition;
@@ -14,9 +14,13 @@ use crate::kernel::btf::Btf;
 use crate::kernel::features::{Features, SkbFields};
 use crate::kernel::pages::PageVariables;
 
-fn load(filters: &Filters, fields: Option<SkbFields>) -> Result<()> {
-    let mut storage = MaybeUninit::uninit();
-    let mut open = FilterProbeSkelBuilder::default().open(&mut storage)?;
+/// The object with these filters in it, not loaded yet.
+fn prepared<'o>(
+    storage: &'o mut MaybeUninit<OpenObject>,
+    filters: &Filters,
+    fields: Option<SkbFields>,
+) -> Result<OpenFilterProbeSkel<'o>> {
+    let mut open = FilterProbeSkelBuilder::default().open(storage)?;
     let rodata = open.maps.rodata_data.as_mut().unwrap();
     let pages = PageVariables::find();
     rodata.use_cast = u8::from(fields.is_some());
@@ -28,14 +32,16 @@ fn load(filters: &Filters, fields: Option<SkbFields>) -> Result<()> {
         ..Features::detect()
     };
     filters.prepare(open.open_object_mut(), &features)?;
-    open.load()?;
+    Ok(open)
+}
+
+fn load(filters: &Filters, fields: Option<SkbFields>) -> Result<()> {
+    let mut storage = MaybeUninit::uninit();
+    prepared(&mut storage, filters, fields)?.load()?;
     Ok(())
 }
 
 fn loads(filters: &Filters) {
-    if !privileged() {
-        return;
-    }
     load(filters, None).unwrap();
     let fields = Features::detect().skb_fields;
     if fields.is_some() {
@@ -48,6 +54,7 @@ fn expression(text: &str) -> Compiled {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn an_expression_loads() {
     for text in [
         "tcp port 80 or icmp",
@@ -63,6 +70,7 @@ fn an_expression_loads() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn loads_beyond_the_block_and_tunnels_load() {
     loads(&Filters {
         expression: Some(expression("tcp[100] = 3 and ether[2000] = 1")),
@@ -73,6 +81,7 @@ fn loads_beyond_the_block_and_tunnels_load() {
 }
 
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn conditions_on_members_load() {
     let btf = Btf::vmlinux(None).unwrap();
     for text in [
@@ -89,12 +98,47 @@ fn conditions_on_members_load() {
 }
 
 #[test]
-fn no_filter_changes_nothing() {
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
+fn no_filter_loads() {
     loads(&Filters::default());
+}
+
+/// No filter is off, and adds no instruction to any program; an expression does.
+#[test]
+fn no_filter_adds_nothing() {
+    let count = |object: &OpenObject| -> Vec<usize> {
+        object.progs().map(|program| program.insn_cnt()).collect()
+    };
+    let lengths = |filters: &Filters| -> Result<Vec<(usize, usize)>> {
+        let (mut plain, mut storage) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+        let plain = FilterProbeSkelBuilder::default().open(&mut plain)?;
+        let prepared = prepared(&mut storage, filters, None)?;
+        let before = count(plain.open_object());
+        Ok(before
+            .into_iter()
+            .zip(count(prepared.open_object()))
+            .collect())
+    };
+    let none = Filters::default();
+    assert_eq!(none.on(None), 0);
+    let unfiltered = lengths(&none).unwrap();
+    assert!(!unfiltered.is_empty() && unfiltered.iter().all(|(before, after)| after <= before));
+    let filtered = lengths(&Filters {
+        expression: Some(expression("tcp port 80 or icmp")),
+        ..Filters::default()
+    });
+    let filtered = filtered.unwrap();
+    assert!(
+        filtered
+            .iter()
+            .zip(&unfiltered)
+            .any(|((_, with), (_, without))| with > without)
+    );
 }
 
 /// Several hundred hosts: the largest expression that the tools are to take, on every kernel that this runs on.
 #[test]
+#[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn several_hundred_hosts_load() {
     let hosts: Vec<String> = (0..300)
         .map(|i| format!("host 10.{}.{}.{}", i % 7, i % 251, i % 13 + 1))
