@@ -1,4 +1,4 @@
-//! Records what benches/replay.rs replays: the perf buffer of a held `netprobe skb`, as the kernel filled it, and the names of the
+//! Records what bench/replay.rs replays: the perf buffer of a held `netprobe skb`, as the kernel filled it, and the names of the
 //! functions in it. `tests/vm/run 6.12 --icount --file GUEST:/usr/local/bin/guest -- guest record`; bench/data/README says the rest.
 
 use std::collections::BTreeSet;

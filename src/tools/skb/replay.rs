@@ -1,4 +1,4 @@
-//! Recorded perf buffers through everything that happens to events in user space, for benches/replay.rs and the tests: merge, decoding,
+//! Recorded perf buffers through everything that happens to events in user space, for bench/replay.rs and the tests: merge, decoding,
 //! presentation, output. No kernel is asked for anything.
 
 use std::path::Path;
@@ -86,7 +86,7 @@ mod tests {
 
     fn data(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("benches/data")
+            .join("bench/data")
             .join(name)
     }
 

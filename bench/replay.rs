@@ -1,5 +1,5 @@
 //! Events a second, from a perf buffer to lines in a file, on one core: `cargo bench --bench replay`. Replays what a kernel wrote
-//! (benches/data) through the parser of perf buffers, merge, decoding, formatting and writing; beside it the same bytes written
+//! (bench/data) through the parser of perf buffers, merge, decoding, formatting and writing; beside it the same bytes written
 //! alone, which is what no tool can do without.
 
 use std::fs::{self, File};
@@ -21,7 +21,7 @@ fn ring() -> Vec<u8> {
     let mut once = Vec::new();
     flate2::read::GzDecoder::new(RING)
         .read_to_end(&mut once)
-        .expect("benches/data/skb-6.12.ring.gz is whole");
+        .expect("bench/data/skb-6.12.ring.gz is whole");
     let mut batch = Batch::default();
     consume(&mut batch, &once);
     let mut ring = Vec::new();
