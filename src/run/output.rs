@@ -9,6 +9,8 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde::Serialize;
 
+use crate::text::json;
+
 use super::Flow;
 use super::stream::Stream;
 
@@ -102,22 +104,18 @@ impl Output {
 
     /// An event as one JSON object.
     pub fn json_event(&mut self, value: &impl Serialize) -> Result<Flow> {
-        self.json_event_seen(value, |_| ())
+        self.json_made(|line| json::push(line, value))
     }
 
-    /// The same; `seen` is shown the line.
-    pub fn json_event_seen(
+    /// An event as one JSON object, which `make` appends.
+    pub fn json_made(
         &mut self,
-        value: &impl Serialize,
-        seen: impl FnOnce(&[u8]),
+        make: impl FnOnce(&mut Vec<u8>) -> Result<(), json::Error>,
     ) -> Result<Flow> {
-        let mut error = None;
-        let flow = self.event(|b| {
-            let start = b.len();
-            error = crate::text::json::push(b, value).err();
-            seen(&b[start..]);
-        })?;
-        error.map_or(Ok(flow), |e| Err(e).context("failed to write JSON"))
+        let mut made = Ok(());
+        let flow = self.event(|b| made = make(b))?;
+        made.context("failed to write JSON")?;
+        Ok(flow)
     }
 
     /// A line that is no event (a header, a record of loss).
@@ -132,9 +130,9 @@ impl Output {
 
     /// A record that is no event, as one JSON object.
     pub fn json_line(&mut self, value: &impl Serialize) -> Result<()> {
-        let mut error = None;
-        self.line(|b| error = crate::text::json::push(b, value).err())?;
-        error.map_or(Ok(()), |e| Err(e).context("failed to write JSON"))
+        let mut made = Ok(());
+        self.line(|b| made = json::push(b, value))?;
+        made.context("failed to write JSON")
     }
 
     /// Writes what is gathered. Fails with a broken pipe where stdout's reader has gone, even when there is nothing to write. After a

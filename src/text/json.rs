@@ -157,6 +157,43 @@ impl<'a> Inside<'a> {
     }
 }
 
+/// A JSON object, written field by field.
+pub struct Object<'a> {
+    inside: Inside<'a>,
+    failed: Result<(), Error>,
+}
+
+impl<'a> Object<'a> {
+    #[inline]
+    pub fn new(out: &'a mut Vec<u8>) -> Self {
+        Self {
+            inside: Inside::new(out, b'{', b"}"),
+            failed: Ok(()),
+        }
+    }
+
+    /// One more field. What is wrong with a value [`Object::close`] says.
+    #[inline]
+    pub fn field<T: Serialize + ?Sized>(&mut self, name: &'static str, value: &T) {
+        if let Err(e) = self.inside.field(name, value) {
+            self.failed = Err(e);
+        }
+    }
+
+    /// One more field, where there is a value.
+    #[inline]
+    pub fn some<T: Serialize>(&mut self, name: &'static str, value: Option<&T>) {
+        if let Some(value) = value {
+            self.field(name, value);
+        }
+    }
+
+    pub fn close(self) -> Result<(), Error> {
+        self.inside.close()?;
+        self.failed
+    }
+}
+
 /// `{"VARIANT":` and what follows.
 fn variant<'a>(out: &'a mut Vec<u8>, name: &str) -> &'a mut Vec<u8> {
     out.push(b'{');

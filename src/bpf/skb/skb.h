@@ -21,7 +21,10 @@ enum skb_kind {
 	SKB_KIND_LEAVE = 7, /* it ends; `reason`: its verdict */
 };
 
-/* Bits of skb_event.sections, in the order in which the sections follow. */
+/*
+ * Bits of skb_event.sections, in the order in which the sections follow. A new
+ * one comes in front of the last.
+ */
 enum skb_section {
 	SKB_SECTION_META = 1U << 0, /* struct skb_meta */
 	SKB_SECTION_TUPLE = 1U << 1, /* struct np_tuple */
@@ -39,7 +42,7 @@ enum skb_section {
 	SKB_SECTION_LIFE = 1U
 			   << 13, /* __u64 number of its life, see skb_track */
 	SKB_SECTION_DROP = 1U << 14, /* struct skb_drop */
-	SKB_SECTION_STACK = 1U << 15, /* __u64 addresses, to the end */
+	SKB_SECTION_STACK = 1U << 30, /* __u64 addresses, to the end */
 };
 
 #define SKB_STACK_DEPTH 64

@@ -25,17 +25,7 @@
 #include "skb/skb_read.bpf.h"
 #include "skb/netfilter.bpf.h"
 #include "skb/skb_drops.bpf.h"
-
-/* What a hit is, beside the skb. */
-struct hit {
-	__u64 func;
-	__u64 caller;
-	__u64 packet; /* identity, where tracking is on */
-	struct sock *sk; /* the function's own, or NULL */
-	const struct skb_drop *drop; /* with SKB_SECTION_DROP */
-	__u32 reason;
-	__u16 kind;
-};
+#include "skb/skb_columns.bpf.h"
 
 /* Not 0 while a program of skb_prog.bpf.c runs on this CPU. */
 struct {
@@ -118,87 +108,6 @@ static __always_inline struct np_tuple *tuple_place(struct skb_scratch *buf)
 	return (struct np_tuple *)&buf->bytes[at];
 }
 
-/* SKB_DROP_REASON_NETFILTER_DROP of this kernel; 0: it has none. */
-const volatile __u32 nf_drop_reason = 0;
-
-/* Who in netfilter has dropped this packet, if it is freed for that. */
-static __always_inline void read_decision(__u64 skb, const struct hit *hit,
-					  struct nf_decision *to)
-{
-	bool dropped = hit->kind == SKB_KIND_DROPPED;
-
-	if (dropped || hit->kind == SKB_KIND_DROP)
-		nf_read(skb, dropped ? hit->func : hit->caller, to);
-	else
-		to->known = 0;
-	/* What a queue held may be freed without this reason: its place says it. */
-	if (hit->reason != nf_drop_reason &&
-	    !(dropped && to->verdict == NF_QUEUE))
-		to->known = 0;
-}
-
-/* The sections that are seldom asked for, from `len` on; the new length. */
-static __always_inline __u64 write_more(struct skb_scratch *buf, __u64 len,
-					struct sk_buff *skb,
-					const struct np_tuple *tuple,
-					const struct hit *hit)
-{
-	if (sections & SKB_SECTION_PACKET) {
-		*(__u64 *)&buf->bytes[len] = hit->packet;
-		len += sizeof(__u64);
-	}
-	if (sections & SKB_SECTION_OWNER) {
-		owner_read(skb, hit->sk, (struct skb_owner *)&buf->bytes[len]);
-		len += sizeof(struct skb_owner);
-	}
-	if (sections & SKB_SECTION_CALLER) {
-		*(__u64 *)&buf->bytes[len] = hit->caller;
-		len += sizeof(__u64);
-	}
-	if (sections & SKB_SECTION_TUNNEL) {
-		read_tunnel((const __u8 *)np_l3_sound(skb), tuple,
-			    (struct np_tuple *)&buf->bytes[len]);
-		len += sizeof(struct np_tuple);
-	}
-	if (sections & SKB_SECTION_CB) {
-		bpf_probe_read_kernel(&buf->bytes[len], SKB_CB_LEN, &skb->cb);
-		len += SKB_CB_LEN;
-	}
-	if (sections & SKB_SECTION_SKB) {
-		read_copy((struct skb_copy *)&buf->bytes[len], skb,
-			  bpf_core_type_size(struct sk_buff));
-		len += sizeof(struct skb_copy);
-	}
-	if (sections & SKB_SECTION_SHINFO) {
-		read_copy((struct skb_copy *)&buf->bytes[len],
-			  NP_READ(skb, head) + NP_READ(skb, end),
-			  bpf_core_type_size(struct skb_shared_info));
-		len += sizeof(struct skb_copy);
-	}
-	if (sections & SKB_SECTION_DATA) {
-		read_data(skb, (struct skb_data *)&buf->bytes[len]);
-		len += sizeof(struct skb_data) + snap_len;
-	}
-	if (sections & SKB_SECTION_MEMBERS) {
-		np_read_members(skb, (struct np_members *)&buf->bytes[len]);
-		len += sizeof(struct np_members);
-	}
-	if (sections & SKB_SECTION_NFT) {
-		read_decision((__u64)skb, hit,
-			      (struct nf_decision *)&buf->bytes[len]);
-		len += sizeof(struct nf_decision);
-	}
-	if (sections & SKB_SECTION_LIFE) {
-		*(__u64 *)&buf->bytes[len] = track_life(skb);
-		len += sizeof(__u64);
-	}
-	if ((sections & SKB_SECTION_DROP) && hit->drop) {
-		*(struct skb_drop *)&buf->bytes[len] = *hit->drop;
-		len += sizeof(struct skb_drop);
-	}
-	return len;
-}
-
 /*
  * Writes the event: the fixed part and the sections asked for. The tuple is in
  * its place already (see tuple_place), where it is asked for.
@@ -209,6 +118,11 @@ static __always_inline void write_event_by(void *ctx, struct skb_scratch *buf,
 					   const struct hit *hit,
 					   const bool use_cast)
 {
+	const struct skb_source from = {
+		.skb = skb,
+		.tuple = tuple,
+		.hit = hit,
+	};
 	__u64 len = sizeof(struct skb_event);
 
 	event_begin(buf, (__u64)skb, hit);
@@ -221,7 +135,7 @@ static __always_inline void write_event_by(void *ctx, struct skb_scratch *buf,
 	if (sections & SKB_SECTION_TUPLE)
 		len += sizeof(struct np_tuple);
 	if (sections & SKB_SECTIONS_MORE)
-		len = write_more(buf, len, skb, tuple, hit);
+		len = write_more(buf, len, &from);
 	event_end(ctx, buf, len);
 }
 

@@ -13,24 +13,6 @@ const volatile __u8 has_func_ip = 0;
 /* enum skb_drop_reason exists (kernels from 5.17). */
 const volatile __u8 has_reasons = 0;
 
-/* Room for an event with all its sections: too much for the BPF stack. */
-struct skb_scratch {
-	__u8 bytes[sizeof(struct skb_event) + sizeof(struct skb_meta) +
-		   sizeof(struct np_tuple) + sizeof(struct skb_owner) +
-		   sizeof(struct np_tuple) + SKB_CB_LEN +
-		   2 * sizeof(struct skb_copy) + sizeof(struct skb_data) +
-		   SKB_SNAP_MAX + sizeof(struct np_members) +
-		   sizeof(struct nf_decision) + sizeof(struct skb_drop) +
-		   (3 + SKB_STACK_DEPTH) * sizeof(__u64)];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct skb_scratch);
-} scratch SEC(".maps");
-
 /* For the types in the skeleton. */
 struct skb_event skb_event_type;
 struct skb_meta skb_meta_type;

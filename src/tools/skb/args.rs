@@ -6,7 +6,6 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use regex::Regex;
 
-use crate::bpf::skb::types::skb_section;
 use crate::filter::members::Condition;
 use crate::kernel::btf::Btf;
 use crate::run::output::OutputArgs;
@@ -15,23 +14,10 @@ use crate::tools::fields::FieldArgs;
 use crate::tools::{EngineArgs, TransportArgs};
 use crate::usage::usage;
 
-/// SKB_SECTION_* of src/bpf/skb/skb.h
-pub const SECTION_META: u32 = skb_section::SKB_SECTION_META.0;
-pub const SECTION_TUPLE: u32 = skb_section::SKB_SECTION_TUPLE.0;
-pub const SECTION_PACKET: u32 = skb_section::SKB_SECTION_PACKET.0;
-pub const SECTION_OWNER: u32 = skb_section::SKB_SECTION_OWNER.0;
-pub const SECTION_CALLER: u32 = skb_section::SKB_SECTION_CALLER.0;
-pub const SECTION_TUNNEL: u32 = skb_section::SKB_SECTION_TUNNEL.0;
-pub const SECTION_CB: u32 = skb_section::SKB_SECTION_CB.0;
-pub const SECTION_SKB: u32 = skb_section::SKB_SECTION_SKB.0;
-pub const SECTION_SHINFO: u32 = skb_section::SKB_SECTION_SHINFO.0;
-pub const SECTION_DATA: u32 = skb_section::SKB_SECTION_DATA.0;
-pub const SECTION_MEMBERS: u32 = skb_section::SKB_SECTION_MEMBERS.0;
-pub const SECTION_NFT: u32 = skb_section::SKB_SECTION_NFT.0;
-pub const SECTION_MAP: u32 = skb_section::SKB_SECTION_MAP.0;
-pub const SECTION_LIFE: u32 = skb_section::SKB_SECTION_LIFE.0;
-pub const SECTION_DROP: u32 = skb_section::SKB_SECTION_DROP.0;
-pub const SECTION_STACK: u32 = skb_section::SKB_SECTION_STACK.0;
+use super::columns::{self, ColumnArgs, Types};
+use super::event::{
+    SECTION_DATA, SECTION_DROP, SECTION_LIFE, SECTION_MAP, SECTION_MEMBERS, SECTION_PACKET,
+};
 
 /// How functions are attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -151,24 +137,11 @@ pub struct Args {
 
     /// Print one line for each dropped packet, with its reason and place. Uses the kernel's tracepoint of drops, and probes on the
     /// few functions that drop handshakes when a listen queue is full
-    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "filter_kprobe_batch", "kmods", "all_kmods", "output_retval", "output_caller"])]
+    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "filter_kprobe_batch", "kmods", "all_kmods", "output_retval", "output-caller"])]
     pub drops: bool,
 
-    /// Show netns, mark, interface, protocol, MTU and length (on; =false switches it off)
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = true, default_missing_value = "true", require_equals = true, action = clap::ArgAction::Set, help_heading = "Output")]
-    pub output_meta: bool,
-
-    /// Show addresses, ports and protocol (on; =false switches it off)
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = true, default_missing_value = "true", require_equals = true, action = clap::ArgAction::Set, help_heading = "Output")]
-    pub output_tuple: bool,
-
-    /// Show the kernel stack of each event
-    #[arg(long, help_heading = "Output")]
-    pub output_stack: bool,
-
-    /// Show the caller of each function
-    #[arg(long, help_heading = "Output")]
-    pub output_caller: bool,
+    #[command(flatten)]
+    pub columns: ColumnArgs,
 
     /// Show the return value of functions that return a number (kernels from 5.15)
     #[arg(long, help_heading = "Output")]
@@ -177,22 +150,6 @@ pub struct Args {
     /// Show TCP flags after the addresses
     #[arg(long, help_heading = "Output")]
     pub output_tcp_flags: bool,
-
-    /// Show the addresses of the packet inside a tunnel (VXLAN, Geneve, GRE, IPIP, SIT)
-    #[arg(long, help_heading = "Output")]
-    pub output_tunnel: bool,
-
-    /// Show skb->cb, as 32-bit words
-    #[arg(long, help_heading = "Output")]
-    pub output_skb_cb: bool,
-
-    /// Show the whole struct sk_buff
-    #[arg(long, help_heading = "Output")]
-    pub output_skb: bool,
-
-    /// Show the whole struct skb_shared_info
-    #[arg(long, help_heading = "Output")]
-    pub output_skb_shared_info: bool,
 
     /// Show members of the sk_buff, and of what it points to: 'skb->mark,skb->dev->ifindex' (4 at most)
     #[arg(
@@ -213,10 +170,6 @@ pub struct Args {
     )]
     pub output_xdp_metadata: Vec<String>,
 
-    /// Show who in netfilter dropped a packet: nft table, chain and rule (its handle) or policy, table of the older iptables, or the function of another hook (kernels with BTF of modules, from 5.11; the rule from 5.17)
-    #[arg(long, help_heading = "Output")]
-    pub output_nft: bool,
-
     /// Show the names of network namespaces (under /run/netns) in place of their inodes
     #[arg(long, help_heading = "Output")]
     pub output_netns_names: bool,
@@ -228,10 +181,6 @@ pub struct Args {
     /// Bytes of each packet that --write takes at most
     #[arg(short = 's', long, value_name = "N", default_value_t = 256, requires = "write", value_parser = clap::value_parser!(u32).range(16..=1536), help_heading = "Output")]
     pub snaplen: u32,
-
-    /// Show whose socket a packet belongs to: the process that made or connected it, not the one that happens to run
-    #[arg(long, help_heading = "Output")]
-    pub output_owner: bool,
 
     /// Show a time stamp
     #[arg(long, value_enum, default_value_t = Timestamp::None, help_heading = "Output")]
@@ -252,41 +201,45 @@ pub struct Args {
 }
 
 impl Args {
-    /// The sections that events carry.
+    /// The sections that events carry: those of the columns' own flags, and those that follow from others.
     pub fn sections(&self) -> u32 {
-        let mut sections = 0;
-        if self.output_meta {
-            sections |= SECTION_META;
-        }
-        if self.output_tuple {
-            sections |= SECTION_TUPLE;
-        }
-        if self.track() {
-            sections |= SECTION_PACKET;
-        }
-        if self.output_owner {
-            sections |= SECTION_OWNER;
-        }
-        if self.output_caller {
-            sections |= SECTION_CALLER;
-        }
-        for (wanted, section) in [
-            (self.output_tunnel, SECTION_TUNNEL),
-            (self.output_skb_cb, SECTION_CB),
-            (self.output_skb, SECTION_SKB),
-            (self.output_skb_shared_info, SECTION_SHINFO),
+        let others = [
+            (self.track(), SECTION_PACKET),
             (self.write.is_some(), SECTION_DATA),
             (!self.output_skb_metadata.is_empty(), SECTION_MEMBERS),
-            (self.output_nft, SECTION_NFT),
             (self.lives(), SECTION_LIFE),
             (self.drops, SECTION_DROP),
-            (self.output_stack, SECTION_STACK),
-        ] {
-            if wanted {
-                sections |= section;
-            }
+        ];
+        let others = others.iter().filter(|(wanted, _)| *wanted);
+        others.fold(self.columns.sections, |sum, (_, section)| sum | section)
+    }
+
+    /// The same, with those that only some events have.
+    pub fn shown_sections(&self) -> u32 {
+        let mut sections = self.sections();
+        if self.output_bpfmap {
+            sections |= SECTION_MAP;
+        }
+        if !self.output_xdp_metadata.is_empty() {
+            sections |= SECTION_MEMBERS;
         }
         sections
+    }
+
+    /// Where the kernel's types are that the sections' C code reads; an error where it lacks them.
+    pub fn types(&self, btf: &Btf) -> Result<Types> {
+        let mut types = Types::Kernel;
+        for column in &columns::ALL {
+            if self.asks(column.section) && (column.types)(btf)? == Types::Modules {
+                types = Types::Modules;
+            }
+        }
+        Ok(types)
+    }
+
+    /// A section is asked for.
+    pub fn asks(&self, section: u32) -> bool {
+        self.sections() & section != 0
     }
 
     /// --filter-xdp-expr

@@ -18,7 +18,7 @@ use crate::kernel::clock::WallClock;
 use crate::run::stream::Stream;
 use crate::text::escape::escaped;
 
-use super::decode::{Data, Event};
+use super::event::{Data, Event};
 
 /// What tells one interface block from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -190,7 +190,7 @@ impl Capture {
 mod tests {
     use super::*;
     use crate::event::head::Head;
-    use crate::tools::skb::decode::Data;
+    use crate::tools::skb::event::Data;
 
     #[test]
     fn one_link_type_whatever_the_first_header() {
@@ -256,7 +256,7 @@ mod tests {
         ] {
             let event = Event {
                 head: Head::default(),
-                meta: Some(crate::tools::skb::decode::Meta {
+                meta: Some(crate::tools::skb::event::Meta {
                     netns: 4_026_531_840,
                     mark: 0,
                     ifindex,

@@ -1,4 +1,4 @@
-//! What is shown of an event beyond its columns, where asked for: whole kernel structs, skb->cb, names of namespaces.
+//! What is shown in other words where asked for: kernel structs as C text, names of namespaces.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,103 +9,57 @@ use crate::kernel::btf::Btf;
 use crate::kernel::btf_dump::Dumper;
 use crate::kernel::netns;
 
-use super::args::Args;
-use super::decode::Event;
-
 /// Names of namespaces are not looked up more often than this.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// What was asked for.
-pub struct Extras {
-    skb: Option<Dumper>,
-    shared_info: Option<Dumper>,
-    netns: Option<NetnsNames>,
+/// A kernel struct as C text.
+#[derive(Default)]
+pub struct Dump {
+    dumper: Option<Dumper>,
+    /// of the event at hand
+    pub shown: Option<String>,
 }
 
-/// An event's extras as text.
-#[derive(Debug, Default)]
-pub struct Shown {
-    /// the kernel structs, as C text
-    pub skb: Option<String>,
-    pub shared_info: Option<String>,
-}
-
-impl Extras {
-    pub fn new(args: &Args) -> Result<Self> {
-        let dumper = |wanted: bool, name| {
-            wanted
-                .then(|| Dumper::new(&Btf::vmlinux(args.kernel_btf.as_deref())?, name))
-                .transpose()
-        };
+impl Dump {
+    /// Of `struct NAME`.
+    pub fn new(btf: &Btf, name: &str) -> Result<Self> {
+        let dumper = Some(Dumper::new(btf, name)?);
         Ok(Self {
-            skb: dumper(args.output_skb, "sk_buff")?,
-            shared_info: dumper(args.output_skb_shared_info, "skb_shared_info")?,
-            netns: args.output_netns_names.then(NetnsNames::look),
+            dumper,
+            shown: None,
         })
     }
 
-    /// The dumps of an event.
-    pub fn show(&mut self, event: &Event) -> Result<Shown> {
-        let text = |dumper: &mut Option<Dumper>, bytes: &Option<Vec<u8>>| match (dumper, bytes) {
-            (Some(d), Some(b)) if !b.is_empty() => d.text(b).map(Some),
-            _ => Ok(None),
+    /// Makes the text of these bytes; there is none where they could not be read.
+    pub fn show(&mut self, bytes: Option<&[u8]>) -> Result<()> {
+        self.shown = match (&mut self.dumper, bytes) {
+            (Some(dumper), Some(bytes)) if !bytes.is_empty() => Some(dumper.text(bytes)?),
+            _ => None,
         };
-        Ok(Shown {
-            skb: text(&mut self.skb, &event.skb_copy)?,
-            shared_info: text(&mut self.shared_info, &event.shared_info)?,
-        })
-    }
-
-    /// Names of namespaces were asked for.
-    pub fn names_netns(&self) -> bool {
-        self.netns.is_some()
-    }
-
-    /// The name of a namespace, where names were asked for and it has one.
-    pub fn netns(&mut self, inode: u32) -> Option<&str> {
-        self.netns.as_mut()?.of(inode)
+        Ok(())
     }
 }
 
-/// `skb->cb` as the kernel's 32-bit words, in hexadecimal.
-pub fn cb_words(cb: &[u8; 48]) -> Vec<String> {
-    cb.chunks_exact(4)
-        .filter_map(|c| c.try_into().ok().map(u32::from_ne_bytes))
-        .map(|w| format!("{w:08x}"))
-        .collect()
-}
-
-/// Names under /run/netns by inode. A namespace that appears later is looked up then.
-struct NetnsNames {
-    names: HashMap<u32, String>,
-    looked: Instant,
-}
+/// Names under /run/netns by inode, where they were asked for. A namespace that appears later is looked up then.
+#[derive(Default)]
+pub struct NetnsNames(Option<(HashMap<u32, String>, Instant)>);
 
 impl NetnsNames {
-    fn look() -> Self {
-        Self {
-            names: netns::names(),
-            looked: Instant::now(),
-        }
+    pub fn look() -> Self {
+        Self(Some((netns::names(), Instant::now())))
     }
 
-    fn of(&mut self, inode: u32) -> Option<&str> {
-        if !self.names.contains_key(&inode) && self.looked.elapsed() >= AGAIN {
+    /// They were asked for.
+    pub fn wanted(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// The name of a namespace, where it has one.
+    pub fn of(&mut self, inode: u32) -> Option<&str> {
+        let (names, looked) = self.0.as_ref()?;
+        if !names.contains_key(&inode) && looked.elapsed() >= AGAIN {
             *self = Self::look();
         }
-        self.names.get(&inode).map(String::as_str)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_of_cb() {
-        let mut cb = [0; 48];
-        cb[..4].copy_from_slice(&0x1234u32.to_ne_bytes());
-        let words = cb_words(&cb);
-        assert_eq!((words.len(), words[0].as_str()), (12, "00001234"));
+        self.0.as_ref()?.0.get(&inode).map(String::as_str)
     }
 }

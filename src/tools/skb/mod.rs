@@ -3,21 +3,25 @@
 pub mod args;
 mod attached;
 mod capture;
+mod columns;
 mod decode;
 mod drops;
+mod event;
 mod extras;
 mod helpers;
 mod hooks;
 mod json;
-mod json_again;
+mod json_tails;
 mod members;
 mod netfilter;
 mod present;
 mod probes;
+mod program;
 mod programs;
 pub mod replay;
 mod since;
 mod track;
+mod view;
 
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
@@ -48,6 +52,8 @@ use crate::usage::usage;
 use args::Args;
 use attached::Attached;
 use capture::Capture;
+use columns::Types;
+use event::{SECTION_NFT, SECTION_OWNER};
 use helpers::Helpers;
 use members::Members;
 use present::Presenter;
@@ -78,13 +84,13 @@ pub fn run(args: &Args) -> Result<()> {
     let wants = Wants {
         track: args.track(),
         lives: args.lives(),
-        owner: args.output_owner,
+        owner: args.asks(SECTION_OWNER),
         drops: args.drops,
         listens: args.drops && features.why_no_tracing().is_none(),
-        receivers: args.drops && args.output_owner && !features.drop_sock,
+        receivers: args.drops && args.asks(SECTION_OWNER) && !features.drop_sock,
         returns: args.output_retval,
         xdp: args.filter_trace_xdp,
-        nft: args.output_nft,
+        nft: args.asks(SECTION_NFT),
     };
     if args.drops && !wants.owner && !wants.nft {
         features.require_drops("skb --drops")?;
@@ -92,9 +98,7 @@ pub fn run(args: &Args) -> Result<()> {
         features.require_tracing("skb")?;
     }
     let btf = btf?;
-    if wants.nft {
-        probes::require_nft(&btf)?;
-    }
+    let types = args.types(&btf)?;
     let plan = if args.drops {
         Plan::drops(&btf, &features, args.backend, wants)?
     } else {
@@ -105,8 +109,8 @@ pub fn run(args: &Args) -> Result<()> {
     let xdp_shown = Members::parse(&args.output_xdp_metadata, ("xdp", "xdp_buff"), &btf)
         .map_err(|e| usage(format!("--output-xdp-metadata: {e:#}")))?;
     let reasons = DropReasons::load(&btf);
-    // nft's types are those of a module, if it is one: libbpf has to look for them itself. So it has in the user's file.
-    let core = (args.kernel_btf.is_none() && !wants.nft)
+    // In modules libbpf has to look for types itself. So it has in the user's file.
+    let core = (args.kernel_btf.is_none() && types == Types::Kernel)
         .then(|| CoreBtf::new(&btf, bpf::SKB_TYPES))
         .transpose()?;
     // Some 3 MB, which only a few need any longer.
@@ -282,10 +286,10 @@ fn load<'a>(
     if args.output_bpfmap {
         size(&mut open.maps.map_calls, 4096)?;
     }
-    if args.output_owner {
+    if wants.owner {
         size(&mut open.maps.owners, args.track_entries)?;
     }
-    if args.output_nft {
+    if wants.nft {
         size(&mut open.maps.nf_ways, 4096)?;
         size(&mut open.maps.nft_calls, 4096)?;
     }

@@ -410,23 +410,6 @@ fn netfilter_hooks(btf: &Btf, wants: Wants) -> Result<Vec<String>> {
     btf.functions_like_hooks(&btf::modules())
 }
 
-/// What --output-nft needs.
-pub fn require_nft(btf: &Btf) -> Result<()> {
-    if btf.struct_named("nft_chain").is_some() {
-        return Ok(()); // built in
-    }
-    let modules = btf::modules();
-    if modules.is_empty() {
-        bail!(
-            "--output-nft: this kernel has no BTF of modules (it needs 5.11), which says what nf_tables' structs are; without the flag a drop's place still shows"
-        );
-    }
-    if !modules.iter().any(|m| m == "nf_tables") {
-        bail!("--output-nft: the module nf_tables is not loaded: nft has no rules here");
-    }
-    Ok(())
-}
-
 /// The backend asked for, or the better one that the kernel has.
 fn choose(features: &Features, backend: Option<Backend>) -> Result<Backend> {
     match backend {

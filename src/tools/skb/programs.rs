@@ -23,21 +23,15 @@ use crate::kernel::{attach, xdp};
 use crate::text::escape::escaped;
 use crate::tools::Transport;
 
-use super::args::{
-    Args, SECTION_CALLER, SECTION_CB, SECTION_LIFE, SECTION_MEMBERS, SECTION_NFT, SECTION_OWNER,
-    SECTION_SHINFO, SECTION_SKB,
-};
+use super::args::Args;
+use super::columns::{self, Of};
+use super::event::SECTION_MEMBERS;
 use super::helpers::Helpers;
 use super::members::Members;
+use super::program::{Kind, Program};
 
 /// What stands in the programs where the id of the watched one belongs.
 const PROGRAM_ID: i32 = skb_program::SKB_PROGRAM_ID.0 as i32;
-
-/// Sections that programs' events do not have: a program's caller is its hook in the kernel, the same for all; nft's rules drop elsewhere;
-/// which members there are, each kind of program has its own say.
-const OF_FUNCTIONS: u32 = SECTION_CALLER | SECTION_NFT | SECTION_MEMBERS;
-/// Sections that an XDP packet does not have: it has no sk_buff, and no socket as yet.
-const OF_SKBS: u32 = SECTION_OWNER | SECTION_CB | SECTION_SKB | SECTION_SHINFO | SECTION_LIFE;
 
 /// What decides which runs of programs are shown, and which members with them.
 #[derive(Clone, Copy)]
@@ -47,68 +41,6 @@ pub struct Watched<'a> {
     pub xdp_filter: Option<&'a Condition>,
     pub members: &'a Members,
     pub xdp_members: &'a Members,
-}
-
-/// What a program works on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    Tc,
-    Xdp,
-}
-
-impl Kind {
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Tc => "tc",
-            Kind::Xdp => "xdp",
-        }
-    }
-
-    /// The programs of skb_prog.bpf.c for it: at entry, at exit.
-    fn watchers(self) -> (&'static str, &'static str) {
-        match self {
-            Kind::Tc => ("tc_enter", "tc_leave"),
-            Kind::Xdp => ("xdp_enter", "xdp_leave"),
-        }
-    }
-
-    /// The kernel's name of a verdict: TC_ACT_* or XDP_*. tcx and netkit programs have the same numbers as tc's.
-    pub fn verdict(self, value: i32) -> Option<&'static str> {
-        const TC: [&str; 10] = [
-            "TC_ACT_UNSPEC",
-            "TC_ACT_OK",
-            "TC_ACT_RECLASSIFY",
-            "TC_ACT_SHOT",
-            "TC_ACT_PIPE",
-            "TC_ACT_STOLEN",
-            "TC_ACT_QUEUED",
-            "TC_ACT_REPEAT",
-            "TC_ACT_REDIRECT",
-            "TC_ACT_TRAP",
-        ];
-        const XDP: [&str; 5] = [
-            "XDP_ABORTED",
-            "XDP_DROP",
-            "XDP_PASS",
-            "XDP_TX",
-            "XDP_REDIRECT",
-        ];
-        let (names, first) = match self {
-            Kind::Tc => (&TC[..], -1),
-            Kind::Xdp => (&XDP[..], 0),
-        };
-        let index = usize::try_from(value.checked_sub(first)?).ok()?;
-        names.get(index).copied()
-    }
-}
-
-/// A watched program, as lines show it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Program {
-    pub id: u32,
-    /// of its main function, escaped
-    pub name: String,
-    pub kind: Kind,
 }
 
 /// An object whose programs watch programs of one kind.
@@ -294,11 +226,16 @@ impl<'a> Watcher<'a> {
         rodata.use_cast = u8::from(features.rdonly_cast);
         rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
         rodata.has_buff_len = u8::from(kind == Kind::Xdp && xdp::has_frags());
-        let (left_out, members) = match kind {
-            Kind::Tc => (OF_FUNCTIONS, watched.members),
-            Kind::Xdp => (OF_FUNCTIONS | OF_SKBS, watched.xdp_members),
+        let members = match kind {
+            Kind::Tc => watched.members,
+            Kind::Xdp => watched.xdp_members,
         };
-        rodata.sections = args.sections() & !left_out;
+        rodata.sections = args.sections()
+            & columns::sections(|column| match column.of {
+                Of::All => true,
+                Of::Skbs => kind == Kind::Tc,
+                Of::Functions => false,
+            });
         if !members.paths().is_empty() {
             rodata.sections |= SECTION_MEMBERS;
         }
@@ -406,22 +343,5 @@ fn hint(why: &anyhow::Error) -> &'static str {
             " (a locked-down kernel refuses fentry and fexit: boot with lockdown=none)"
         }
         _ => "",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn verdicts_by_name() {
-        assert_eq!(Kind::Tc.verdict(-1), Some("TC_ACT_UNSPEC"));
-        assert_eq!(Kind::Tc.verdict(2), Some("TC_ACT_SHOT"));
-        assert_eq!(Kind::Tc.verdict(8), Some("TC_ACT_TRAP"));
-        assert_eq!(Kind::Tc.verdict(9), None);
-        assert_eq!(Kind::Tc.verdict(i32::MIN), None);
-        assert_eq!(Kind::Xdp.verdict(1), Some("XDP_DROP"));
-        assert_eq!(Kind::Xdp.verdict(-1), None);
-        assert_eq!(Kind::Xdp.verdict(i32::MAX), None);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::decode::{Event, Point};
+use super::event::{Event, Point};
 
 /// Packets or skbs whose last event is remembered.
 const REMEMBERED: usize = 65_536;

@@ -1,11 +1,12 @@
 //! The JSON line of an event whose process, meta and tuple came before: all but its time, skb, CPU and function is copied from the line
-//! that [`super::json::Row`] made then. A packet passes some 60 functions with ten different tails.
+//! that [`super::json`] wrote then. A packet passes some 60 functions with ten different tails.
 
 use crate::event::tuple::Tuple;
 use crate::text::format::{push_dec, push_hex};
 use crate::text::json::push_str;
 
-use super::decode::{Event, Meta};
+use super::event::{Event, Meta, SECTION_DATA, SECTION_LIFE, SECTION_META, SECTION_TUPLE};
+use super::json::When;
 
 /// Tails that are remembered; a power of two.
 const SLOTS: usize = 256;
@@ -22,61 +23,18 @@ pub struct Tail {
     func: usize,
 }
 
-/// When an event was, in the parts that a line begins with.
-#[derive(Debug, Clone, Copy)]
-pub struct When {
-    pub wall: u64,
-    pub since: Option<u64>,
-    pub late: bool,
-}
-
 /// The tails, each in the place that its event's hash says; no places before the first.
 #[derive(Default)]
 pub struct Tails(Vec<Option<Tail>>);
 
-/// The event has nothing that a tail does not know.
+/// The event has nothing that a tail does not know: no section but these, of which the bytes are not for lines.
 fn is_plain(event: &Event) -> bool {
-    // Named one by one, so that a new field is thought of here.
-    let Event {
-        head: _,
-        skb: _,
-        func: _,
-        dropped,
-        reason,
-        retval,
-        program,
-        meta: _,
-        tuple: _,
-        packet,
-        owner,
-        caller,
-        tunnel,
-        cb,
-        skb_copy,
-        shared_info,
-        data: _,
-        members,
-        nft,
-        map,
-        life: _,
-        drop: _,
-        stack,
-    } = event;
-    !dropped
-        && reason.is_none()
-        && retval.is_none()
-        && program.is_none()
-        && packet.is_none()
-        && owner.is_none()
-        && caller.is_none()
-        && tunnel.is_none()
-        && cb.is_none()
-        && skb_copy.is_none()
-        && shared_info.is_none()
-        && members.is_none()
-        && nft.is_none()
-        && map.is_none()
-        && stack.is_none()
+    let more = event.sections & !(SECTION_META | SECTION_TUPLE | SECTION_DATA | SECTION_LIFE);
+    !event.dropped
+        && event.reason.is_none()
+        && event.retval.is_none()
+        && event.program.is_none()
+        && more == 0
 }
 
 impl Tails {
@@ -161,9 +119,10 @@ fn cut(line: &[u8]) -> Option<(Vec<u8>, usize)> {
 mod tests {
     use super::*;
     use crate::event::head::Head;
-    use crate::text::format::Hex;
-    use crate::text::json;
-    use crate::tools::skb::json::Row;
+    use crate::tools::skb::columns::ALL;
+    use crate::tools::skb::event::SECTION_OWNER;
+    use crate::tools::skb::json;
+    use crate::tools::skb::view::View;
     use proptest::prelude::*;
 
     proptest! {
@@ -187,39 +146,37 @@ mod tests {
                 icmp_code: 0,
                 fragment: with.2,
             };
-            let event = Event {
+            let mut event = Event {
                 head: Head { ts, kind: 1, cpu: c, tgid: a, pid: b, comm: names.0 },
                 skb,
+                sections: if with.0 { SECTION_META } else { 0 } | if with.1 { SECTION_TUPLE } else { 0 },
                 meta: with.0.then_some(Meta {
                     netns: a, mark: b, ifindex: a, len: b, mtu: a, protocol: c, vlan: with.2.then_some(c), ifname: names.1,
                 }),
                 tuple: with.1.then_some(with.2.then_some(tuple)),
                 ..Event::default()
             };
-            let row = |ts, skb, when: When, func| {
+            let columns: Vec<_> = ALL.iter().collect();
+            let row = |event: &Event, when: When, func: &str| {
                 let mut line = Vec::new();
-                let row = Row {
-                    ts_ns: ts,
-                    skb: Hex(skb),
-                    wall_ns: when.wall,
-                    since_ns: when.since,
-                    late: when.late,
-                    func: Some(func),
-                    ..Row::new(&event)
-                };
-                json::push(&mut line, &row).unwrap();
+                let mut view = View::default();
+                view.names.insert(event.func, func.to_owned());
+                json::push(&mut line, &mut view, event, when, &columns).unwrap();
                 String::from_utf8(line).unwrap()
             };
             let then = When { wall: 7, since: None, late: false };
             let mut tails = Tails::default();
             prop_assert!(tails.of(&event).is_none());
-            tails.learn(&event, row(1, 2, then, "ip_rcv").as_bytes());
+            tails.learn(&event, row(&event, then, "ip_rcv").as_bytes());
+            (event.head.ts, event.skb) = (skb, ts);
             let now = When { wall: when.0, since: when.1, late: when.2 };
             let mut line = Vec::new();
             tails.of(&event).unwrap().push(&mut line, &event, now, &func);
-            prop_assert_eq!(String::from_utf8(line).unwrap(), row(ts, skb, now, func.as_str()));
+            prop_assert_eq!(String::from_utf8(line).unwrap(), row(&event, now, &func));
             let other = Event { dropped: true, ..event.clone() };
             prop_assert!(tails.of(&other).is_none());
+            let more = Event { sections: event.sections | SECTION_OWNER, ..event };
+            prop_assert!(tails.of(&more).is_none());
         }
     }
 }

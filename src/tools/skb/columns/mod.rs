@@ -1,0 +1,130 @@
+//! The table of columns: a row for each section of an event, in the order in which text and JSON show them. A new one is a file here and
+//! a row in `ALL`, with its bit (src/bpf/skb/skb.h) and its writer in C (`SKB_SECTIONS`).
+
+mod column;
+mod copies;
+mod data;
+mod drop;
+mod map;
+mod members;
+pub mod meta;
+mod nft;
+mod owner;
+pub mod packet;
+mod places;
+pub mod tuple;
+
+use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
+
+pub use column::{Column, Of, Types};
+
+pub static ALL: [Column; 16] = [
+    data::DATA,
+    packet::LIFE,
+    map::MAP,
+    packet::PACKET,
+    owner::OWNER,
+    meta::META,
+    tuple::TUPLE,
+    tuple::TUNNEL,
+    copies::CB,
+    members::MEMBERS,
+    nft::NFT,
+    drop::DROP,
+    copies::SKB,
+    copies::SHINFO,
+    places::CALLER,
+    places::STACK,
+];
+
+/// Index into [`ALL`] of each bit.
+const BY_BIT: [Option<u8>; 32] = {
+    let mut by_bit = [None; 32];
+    let mut i = 0;
+    while i < ALL.len() {
+        by_bit[ALL[i].bit()] = Some(i as u8);
+        i += 1;
+    }
+    by_bit
+};
+
+/// The column of a section.
+pub fn of(section: u32) -> Option<&'static Column> {
+    let index = BY_BIT.get(section.trailing_zeros() as usize)?;
+    ALL.get(usize::from((*index)?))
+}
+
+/// Sections with this property.
+pub fn sections(of: impl Fn(&Column) -> bool) -> u32 {
+    let found = ALL.iter().filter(|column| of(column));
+    found.fold(0, |sections, column| sections | column.section)
+}
+
+/// The columns' own flags.
+#[derive(Debug, Clone, Default)]
+pub struct ColumnArgs {
+    /// sections that they ask for
+    pub sections: u32,
+}
+
+impl clap::Args for ColumnArgs {
+    fn augment_args(command: Command) -> Command {
+        let flags = ALL.iter().filter_map(|column| column.flag.as_ref());
+        flags.fold(command, |command, flag| {
+            let arg = Arg::new(flag.name).long(flag.name).help(flag.help);
+            let arg = arg.help_heading("Output");
+            command.arg(match flag.default {
+                false => arg.action(ArgAction::SetTrue),
+                true => arg
+                    .action(ArgAction::Set)
+                    .value_name("BOOL")
+                    .value_parser(clap::value_parser!(bool))
+                    .num_args(0..=1)
+                    .require_equals(true)
+                    .default_value("true")
+                    .default_missing_value("true"),
+            })
+        })
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for ColumnArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let asked = |column: &Column| {
+            let flag = column.flag.as_ref();
+            flag.is_some_and(|flag| matches.get_flag(flag.name))
+        };
+        Ok(Self {
+            sections: sections(asked),
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bpf::skb::types::skb_section;
+
+    /// The sections of the C enum, by the decoder's order; the stack goes to the end of an event.
+    #[test]
+    fn each_section_has_a_row() {
+        let all = sections(|_| true);
+        assert_eq!(all.count_ones() as usize, ALL.len(), "two rows of one bit");
+        assert_eq!(
+            all.leading_zeros(),
+            skb_section::SKB_SECTION_STACK.0.leading_zeros()
+        );
+        for column in &ALL {
+            assert!(std::ptr::eq(of(column.section).unwrap(), column));
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! What lines say of events beyond what these carry: names, symbols, reasons, programs, holders of sockets; and the columns' widths. It
+//! knows no column.
+
+use std::collections::{HashMap, HashSet};
+use std::io::Write;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::event::tuple::Tuple;
+use crate::kernel::drop_reason::DropReasons;
+use crate::kernel::functions::ByAddress;
+use crate::kernel::ksyms::{KernelSymbols, Symbol};
+use crate::kernel::process::SocketHolders;
+use crate::text::columns::Again;
+use crate::text::escape::{escaped, push_escaped};
+use crate::text::format::{self, Hex, push_dec};
+
+use super::drops::Drop;
+use super::event::{Event, Meta, Owner};
+use super::extras::{Dump, NetnsNames};
+use super::members::Members;
+use super::netfilter::Who;
+use super::program::{Kind, Program, ProgramRow};
+
+/// The widths of a section's columns, as they have grown.
+pub type Widths = [usize; 6];
+
+/// Paths, and what was there; `None` behind a NULL pointer.
+type MemberValues<'a> = Vec<(&'a str, Option<i128>)>;
+
+#[derive(Default)]
+pub struct View {
+    pub names: ByAddress<String>,
+    /// functions of netfilter's hooks whose entries are seen
+    pub hooks: HashSet<String>,
+    /// tc and XDP programs by the id that stands in their events for an address
+    pub programs: HashMap<u64, Program>,
+    pub reasons: DropReasons,
+    pub tcp_flags: bool,
+    pub skb: Dump,
+    pub shared_info: Dump,
+    pub netns: NetnsNames,
+    /// of sk_buffs, of XDP packets
+    pub members: [Members; 2],
+    pub holders: Option<SocketHolders>,
+    pub symbols: KernelSymbols,
+    /// by the section's bit
+    pub widths: [Widths; 32],
+    /// What the last events had: those of a CPU are mostly of one packet, which differs in little from function to function.
+    pub last_meta: Again<Meta, Widths>,
+    pub last_tuple: Again<Option<Tuple>, usize>,
+}
+
+/// An address of code.
+#[derive(Serialize)]
+pub struct Frame<'a> {
+    pub addr: Hex,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub symbol: Option<&'a Symbol>,
+}
+
+impl View {
+    /// The width of a section's only column.
+    pub fn width(&mut self, section: u32) -> &mut usize {
+        &mut self.widths[section.trailing_zeros() as usize][0]
+    }
+
+    pub fn name(&self, func: u64) -> &str {
+        self.names.get(&func).map_or("?", String::as_str)
+    }
+
+    /// Looks up the name of the event's function or the place of its drop.
+    pub fn find_name(&mut self, event: &Event) -> Result<()> {
+        if event.dropped {
+            return self.symbols.resolve(&[event.func]);
+        }
+        if self.names.contains_key(&event.func) {
+            return Ok(());
+        }
+        self.symbols.resolve(&[event.func])?;
+        let name = match self.symbols.get(event.func) {
+            Some(s) => s.name.clone(),
+            None => format!("{:#x}", event.func),
+        };
+        self.names.insert(event.func, name);
+        Ok(())
+    }
+
+    /// The members that were read, and whether they are of an XDP packet.
+    pub fn members(&self, event: &Event) -> Option<(MemberValues<'_>, bool)> {
+        let read = event.members?;
+        let program = self.programs.get(&event.func);
+        let xdp = event.program.is_some() && program.is_some_and(|p| p.kind == Kind::Xdp);
+        let values = self.members[usize::from(xdp)].values(read);
+        Some((values.collect(), xdp))
+    }
+
+    /// Who in netfilter dropped the packet.
+    pub fn who(&self, event: &Event) -> Option<Who> {
+        let place = event
+            .dropped
+            .then(|| self.symbols.get(self.drop_place(event)));
+        let place = place.map(|symbol| symbol.map_or("?", |s| &s.name));
+        (event.nft.as_ref()?).who(place, &self.symbols, &self.hooks)
+    }
+
+    pub fn reason_number(&self, event: &Event) -> Option<u32> {
+        let at = self.symbols.get(event.func).map_or("?", |s| &s.name);
+        let own = event.drop.as_ref().and_then(|d| d.qdisc(at));
+        own.or(event.reason)
+    }
+
+    /// Why a packet is freed: in the kernel's words, or in ours where it has none.
+    pub fn reason(&mut self, event: &Event) -> Option<String> {
+        let reason = self.reason_number(event).filter(|_| self.reasons.any());
+        let name = reason.map(|reason| self.reasons.name(reason));
+        let own = event.drop.as_ref().and_then(|d| d.reason(name.as_deref()));
+        own.map(str::to_owned).or(name)
+    }
+
+    /// Where a packet was dropped: not in a function that frees for others.
+    pub fn drop_place(&self, event: &Event) -> u64 {
+        let place = |d: &Drop| d.place(event.func, &self.symbols);
+        event.drop.as_ref().map_or(event.func, place)
+    }
+
+    pub fn place_name(&self, event: &Event) -> &str {
+        let symbol = self.symbols.get(self.drop_place(event));
+        symbol.map_or("?", |s| &s.name)
+    }
+
+    /// The program of an event that is not of a function.
+    pub fn program(&self, event: &Event) -> Option<ProgramRow> {
+        let point = event.program?;
+        let program = self.programs.get(&event.func)?;
+        Some(ProgramRow::new(program, point))
+    }
+
+    /// Who owns a socket: as the trace saw it, else who holds it open; the name is escaped.
+    pub fn process(&mut self, owner: &Owner) -> Option<(u32, String)> {
+        if owner.pid != 0 {
+            return Some((owner.pid, escaped(&owner.comm)));
+        }
+        let holder = self.holders.as_mut()?.of(owner.inode)?;
+        Some((holder.pid, escaped(holder.comm.as_bytes())))
+    }
+
+    pub fn frame(&self, addr: u64) -> Frame<'_> {
+        Frame {
+            addr: Hex(addr),
+            symbol: self.symbols.get(addr),
+        }
+    }
+
+    /// `name+0x1f [module]`
+    pub fn push_address(&self, line: &mut Vec<u8>, addr: u64) {
+        let Some(s) = self.symbols.get(addr) else {
+            let _ = write!(line, "{addr:#018x}");
+            return;
+        };
+        push_escaped(line, s.name.as_bytes());
+        let _ = write!(line, "+{:#x}", s.offset);
+        if let Some(module) = &s.module {
+            let _ = write!(line, " [{}]", escaped(module.as_bytes()));
+        }
+    }
+}
+
+/// A number in a column of `width`.
+pub fn number(line: &mut Vec<u8>, value: u64, width: usize) {
+    let start = line.len();
+    push_dec(line, value);
+    format::pad(line, start, width);
+}
