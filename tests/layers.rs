@@ -207,6 +207,16 @@ fn no_files_use_each_other_in_a_circle() {
     assert_eq!(circle(&source()), None);
 }
 
+/// What is JSON on stdout or in a file goes through text::json, whose own exception is floating-point numbers.
+#[test]
+fn json_has_one_writer() {
+    let users = |files: &Files| {
+        let uses = files.iter().filter(|(_, code)| code.contains("serde_json"));
+        uses.map(|(name, _)| name.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(users(&source()), ["text::json"]);
+}
+
 #[test]
 fn a_violation_is_found() {
     let lines = "use crate::high::thing;\nfn f() { super::b::g() }";

@@ -1,5 +1,6 @@
-//! A serde serializer to compact JSON, byte for byte what serde_json writes, at a third of its cost: names of fields are the
-//! program's own and are not searched for what must be escaped, and a string is searched eight bytes at a time.
+//! The one writer of JSON: a serde serializer to compact JSON, byte for byte what serde_json writes, at a third of its
+//! cost: names of fields are the program's own and are not searched for what must be escaped, and a string is searched
+//! eight bytes at a time. Only floating-point numbers go to serde_json (tests/layers.rs holds the rest to it).
 
 use std::fmt;
 

@@ -5,6 +5,7 @@ use std::io::Write;
 use anyhow::{Context, Result};
 
 use crate::kernel::features::Features;
+use crate::text::json;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -16,13 +17,15 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     crate::run::log::init(false);
     let features = Features::detect();
-    let text = if args.output_json {
-        serde_json::to_string(&features).context("failed to write JSON")? + "\n"
+    let mut text = Vec::new();
+    if args.output_json {
+        json::push(&mut text, &features).context("failed to write JSON")?;
+        text.push(b'\n');
     } else {
-        table(&features)
-    };
+        text.extend_from_slice(table(&features).as_bytes());
+    }
     std::io::stdout()
-        .write_all(text.as_bytes())
+        .write_all(&text)
         .context("failed to write to stdout")
 }
 

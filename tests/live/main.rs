@@ -17,6 +17,7 @@ mod icmp_identity;
 mod icmp_sent;
 mod run_ends;
 mod skb;
+mod skb_ct;
 mod skb_drops;
 mod skb_ends;
 mod skb_headers;
@@ -54,6 +55,7 @@ fn main() {
     cases.extend(skb_headers::cases());
     cases.extend(filter::cases());
     cases.extend(skb_drops::cases());
+    cases.extend(skb_ct::cases());
     cases.extend(drops::cases());
     cases.extend(skb_netfilter::cases());
     cases.extend(skb_output::cases());

@@ -42,6 +42,7 @@ enum skb_section {
 	SKB_SECTION_LIFE = 1U
 			   << 13, /* __u64 number of its life, see skb_track */
 	SKB_SECTION_DROP = 1U << 14, /* struct skb_drop */
+	SKB_SECTION_CT = 1U << 15, /* struct skb_ct */
 	SKB_SECTION_STACK = 1U << 30, /* __u64 addresses, to the end */
 };
 

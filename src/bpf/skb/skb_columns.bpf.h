@@ -10,6 +10,7 @@
 
 #include "skb/skb.h"
 #include "skb/skb_source.bpf.h"
+#include "skb/skb_ct.bpf.h"
 
 /* SKB_DROP_REASON_NETFILTER_DROP of this kernel; 0: it has none. */
 const volatile __u32 nf_drop_reason = 0;
@@ -126,7 +127,8 @@ static __always_inline __u64 write_drop(const struct skb_source *from, void *to)
 	ROW(MEMBERS, sizeof(struct np_members), write_members)        \
 	ROW(NFT, sizeof(struct nf_decision), write_nft)               \
 	ROW(LIFE, sizeof(__u64), write_life)                          \
-	ROW(DROP, sizeof(struct skb_drop), write_drop)
+	ROW(DROP, sizeof(struct skb_drop), write_drop)                \
+	ROW(CT, sizeof(struct skb_ct), write_ct)
 
 #define SKB_SECTION_ROOM(name, most, writer) +(most)
 

@@ -1,5 +1,6 @@
-//! The JSON line of an event whose process, meta and tuple came before: all but its time, skb, CPU and function is copied from the line
-//! that [`super::json`] wrote then. A packet passes some 60 functions with ten different tails.
+//! The JSON line of an event whose process, meta and tuple came before: all but its time, skb, CPU and function is
+//! copied from the line that [`super::json`] wrote then. A packet passes some 60 functions with ten different tails;
+//! an event costs 2,700 instructions in user space with this, 6,300 without (BENCHMARKS.md).
 
 use crate::event::tuple::Tuple;
 use crate::text::format::{push_dec, push_hex};

@@ -99,9 +99,7 @@ impl Presenter {
                 count: problem.count,
                 summary: words,
             };
-            let mut failed = None;
-            out.line(|line| failed = serde_json::to_writer(line, &row).err())?;
-            return failed.map_or(Ok(()), |error| Err(error.into()));
+            return out.json_line(&row);
         }
         let mut line = std::mem::take(&mut self.line);
         line.clear();

@@ -3,6 +3,7 @@
 
 mod column;
 mod copies;
+mod ct;
 mod data;
 mod drop;
 mod map;
@@ -18,7 +19,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
 pub use column::{Column, Of, Types};
 
-pub static ALL: [Column; 16] = [
+pub static ALL: [Column; 17] = [
     data::DATA,
     packet::LIFE,
     map::MAP,
@@ -27,6 +28,7 @@ pub static ALL: [Column; 16] = [
     meta::META,
     tuple::TUPLE,
     tuple::TUNNEL,
+    ct::CT,
     copies::CB,
     members::MEMBERS,
     nft::NFT,
