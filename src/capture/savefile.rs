@@ -96,15 +96,15 @@ impl Packet {
 }
 
 /// Where libpcap reads from: every byte goes through [`Notes`] on its way.
-struct Source {
+struct Input {
     input: Box<dyn Read>,
     notes: Rc<RefCell<Notes>>,
 }
 
 /// glibc's callback: fills `to`.
 unsafe extern "C" fn read_source(cookie: *mut c_void, to: *mut c_char, len: usize) -> isize {
-    // SAFETY: the cookie is the Source that `open` boxed, which nothing else refers to until `close_source`.
-    let source = unsafe { &mut *cookie.cast::<Source>() };
+    // SAFETY: the cookie is the Input that `open` boxed, which nothing else refers to until `close_source`.
+    let source = unsafe { &mut *cookie.cast::<Input>() };
     // SAFETY: glibc's buffer has `len` bytes, and it has initialized them or will not look at more than was read.
     let to = unsafe {
         ptr::write_bytes(to.cast::<u8>(), 0, len);
@@ -130,8 +130,8 @@ unsafe extern "C" fn read_source(cookie: *mut c_void, to: *mut c_char, len: usiz
 }
 
 unsafe extern "C" fn close_source(cookie: *mut c_void) -> c_int {
-    // SAFETY: the Source that `open` boxed; glibc closes once and calls nothing after that.
-    drop(unsafe { Box::from_raw(cookie.cast::<Source>()) });
+    // SAFETY: the Input that `open` boxed; glibc closes once and calls nothing after that.
+    drop(unsafe { Box::from_raw(cookie.cast::<Input>()) });
     0
 }
 
@@ -152,7 +152,7 @@ impl Reader {
 
     pub fn new(input: Box<dyn Read>) -> Result<Self> {
         let notes = Rc::new(RefCell::new(Notes::default()));
-        let source = Box::new(Source {
+        let source = Box::new(Input {
             input,
             notes: notes.clone(),
         });
@@ -257,7 +257,7 @@ pub struct Writer {
 
 impl Writer {
     /// `-` is the standard output.
-    pub fn like(reader: &Reader, path: &Path) -> Result<Self> {
+    pub fn for_packets_of(reader: &Reader, path: &Path) -> Result<Self> {
         let name = CString::new(path.as_os_str().as_encoded_bytes())
             .context("the name has a NUL in it")?;
         // SAFETY: the handle is open and the name ends in NUL.
@@ -509,7 +509,7 @@ mod tests {
             );
             file.extend(words(big, &[1, 2, 8, 8, family, 0x45]));
             let mut reader = open(&file).unwrap();
-            let mut writer = Writer::like(&reader, &path).unwrap();
+            let mut writer = Writer::for_packets_of(&reader, &path).unwrap();
             while let Some(packet) = reader.next_packet().unwrap() {
                 writer.write(&packet);
             }

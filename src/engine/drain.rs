@@ -33,14 +33,14 @@ const WAITING_BYTES: usize = 32 << 20;
 const RECYCLED: usize = 4;
 /// The map that a tool's programs write to.
 #[derive(Debug, Clone, Copy)]
-pub enum Source<'a> {
+pub enum EventMap<'a> {
     /// a perf event array
     Perf(BorrowedFd<'a>),
     /// an array with room for a ring buffer of each CPU
     Rings(BorrowedFd<'a>),
 }
 
-impl<'a> From<BorrowedFd<'a>> for Source<'a> {
+impl<'a> From<BorrowedFd<'a>> for EventMap<'a> {
     fn from(map: BorrowedFd<'a>) -> Self {
         Self::Perf(map)
     }
@@ -52,10 +52,10 @@ enum Buffers {
 }
 
 impl Buffers {
-    fn open(source: Source<'_>, options: BufferOptions, cpus: Vec<i32>) -> Result<Self> {
+    fn open(source: EventMap<'_>, options: BufferOptions, cpus: Vec<i32>) -> Result<Self> {
         Ok(match source {
-            Source::Perf(map) => Self::Perf(PerfBuffers::open(map.as_raw_fd(), options, cpus)?),
-            Source::Rings(map) => Self::Rings(RingBuffers::open(map.as_raw_fd(), options, cpus)?),
+            EventMap::Perf(map) => Self::Perf(PerfBuffers::open(map.as_raw_fd(), options, cpus)?),
+            EventMap::Rings(map) => Self::Rings(RingBuffers::open(map.as_raw_fd(), options, cpus)?),
         })
     }
 
@@ -102,7 +102,7 @@ pub struct Drain {
 
 impl Drain {
     /// Opens the buffers of `source` and starts to drain them.
-    pub fn start<'a>(source: impl Into<Source<'a>>, options: BufferOptions) -> Result<Self> {
+    pub fn start<'a>(source: impl Into<EventMap<'a>>, options: BufferOptions) -> Result<Self> {
         let source = source.into();
         let cpus = online_cpus()?;
         let groups = options.threads.clamp(1, cpus.len());

@@ -11,47 +11,47 @@
 //! them, without any check of bounds, then for shorter ones, where every load has its own check. No guard is ever
 //! shared between instructions in any other way. `typed` has the whole filter of an sk_buff by typed loads.
 
-mod copied;
-mod flow;
-mod slow;
-mod typed;
+mod by_cast;
+mod by_copy;
+mod far_load;
+mod known;
 
 use anyhow::Result;
 
-pub use copied::translate_copied;
-pub use typed::translate_typed;
+pub use by_cast::translate_by_cast;
+pub use by_copy::translate_by_copy;
 
 use super::cbpf::{self, Acc, Offset, Op, Operand, Operand2, Program, Value};
 use crate::bpf::skb::types::np_filter_answer;
 use crate::insn::asm::{Alu, Assembler, Cond, Insn, Label, Reg, Size};
-use flow::Flow;
+use known::Known;
 
 /// How packet bytes are loaded, and with it what the arguments of the subprogram are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadMode {
     /// r1: pointer to `size` readable bytes, the packet's first; r2: how many bytes of the packet lie in one piece
-    /// (may be more than `size`); r3: what `beyond` says; r4: the packet's length.
-    Block { size: u32, beyond: Beyond },
+    /// (may be more than `size`); r3: what `far` says; r4: the packet's length.
+    ByBlock { size: u32, far: FarLoad },
     /// r1 and r2: start and end of the packet, known as such to the verifier (XDP, tc); r3, r4 as above.
-    Packet { beyond: Beyond },
-    /// As `translate_typed` has it; what lies beyond by `Beyond::Subprogram`. `data_len`: where an sk_buff has it.
-    Typed { data_len: u32 },
-    /// As `translate_copied` has it. `base`: where the program's packet begins in the copy.
-    Copied { base: u32 },
+    ByPacket { far: FarLoad },
+    /// As `translate_by_cast` has it; what lies beyond by `FarLoad::Subprogram`. `data_len`: where an sk_buff has it.
+    ByCast { data_len: u32 },
+    /// As `translate_by_copy` has it. `base`: where the program's packet begins in the copy.
+    ByCopy { base: u32 },
 }
 
 impl LoadMode {
     /// Every load by bpf_probe_read_kernel. r1: unused; r2: bytes at the address; r3: the packet's address; r4: its
     /// length.
-    pub const PROBE: LoadMode = LoadMode::Block {
+    pub const PROBE: LoadMode = LoadMode::ByBlock {
         size: 0,
-        beyond: Beyond::ProbeRead,
+        far: FarLoad::ProbeRead,
     };
 }
 
-/// How bytes are loaded that the fast way does not reach; the filter does not match where this fails.
+/// How bytes are loaded that the first way does not reach; the filter does not match where this fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Beyond {
+pub enum FarLoad {
     /// Nothing is there.
     Nothing,
     /// r3: the packet's address; bpf_probe_read_kernel, as far as r2 says.
@@ -189,7 +189,7 @@ struct Writer {
     mode: LoadMode,
     ops: Vec<Op>,
     reachable: Vec<bool>,
-    flow: Flow,
+    known: Known,
     short: bool,
     /// Where each operation of the version being written begins.
     labels: Vec<Label>,
@@ -199,7 +199,7 @@ struct Writer {
     zero: Option<Label>,
     slow: Vec<Slow>,
     /// Where the program goes in the end; none: it returns its value.
-    exits: Option<copied::Exits>,
+    exits: Option<by_copy::Exits>,
 }
 
 impl Writer {
@@ -209,7 +209,7 @@ impl Writer {
         Writer {
             asm,
             mode,
-            flow: Flow::of(&ops, &reachable),
+            known: Known::of(&ops, &reachable),
             reachable,
             short: ops.len() <= SHORT,
             ops,
@@ -221,11 +221,11 @@ impl Writer {
         }
     }
 
-    fn beyond(&self) -> Beyond {
+    fn far_load(&self) -> FarLoad {
         match self.mode {
-            LoadMode::Block { beyond, .. } | LoadMode::Packet { beyond } => beyond,
-            LoadMode::Typed { .. } => Beyond::Subprogram,
-            LoadMode::Copied { .. } => Beyond::Nothing,
+            LoadMode::ByBlock { far, .. } | LoadMode::ByPacket { far } => far,
+            LoadMode::ByCast { .. } => FarLoad::Subprogram,
+            LoadMode::ByCopy { .. } => FarLoad::Nothing,
         }
     }
 
@@ -240,8 +240,8 @@ impl Writer {
             size,
             offset,
             header_length,
-            network: self.flow.network[at].is_some(),
-            header: self.flow.header[at] && matches!(offset, Offset::Indexed(_)),
+            network: self.known.network[at].is_some(),
+            header: self.known.header[at] && matches!(offset, Offset::Indexed(_)),
         })
     }
 
@@ -253,7 +253,7 @@ impl Writer {
 
     fn program(&mut self) {
         let reach = self.unchecked_reach();
-        if self.beyond() != Beyond::Nothing && self.loads().next().is_some() {
+        if self.far_load() != FarLoad::Nothing && self.loads().next().is_some() {
             self.asm
                 .push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R3));
         }
@@ -266,7 +266,7 @@ impl Writer {
 
         if reach > 0 {
             let careful = self.asm.label();
-            if let LoadMode::Packet { .. } = self.mode {
+            if let LoadMode::ByPacket { .. } = self.mode {
                 self.asm.push(Insn::alu64(Alu::Mov, T, DATA));
                 self.asm.push(Insn::alu64_imm(Alu::Add, T, reach as i32));
                 self.asm.jump_if(T, Cond::Gt, END, careful);
@@ -282,8 +282,8 @@ impl Writer {
     /// How far the version without checks reaches; 0 where it would not pay.
     fn unchecked_reach(&self) -> u32 {
         let limit = match self.mode {
-            LoadMode::Block { size, .. } => size.min(UNCHECKED_REACH),
-            LoadMode::Packet { .. } | LoadMode::Typed { .. } | LoadMode::Copied { .. } => {
+            LoadMode::ByBlock { size, .. } => size.min(UNCHECKED_REACH),
+            LoadMode::ByPacket { .. } | LoadMode::ByCast { .. } | LoadMode::ByCopy { .. } => {
                 UNCHECKED_REACH
             }
         };
@@ -291,7 +291,7 @@ impl Writer {
             .loads()
             .filter(|load| match load.offset {
                 Offset::Absolute(_) => true,
-                Offset::Indexed(_) => load.header && matches!(self.mode, LoadMode::Typed { .. }),
+                Offset::Indexed(_) => load.header && matches!(self.mode, LoadMode::ByCast { .. }),
             })
             .filter_map(|load| load.usual_end().filter(|end| *end <= limit))
             .collect();
@@ -396,7 +396,7 @@ impl Writer {
             } => {
                 let jt = (jt > 0).then(|| self.labels[at + 1 + usize::from(jt)]);
                 let jf = (jf > 0).then(|| self.labels[at + 1 + usize::from(jf)]);
-                let operand = match (operand, self.flow.network[at]) {
+                let operand = match (operand, self.known.network[at]) {
                     (Operand::K(k), Some(2)) => Operand::K(
                         // Equal to no load otherwise.
                         u16::try_from(k).map_or(k, |k| k.swap_bytes().into()),
@@ -486,7 +486,7 @@ impl Writer {
         if let Some(exits) = self.exits {
             return self.copied_load(load, exits);
         }
-        if let (LoadMode::Block { size, .. }, Offset::Absolute(cbpf::VLAN_TAG)) =
+        if let (LoadMode::ByBlock { size, .. }, Offset::Absolute(cbpf::VLAN_TAG)) =
             (self.mode, load.offset)
         {
             // Just behind the block (np_filter_tagged).
@@ -496,21 +496,21 @@ impl Writer {
             return;
         }
         let slow = self.asm.label();
-        if let (LoadMode::Typed { .. }, Offset::Indexed(k)) = (self.mode, load.offset) {
+        if let (LoadMode::ByCast { .. }, Offset::Indexed(k)) = (self.mode, load.offset) {
             let checked = self.typed_load(k, load, slow);
             self.rejoin(load, slow, checked);
             return;
         }
         let Some((base, off)) = self.fast_address(load, slow) else {
             // Out of the fast way's reach for every packet.
-            match (self.beyond(), load.offset) {
-                (Beyond::Nothing, _) => self.fail(),
+            match (self.far_load(), load.offset) {
+                (FarLoad::Nothing, _) => self.fail(),
                 (_, Offset::Absolute(k)) if k.checked_add(load.size).is_none() => self.fail(),
                 _ => self.slow_load(load, false),
             }
             return;
         };
-        if matches!(self.mode, LoadMode::Typed { .. }) && typed::is_split(load) {
+        if matches!(self.mode, LoadMode::ByCast { .. }) && by_cast::is_split(load) {
             self.load_bytes(base, off, load);
         } else {
             let to = if load.header_length { X } else { A };
@@ -547,14 +547,14 @@ impl Writer {
     fn fast_address(&mut self, load: Load, slow: Label) -> Option<(Reg, i16)> {
         let Load { size, offset, .. } = load;
         match (self.mode, offset) {
-            (LoadMode::Block { size: block, .. }, Offset::Absolute(k)) => {
+            (LoadMode::ByBlock { size: block, .. }, Offset::Absolute(k)) => {
                 let end = k.checked_add(size).filter(|end| *end <= block)?;
                 if end > self.unchecked {
                     self.leave_if(END, Cond::Lt, Right::Imm(end as i32), slow);
                 }
                 Some((DATA, i16::try_from(k).ok()?))
             }
-            (LoadMode::Block { size: block, .. }, Offset::Indexed(k)) => {
+            (LoadMode::ByBlock { size: block, .. }, Offset::Indexed(k)) => {
                 let last = block.checked_sub(size)?;
                 self.index(k);
                 // First what keeps the verifier content, then what the packet has.
@@ -564,7 +564,7 @@ impl Writer {
                 self.asm.push(Insn::alu64(Alu::Add, T, DATA));
                 Some((T, 0))
             }
-            (LoadMode::Typed { .. }, Offset::Absolute(k)) => {
+            (LoadMode::ByCast { .. }, Offset::Absolute(k)) => {
                 let end = k.checked_add(size).filter(|end| *end <= TYPED_SIZE)?;
                 if end > self.unchecked {
                     self.typed_check(end, slow);
@@ -572,8 +572,8 @@ impl Writer {
                 Some((DATA, i16::try_from(k).ok()?))
             }
             // `load` has its own way for it: a cast.
-            (LoadMode::Typed { .. }, Offset::Indexed(_)) | (LoadMode::Copied { .. }, _) => None,
-            (LoadMode::Packet { .. }, Offset::Absolute(k)) => {
+            (LoadMode::ByCast { .. }, Offset::Indexed(_)) | (LoadMode::ByCopy { .. }, _) => None,
+            (LoadMode::ByPacket { .. }, Offset::Absolute(k)) => {
                 let end = k
                     .checked_add(size)
                     .filter(|end| *end <= MAX_PACKET_OFFSET)?;
@@ -585,7 +585,7 @@ impl Writer {
                 self.leave_if(T, Cond::Gt, Right::Reg(END), slow);
                 Some((T, -(size as i16)))
             }
-            (LoadMode::Packet { .. }, Offset::Indexed(k)) => {
+            (LoadMode::ByPacket { .. }, Offset::Indexed(k)) => {
                 self.index(k);
                 let last = MAX_PACKET_OFFSET - size;
                 self.leave_if(T, Cond::Gt, Right::Imm(last as i32), slow);
@@ -616,7 +616,7 @@ impl Writer {
 
     /// To the slow way where the condition holds, or out where there is none.
     fn leave_if(&mut self, left: Reg, cond: Cond, right: Right, slow: Label) {
-        if self.beyond() == Beyond::Nothing {
+        if self.far_load() == FarLoad::Nothing {
             self.fail_if(left, cond, right);
         } else {
             self.compare(left, cond, right, slow);

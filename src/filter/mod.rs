@@ -12,6 +12,17 @@
 //! | `inject` | instructions in place of a stub |
 //! | `prune` | a program without what its constants switch off |
 //! | `run` | a translated filter over packets, in this kernel, without a network |
+//!
+//! One expression is put into a program in one of these forms (`ebpf::LoadMode`), the first that the kernel and the expression allow:
+//!
+//! | form | how it loads the packet's bytes | stub | for | kernels |
+//! |---|---|---|---|---|
+//! | `ByCast` | plain loads behind bpf_rdonly_cast | `np_filter_by_cast` | an expression that does not ask for `len` or `vlan` | 6.2 |
+//! | `ByCopy` | from a short copy on the stack; what it does not decide is left to `ByBlock` | `np_filter_by_copy` | an expression without `vlan` | before 6.2 |
+//! | `ByBlock` | from a block of headers that was copied once, farther ones by a subprogram | `np_filter_l2`, `np_filter_l3`, `np_filter_tagged`, `np_filter_tunnel_*` | all | all |
+//! | `ByPacket` | direct access between data and data_end; farther ones by bpf_xdp_load_bytes | `np_filter_xdp_stub` | XDP programs | all; 5.18 for several buffers |
+//!
+//! `l2` is the program for packets that have an Ethernet header, `l3` the one for packets that begin with the IP header.
 
 pub mod cbpf;
 mod code;
@@ -32,7 +43,7 @@ use libbpf_rs::OpenObject;
 use crate::bpf::skb::types::{np_filter_bit, np_filter_block};
 use crate::insn::asm::Insn;
 use cbpf::Program;
-use ebpf::{Beyond, LoadMode};
+use ebpf::{FarLoad, LoadMode};
 use expr::Compiled;
 use inject::Body;
 use members::Condition;
@@ -47,8 +58,8 @@ const EXPRESSION: u32 = np_filter_bit::NP_FILTER_EXPRESSION.0;
 const TUNNEL_L2: u32 = np_filter_bit::NP_FILTER_TUNNEL_L2.0;
 const TUNNEL_L3: u32 = np_filter_bit::NP_FILTER_TUNNEL_L3.0;
 const MEMBERS: u32 = np_filter_bit::NP_FILTER_MEMBERS.0;
-const TYPED: u32 = np_filter_bit::NP_FILTER_TYPED.0;
-const QUICK: u32 = np_filter_bit::NP_FILTER_QUICK.0;
+const BY_CAST: u32 = np_filter_bit::NP_FILTER_BY_CAST.0;
+const BY_COPY: u32 = np_filter_bit::NP_FILTER_BY_COPY.0;
 const VLAN: u32 = np_filter_bit::NP_FILTER_VLAN.0;
 
 /// The stub of [`Filters::members`].
@@ -76,8 +87,8 @@ impl Filters {
             | bit(self.tunnel_l2.is_some(), TUNNEL_L2)
             | bit(self.tunnel_l3.is_some(), TUNNEL_L3)
             | bit(self.members.is_some(), MEMBERS)
-            | bit(self.typed(fields).is_some(), TYPED)
-            | bit(self.copied(fields).is_some(), QUICK)
+            | bit(self.by_cast(fields).is_some(), BY_CAST)
+            | bit(self.by_copy(fields).is_some(), BY_COPY)
             | bit(self.tagged().is_some(), VLAN)
     }
 
@@ -87,7 +98,7 @@ impl Filters {
     }
 
     /// The expression, where typed loads can decide it: all that do not ask for the packet's length.
-    fn typed(&self, fields: Option<SkbFields>) -> Option<(&Compiled, SkbFields)> {
+    fn by_cast(&self, fields: Option<SkbFields>) -> Option<(&Compiled, SkbFields)> {
         let asks = |program: &Program| program.ops().any(|op| op.asks_length());
         let expression = self.expression.as_ref()?;
         if expression.tagged.is_some() {
@@ -99,7 +110,7 @@ impl Filters {
     }
 
     /// The expression over a short copy, where there are no typed loads.
-    fn copied(&self, fields: Option<SkbFields>) -> Option<Vec<Insn>> {
+    fn by_copy(&self, fields: Option<SkbFields>) -> Option<Vec<Insn>> {
         let expression = self.expression.as_ref()?;
         if expression.tagged.is_some() {
             return None;
@@ -108,17 +119,17 @@ impl Filters {
         let nothing = Program::nothing();
         let l3 = expression.l3.as_ref().unwrap_or(&nothing);
         // What cannot be translated is told of by the whole translation.
-        let copied = ebpf::translate_copied(&expression.l2, l3, fields);
+        let copied = ebpf::translate_by_copy(&expression.l2, l3, fields);
         copied.ok().flatten()
     }
 
     /// The stubs' new bodies.
     fn bodies(&self, fields: Option<SkbFields>) -> Result<Vec<Body>> {
-        let block = LoadMode::Block {
+        let block = LoadMode::ByBlock {
             size: BLOCK,
-            beyond: Beyond::Subprogram,
+            far: FarLoad::Subprogram,
         };
-        let (mut bodies, mut fast) = (Vec::new(), None);
+        let (mut bodies, mut by_cast) = (Vec::new(), None);
         let mut add = |stub, program: &Program| -> Result<()> {
             bodies.push(Body {
                 stub,
@@ -126,10 +137,10 @@ impl Filters {
             });
             Ok(())
         };
-        if let Some((expression, fields)) = self.typed(fields) {
+        if let Some((expression, fields)) = self.by_cast(fields) {
             let nothing = Program::nothing();
             let l3 = expression.l3.as_ref().unwrap_or(&nothing);
-            fast = Some(ebpf::translate_typed(&expression.l2, l3, fields)?);
+            by_cast = Some(ebpf::translate_by_cast(&expression.l2, l3, fields)?);
         } else if let Some(expression) = &self.expression {
             add("np_filter_l2", &expression.l2)?;
             match &expression.l3 {
@@ -140,22 +151,22 @@ impl Filters {
                 add(TAGGED_STUB, tagged)?;
             }
         }
-        let quick = self.copied(fields);
+        let by_copy = self.by_copy(fields);
         if let Some(program) = &self.tunnel_l2 {
             add("np_filter_tunnel_l2", program)?;
         }
         if let Some(program) = &self.tunnel_l3 {
             add("np_filter_tunnel_l3", program)?;
         }
-        if let Some(insns) = quick {
+        if let Some(insns) = by_copy {
             bodies.push(Body {
-                stub: "np_filter_quick",
+                stub: "np_filter_by_copy",
                 insns,
             });
         }
-        if let Some(insns) = fast {
+        if let Some(insns) = by_cast {
             bodies.push(Body {
-                stub: "np_filter_fast",
+                stub: "np_filter_by_cast",
                 insns,
             });
         }
@@ -205,12 +216,12 @@ impl Filters {
 
 /// The same for an XDP program (filter_xdp.bpf.h). `frags`: its packets may lie in several buffers.
 pub fn inject_xdp(object: &mut OpenObject, program: &Program, frags: bool) -> Result<()> {
-    let beyond = if frags {
-        Beyond::XdpLoad
+    let far = if frags {
+        FarLoad::XdpLoad
     } else {
-        Beyond::Nothing
+        FarLoad::Nothing
     };
-    let insns = ebpf::translate(program, LoadMode::Packet { beyond })?;
+    let insns = ebpf::translate(program, LoadMode::ByPacket { far })?;
     inject::inject(
         object,
         &[Body {
@@ -224,9 +235,9 @@ pub fn inject_xdp(object: &mut OpenObject, program: &Program, frags: bool) -> Re
 /// The same for a program that traces XDP programs: it calls np_filter_fields with a link header always, so that it has the one
 /// stub alone. `np_filter_on` is 1 there.
 pub fn inject_l2(object: &mut OpenObject, program: &Program) -> Result<()> {
-    let mode = LoadMode::Block {
+    let mode = LoadMode::ByBlock {
         size: BLOCK,
-        beyond: Beyond::Subprogram,
+        far: FarLoad::Subprogram,
     };
     let insns = ebpf::translate(program, mode)?;
     inject::inject(

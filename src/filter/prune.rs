@@ -75,11 +75,11 @@ fn shortened(code: &Code, constants: &Constants) -> Result<Code> {
     let ranges: Vec<Range<usize>> = (0..code.functions.len())
         .map(|i| code.functions[i].1..code.functions.get(i + 1).map_or(code.insns.len(), |f| f.1))
         .collect();
-    let mut flows: Vec<Option<Flow>> = ranges.iter().map(|_| None).collect();
+    let mut flows: Vec<Option<Dataflow>> = ranges.iter().map(|_| None).collect();
     let mut left = vec![0];
     while let Some(function) = left.pop() {
         if flows[function].is_none() {
-            let flow = Flow::of(&code.insns, ranges[function].clone(), constants);
+            let flow = Dataflow::of(&code.insns, ranges[function].clone(), constants);
             for callee in flow.callees(&code.insns) {
                 left.push(function_at(&code.functions, callee)?);
             }
@@ -191,7 +191,7 @@ fn places(body: &[Op], start: usize) -> Vec<usize> {
 }
 
 /// What can happen in a function.
-struct Flow {
+struct Dataflow {
     range: Range<usize>,
     reached: Vec<bool>,
     /// what a conditional jump that can be reached always does
@@ -200,7 +200,7 @@ struct Flow {
     loaded: Vec<Option<u64>>,
 }
 
-impl Flow {
+impl Dataflow {
     fn of(insns: &[Insn], range: Range<usize>, constants: &Constants) -> Self {
         let start = range.start;
         let mut flow = Self {

@@ -9,13 +9,13 @@ use anyhow::{Context, Result, bail};
 use libbpf_sys as sys;
 
 use super::cbpf::Program;
-use super::ebpf::{self, Beyond, CAST_CALL, LOAD_CALL, LoadMode};
+use super::ebpf::{self, CAST_CALL, FarLoad, LOAD_CALL, LoadMode};
 use crate::insn::asm::{Alu, Assembler, Cond, HELPER_PROBE_READ_KERNEL, Insn, Reg, Size};
 use crate::kernel::features::SkbFields;
 
 /// The kind of program that a filter is put into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum ProgramType {
     Tracing = sys::BPF_PROG_TYPE_RAW_TRACEPOINT as isize,
     Xdp = sys::BPF_PROG_TYPE_XDP as isize,
     Tc = sys::BPF_PROG_TYPE_SCHED_CLS as isize,
@@ -33,7 +33,7 @@ const VERIFIER_LOG: usize = 64 << 10;
 /// A filter in the kernel.
 pub struct Runner {
     program: OwnedFd,
-    kind: Kind,
+    kind: ProgramType,
     memory: Option<Memory>,
 }
 
@@ -150,7 +150,7 @@ impl Memory {
         main
     }
 
-    /// What `Beyond::Subprogram` calls.
+    /// What `FarLoad::Subprogram` calls.
     fn load_function(&self) -> Result<Vec<Insn>> {
         let mut asm = Assembler::default();
         let fail = asm.label();
@@ -260,9 +260,9 @@ pub fn socket_filter(socket: BorrowedFd<'_>, program: &Program) -> std::io::Resu
 impl Runner {
     /// As the tracing tools have it: a block of `size` bytes, what lies beyond by bpf_probe_read_kernel.
     pub fn traced(program: &Program, size: u32) -> Result<Self> {
-        let mode = LoadMode::Block {
+        let mode = LoadMode::ByBlock {
             size,
-            beyond: Beyond::ProbeRead,
+            far: FarLoad::ProbeRead,
         };
         let body = ebpf::translate(program, mode)?;
         let memory = Memory::new()?;
@@ -272,10 +272,10 @@ impl Runner {
             field(Reg::R2, LINEAR),
             field(Reg::R4, WIRE_LEN),
         ]);
-        let program = load(Kind::Tracing, 0, &main, &body)?;
+        let program = load(ProgramType::Tracing, 0, &main, &body)?;
         Ok(Runner {
             program,
-            kind: Kind::Tracing,
+            kind: ProgramType::Tracing,
             memory: Some(memory),
         })
     }
@@ -283,7 +283,7 @@ impl Runner {
     /// As the tracing tools have it where typed loads are possible (kernels from 6.2).
     pub fn typed(program: &Program) -> Result<Self> {
         let (cast, bytes) = cast_ids().context("no bpf_rdonly_cast in this kernel")?;
-        let mut body = ebpf::translate_typed(program, program, fields(true))?;
+        let mut body = ebpf::translate_by_cast(program, program, fields(true))?;
         let (end, mut loads) = (body.len(), false);
         for at in 0..end {
             if body[at].is_subprogram_call() && body[at].imm == LOAD_CALL {
@@ -300,37 +300,37 @@ impl Runner {
             body.extend(memory.load_function()?);
         }
         let main = memory.as_sk_buff();
-        let program = load(Kind::Tracing, 0, &main, &body)?;
+        let program = load(ProgramType::Tracing, 0, &main, &body)?;
         Ok(Runner {
             program,
-            kind: Kind::Tracing,
+            kind: ProgramType::Tracing,
             memory: Some(memory),
         })
     }
 
     /// As the tracing tools have it where there are no typed loads, before the filter that loads anything: what is known by a copy
-    /// (`ebpf::translate_copied`). Packets of odd length begin with a link header, see `link_len`. None where a copy does not help.
+    /// (`ebpf::translate_by_copy`). Packets of odd length begin with a link header, see `link_len`. None where a copy does not help.
     pub fn copied(l2: &Program, l3: &Program) -> Result<Option<Self>> {
-        let Some(body) = ebpf::translate_copied(l2, l3, fields(false))? else {
+        let Some(body) = ebpf::translate_by_copy(l2, l3, fields(false))? else {
             return Ok(None);
         };
         let memory = Memory::new()?;
-        let program = load(Kind::Tracing, 0, &memory.as_sk_buff(), &body)?;
+        let program = load(ProgramType::Tracing, 0, &memory.as_sk_buff(), &body)?;
         Ok(Some(Runner {
             program,
-            kind: Kind::Tracing,
+            kind: ProgramType::Tracing,
             memory: Some(memory),
         }))
     }
 
     /// As an XDP program has it: between data and data_end, and where `frags` is set in further buffers.
     pub fn xdp(program: &Program, frags: bool) -> Result<Self> {
-        let beyond = if frags {
-            Beyond::XdpLoad
+        let far = if frags {
+            FarLoad::XdpLoad
         } else {
-            Beyond::Nothing
+            FarLoad::Nothing
         };
-        let body = ebpf::translate(program, LoadMode::Packet { beyond })?;
+        let body = ebpf::translate(program, LoadMode::ByPacket { far })?;
         let mov = |to, from| Insn::alu64(Alu::Mov, to, from);
         let mut main = vec![mov(Reg::R6, Reg::R1)];
         if frags {
@@ -347,14 +347,14 @@ impl Runner {
             main.push(Insn::alu64(Alu::Sub, Reg::R4, Reg::R1));
         }
         let program = load(
-            Kind::Xdp,
+            ProgramType::Xdp,
             if frags { XDP_HAS_FRAGS } else { 0 },
             &main,
             &body,
         )?;
         Ok(Runner {
             program,
-            kind: Kind::Xdp,
+            kind: ProgramType::Xdp,
             memory: None,
         })
     }
@@ -363,8 +363,8 @@ impl Runner {
     pub fn tc(program: &Program) -> Result<Self> {
         let body = ebpf::translate(
             program,
-            LoadMode::Packet {
-                beyond: Beyond::SkbLoad,
+            LoadMode::ByPacket {
+                far: FarLoad::SkbLoad,
             },
         )?;
         let main = [
@@ -373,10 +373,10 @@ impl Runner {
             Insn::load(Size::W, Reg::R1, Reg::R3, 76),
             Insn::load(Size::W, Reg::R2, Reg::R3, 80),
         ];
-        let program = load(Kind::Tc, 0, &main, &body)?;
+        let program = load(ProgramType::Tc, 0, &main, &body)?;
         Ok(Runner {
             program,
-            kind: Kind::Tc,
+            kind: ProgramType::Tc,
             memory: None,
         })
     }
@@ -432,7 +432,7 @@ impl Runner {
             repeat: i32::try_from(repeat)?,
             ..Default::default()
         };
-        if self.kind == Kind::Tracing {
+        if self.kind == ProgramType::Tracing {
             bail!("a tracing program cannot be repeated");
         }
         self.test_run(&mut options)?;
@@ -451,7 +451,7 @@ impl Runner {
 }
 
 /// Loads `main`, which leaves the filter's arguments in r1 to r4, with the filter as its subprogram.
-fn load(kind: Kind, flags: u32, main: &[Insn], body: &[Insn]) -> Result<OwnedFd> {
+fn load(kind: ProgramType, flags: u32, main: &[Insn], body: &[Insn]) -> Result<OwnedFd> {
     let mut insns = main.to_vec();
     insns.push(Insn::call_subprogram(1));
     insns.push(Insn::exit());

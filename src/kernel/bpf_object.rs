@@ -12,7 +12,7 @@ use libbpf_sys as sys;
 
 /// A program as the kernel describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Program {
+pub struct ProgramInfo {
     pub id: u32,
     pub name: String,
     pub tag: [u8; 8],
@@ -85,7 +85,7 @@ pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
     owned(unsafe { sys::bpf_prog_get_fd_by_id(id) })
 }
 
-pub fn program_info(program: BorrowedFd<'_>) -> io::Result<Program> {
+pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
     let mut info = sys::bpf_prog_info::default();
     let mut len = size_of::<sys::bpf_prog_info>() as u32;
     // SAFETY: info is writable for len bytes, and all its pointers are null, so the kernel copies no arrays.
@@ -96,7 +96,7 @@ pub fn program_info(program: BorrowedFd<'_>) -> io::Result<Program> {
         .take_while(|c| **c != 0)
         .map(|c| *c as u8)
         .collect::<Vec<_>>();
-    Ok(Program {
+    Ok(ProgramInfo {
         id: info.id,
         name: String::from_utf8_lossy(&name).into_owned(),
         tag: info.tag,

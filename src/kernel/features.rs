@@ -43,7 +43,7 @@ pub struct Features {
     /// what programs tell it
     #[serde(skip)]
     pub casts: Option<Casts>,
-    /// with it, an sk_buff whose fields lie as src/filter/ebpf/typed.rs reads them: all kernels so far
+    /// with it, an sk_buff whose fields lie as src/filter/ebpf/by_cast.rs reads them: all kernels so far
     pub typed_filter: bool,
     /// where they lie, with or without it
     #[serde(skip)]

@@ -30,7 +30,7 @@ pub struct Function {
 #[derive(Debug)]
 pub struct Loaded {
     pub fd: OwnedFd,
-    pub info: bpf_object::Program,
+    pub info: bpf_object::ProgramInfo,
 }
 
 /// The next loaded program by its id, if it has not gone meanwhile; ids grow until they begin anew at 2^31.

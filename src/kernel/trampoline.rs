@@ -43,16 +43,16 @@ impl Target<'_> {
 
 /// Where a watching program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Point {
+pub enum AttachPoint {
     Entry,
     Exit,
 }
 
-impl Point {
+impl AttachPoint {
     fn attach_type(self) -> u32 {
         match self {
-            Point::Entry => sys::BPF_TRACE_FENTRY,
-            Point::Exit => sys::BPF_TRACE_FEXIT,
+            AttachPoint::Entry => sys::BPF_TRACE_FENTRY,
+            AttachPoint::Exit => sys::BPF_TRACE_FEXIT,
         }
     }
 }
@@ -83,7 +83,7 @@ pub fn watch(
     object: &impl AsRawLibbpf<LibbpfType = sys::bpf_object>,
     name: &str,
     target: Target<'_>,
-    point: Point,
+    point: AttachPoint,
     patch: Patch,
 ) -> Result<Watch> {
     let program = load(object, name, target, point, Some(patch))?;
@@ -113,11 +113,11 @@ impl Targets {
     }
 
     /// What a program's section says.
-    fn of(&self, section: &OsStr) -> Option<(Point, Target<'static>)> {
+    fn of(&self, section: &OsStr) -> Option<(AttachPoint, Target<'static>)> {
         let (kind, name) = section.to_str()?.split_once('/')?;
         let point = match kind {
-            "fentry" => Point::Entry,
-            "fexit" => Point::Exit,
+            "fentry" => AttachPoint::Entry,
+            "fexit" => AttachPoint::Exit,
             _ => return None,
         };
         Some((point, *self.0.get(name)?))
@@ -173,7 +173,7 @@ fn load(
     object: &impl AsRawLibbpf<LibbpfType = sys::bpf_object>,
     name: &str,
     target: Target<'_>,
-    point: Point,
+    point: AttachPoint,
     patch: Option<Patch>,
 ) -> Result<OwnedFd> {
     let c_name = CString::new(name).context("a program name with a NUL byte")?;
@@ -289,7 +289,7 @@ fn load_empty(target: Target<'_>) -> Result<OwnedFd> {
     });
     let mut opts = sys::bpf_prog_load_opts {
         sz: size_of::<sys::bpf_prog_load_opts>() as _,
-        expected_attach_type: Point::Entry.attach_type(),
+        expected_attach_type: AttachPoint::Entry.attach_type(),
         attach_btf_id: target.btf_id,
         ..Default::default()
     };
@@ -322,8 +322,8 @@ mod tests {
             let (point, target) = targets.of(OsStr::new(section))?;
             Some((point, target.btf_id))
         };
-        assert_eq!(of("fexit/tcp_v4_connect"), Some((Point::Exit, 7)));
-        assert_eq!(of("fentry/tcp_v4_connect"), Some((Point::Entry, 7)));
+        assert_eq!(of("fexit/tcp_v4_connect"), Some((AttachPoint::Exit, 7)));
+        assert_eq!(of("fentry/tcp_v4_connect"), Some((AttachPoint::Entry, 7)));
         for other in ["fexit/tcp_v6_connect", "kprobe/tcp_v4_connect", "fexit", ""] {
             assert_eq!(of(other), None, "{other}");
         }

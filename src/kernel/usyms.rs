@@ -45,7 +45,7 @@ pub struct Inlined {
 
 /// The program of a process, as the kernel saw it.
 #[derive(Debug, Clone, Copy)]
-pub struct Program<'a> {
+pub struct Executable<'a> {
     pub path: &'a Path,
     /// address of its first executable segment, and the end of the last
     pub start_code: u64,
@@ -68,7 +68,13 @@ impl Default for UserSymbols {
 impl UserSymbols {
     /// Names the addresses of a stack, innermost first. `top`: the words on top of the stack, in which the caller of the innermost function
     /// is looked for: a system call's wrapper keeps no frame pointer, so that the frames pass over its caller.
-    pub fn frames(&self, pid: u32, stack: &[u64], top: &[u64], program: Program<'_>) -> Vec<Frame> {
+    pub fn frames(
+        &self,
+        pid: u32,
+        stack: &[u64],
+        top: &[u64],
+        program: Executable<'_>,
+    ) -> Vec<Frame> {
         let maps = Maps::of(pid).filter(|m| stack.first().is_none_or(|a| m.contains(*a)));
         let mut addrs = stack.to_vec();
         let caller = top
@@ -111,7 +117,7 @@ impl UserSymbols {
     }
 
     /// Those of `addrs` that are in the program's own file.
-    fn of_program(&self, addrs: &[u64], program: Program<'_>) -> Option<Vec<Frame>> {
+    fn of_program(&self, addrs: &[u64], program: Executable<'_>) -> Option<Vec<Frame>> {
         let bias = program.start_code.wrapping_sub(first_code(program.path)?);
         let inside = |a: &u64| (program.start_code..program.end_code).contains(a);
         let offsets: Vec<u64> = addrs
@@ -173,7 +179,7 @@ fn place(code: Option<&CodeInfo<'_>>) -> (Option<String>, Option<u32>) {
     )
 }
 
-impl Program<'_> {
+impl Executable<'_> {
     fn is_return(&self, addr: u64) -> bool {
         if !(self.start_code..self.end_code).contains(&addr) {
             return false;
@@ -310,7 +316,7 @@ mod tests {
     #[test]
     fn a_process_that_runs_and_one_that_has_gone() {
         let (path, start_code, end_code) = own_program();
-        let program = Program {
+        let program = Executable {
             path: &path,
             start_code,
             end_code,
@@ -355,7 +361,7 @@ mod tests {
     #[test]
     fn names_are_demangled_and_inlined_functions_told() {
         let (path, start_code, end_code) = own_program();
-        let program = Program {
+        let program = Executable {
             path: &path,
             start_code,
             end_code,
@@ -386,7 +392,7 @@ mod tests {
             .status()
             .unwrap();
         assert!(status.success());
-        let program = Program {
+        let program = Executable {
             path: &stripped,
             ..program
         };

@@ -11,17 +11,17 @@ pub fn pad(line: &mut Vec<u8>, start: usize, width: &mut usize) {
     format::pad(line, start, *width);
 }
 
-/// Texts that an [`Again`] remembers.
+/// Texts that an [`TextCache`] remembers.
 const SLOTS: usize = 256;
 
 /// Texts and what they were made of, each in the place that a hash says: what comes again is copied, which costs a tenth of making
 /// it. `W`: the widths
 /// of the columns that the text fills.
-pub struct Again<K, W> {
+pub struct TextCache<K, W> {
     slots: Vec<Option<(K, W, Vec<u8>)>>,
 }
 
-impl<K, W> Default for Again<K, W> {
+impl<K, W> Default for TextCache<K, W> {
     fn default() -> Self {
         Self {
             slots: std::iter::repeat_with(|| None).take(SLOTS).collect(),
@@ -29,7 +29,7 @@ impl<K, W> Default for Again<K, W> {
     }
 }
 
-impl<K: PartialEq, W: PartialEq + Copy> Again<K, W> {
+impl<K: PartialEq, W: PartialEq + Copy> TextCache<K, W> {
     /// Appends the text of `key` to `line`: `make` writes it where it is not the last one of this `hash` (of its 8 lowest bits), or
     /// where columns have grown since.
     pub fn push(
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn again_until_the_key_or_a_width_changes() {
-        let (mut again, mut width, mut made) = (Again::default(), 2, 0);
+        let (mut again, mut width, mut made) = (TextCache::default(), 2, 0);
         let mut line = Vec::new();
         for (hash, key) in [(0, "a"), (0, "a"), (1, "a"), (0, "bcd"), (1, "a"), (1, "a")] {
             again.push(&mut line, hash, key, &mut width, |line, width| {

@@ -488,7 +488,7 @@ mod tests {
     use serde::Serialize;
 
     #[derive(Serialize)]
-    enum Kind {
+    enum Variant {
         Unit,
         New(u8),
         Pair(i8, bool),
@@ -507,7 +507,7 @@ mod tests {
         float: f64,
         small: f32,
         pair: (u16, i16),
-        list: Vec<Kind>,
+        list: Vec<Variant>,
         empty: [u8; 0],
         bytes: &'a [u8],
         by_number: BTreeMap<u64, ()>,
@@ -534,7 +534,7 @@ mod tests {
                 float: f,
                 small: f as f32,
                 pair: (n as u16, i as i16),
-                list: vec![Kind::Unit, Kind::New(n as u8), Kind::Pair(i as i8, b), Kind::Named { a: c }],
+                list: vec![Variant::Unit, Variant::New(n as u8), Variant::Pair(i as i8, b), Variant::Named { a: c }],
                 empty: [],
                 bytes: text.as_bytes(),
                 by_number: [(n, ()), (0, ())].into(),

@@ -9,7 +9,7 @@ use clap::ValueEnum;
 
 use crate::capture::savefile::{Reader, Writer};
 use crate::filter::cbpf::Program;
-use crate::filter::ebpf::{self, Beyond, LOAD_CALL, LoadMode};
+use crate::filter::ebpf::{self, FarLoad, LOAD_CALL, LoadMode};
 use crate::filter::expr::{self, Compiled, SNAPLEN};
 use crate::filter::pcap::{self, Linktype, Packets};
 use crate::filter::run::Runner;
@@ -87,12 +87,12 @@ fn show(args: &Args, text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     if args.ebpf {
         let mode = match args.program {
-            Target::Skb => LoadMode::Block {
+            Target::Skb => LoadMode::ByBlock {
                 size: filter::BLOCK,
-                beyond: Beyond::Subprogram,
+                far: FarLoad::Subprogram,
             },
-            Target::Xdp => LoadMode::Packet {
-                beyond: Beyond::XdpLoad,
+            Target::Xdp => LoadMode::ByPacket {
+                far: FarLoad::XdpLoad,
             },
         };
         for (at, insn) in ebpf::translate(&program, mode)?.iter().enumerate() {
@@ -123,7 +123,7 @@ fn match_file(args: &Args, file: &std::path::Path, text: &str) -> Result<()> {
         .context("the filter could not be loaded into this kernel (it needs root)")?;
     let mut writer = match &args.write {
         Some(path) => Some(
-            Writer::like(&reader, path)
+            Writer::for_packets_of(&reader, path)
                 .with_context(|| format!("failed to write {}", path.display()))?,
         ),
         None => None,

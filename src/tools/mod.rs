@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::OpenMapMut;
 
 use crate::engine::batch::{BufferOptions, POLL_MS};
-use crate::engine::drain::Source;
+use crate::engine::drain::EventMap;
 use crate::os::{online_cpus, page_size};
 use crate::usage::usage;
 
@@ -101,10 +101,10 @@ impl TransportArgs {
     }
 
     /// The map that events come through.
-    pub fn source<'a>(self, events: BorrowedFd<'a>, rings: BorrowedFd<'a>) -> Source<'a> {
+    pub fn source<'a>(self, events: BorrowedFd<'a>, rings: BorrowedFd<'a>) -> EventMap<'a> {
         match self.transport {
-            Transport::Perf => Source::Perf(events),
-            Transport::Ringbuf => Source::Rings(rings),
+            Transport::Perf => EventMap::Perf(events),
+            Transport::Ringbuf => EventMap::Rings(rings),
         }
     }
 }

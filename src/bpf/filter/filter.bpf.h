@@ -283,13 +283,13 @@ NP_FILTER_STUB(np_filter_tunnel_l3, 4)
 
 /*
  * The expression for the sk_buff at this address by typed loads, with its own
- * loads of the sk_buff's fields (src/filter/ebpf/typed.rs): this is what a
+ * loads of the sk_buff's fields (src/filter/ebpf/by_cast.rs): this is what a
  * packet that does not match costs. Headers are read through a struct that
  * every kernel has and that is an array of bytes from its third byte on, so that
  * a load of any width goes anywhere in it. The cast shows the filter how one is
  * called.
  */
-__hidden __noinline __u64 np_filter_fast(const void *address)
+__hidden __noinline __u64 np_filter_by_cast(const void *address)
 {
 	__u64 matches;
 	void *typed;
@@ -299,7 +299,7 @@ __hidden __noinline __u64 np_filter_fast(const void *address)
 	return matches | (typed != NULL) | np_filter_load(0, 1, 0);
 }
 
-/* What np_filter_quick() gives back; np_filter_fast() too, but for UNSURE, and any other number for YES. */
+/* What np_filter_by_copy() gives back; np_filter_by_cast() too, but for UNSURE, and any other number for YES. */
 enum np_filter_answer {
 	NP_FILTER_NO = 0,
 	NP_FILTER_YES = 1,
@@ -309,10 +309,10 @@ enum np_filter_answer {
 
 /*
  * The expression for the sk_buff at this address by two short reads, where there
- * are no typed loads (src/filter/ebpf/copied.rs): this is what a packet that does
+ * are no typed loads (src/filter/ebpf/by_copy.rs): this is what a packet that does
  * not match costs there.
  */
-__hidden __noinline __u64 np_filter_quick(const void *address)
+__hidden __noinline __u64 np_filter_by_copy(const void *address)
 {
 	__u64 matches;
 
@@ -556,7 +556,7 @@ np_filter_fields(const struct np_filter_fields *fields)
 /* The expression by typed loads. */
 static __always_inline bool np_filter_typed(const void *address)
 {
-	__u64 matches = np_filter_fast(address);
+	__u64 matches = np_filter_by_cast(address);
 
 	return matches == NP_FILTER_YES_BARE ? np_filter_is_ip(address)
 					     : matches != NP_FILTER_NO;
@@ -566,7 +566,7 @@ static __always_inline bool np_filter_typed(const void *address)
 static __noinline __u64 np_filter_any(const void *address)
 {
 	struct np_filter_packet *packet;
-	bool l2, tagged = false, typed = np_filter_on & NP_FILTER_TYPED;
+	bool l2, tagged = false, typed = np_filter_on & NP_FILTER_BY_CAST;
 	struct np_tag tag;
 
 	if ((np_filter_on & NP_FILTER_MEMBERS) &&
@@ -597,16 +597,16 @@ static __always_inline bool np_filter_skb(const void *address)
 	__u32 on = np_filter_on;
 	__u64 known;
 
-	if (on == (NP_FILTER_EXPRESSION | NP_FILTER_TYPED))
+	if (on == (NP_FILTER_EXPRESSION | NP_FILTER_BY_CAST))
 		return np_filter_typed(address);
-	if (on == (NP_FILTER_EXPRESSION | NP_FILTER_QUICK)) {
-		known = np_filter_quick(address);
+	if (on == (NP_FILTER_EXPRESSION | NP_FILTER_BY_COPY)) {
+		known = np_filter_by_copy(address);
 		if (known == NP_FILTER_YES_BARE)
 			return np_filter_is_ip(address);
 		return known == NP_FILTER_UNSURE ? np_filter_any(address)
 						 : known;
 	}
-	if (!on || ((on & NP_FILTER_QUICK) && !np_filter_quick(address)))
+	if (!on || ((on & NP_FILTER_BY_COPY) && !np_filter_by_copy(address)))
 		return !on;
 	return np_filter_any(address);
 }

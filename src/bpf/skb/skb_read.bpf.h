@@ -76,7 +76,7 @@ static __always_inline bool match_device(const struct np_config *cfg,
 	       np_read_netns_by(skb, sk, use_cast) == cfg->netns;
 }
 
-/* Any memory by typed loads of any width, see np_filter_fast(): what lies at `p` is at NP_BYTES_LEAD. */
+/* Any memory by typed loads of any width, see np_filter_by_cast(): what lies at `p` is at NP_BYTES_LEAD. */
 #define NP_BYTES_LEAD 2
 #define NP_BYTES(p) \
 	((void *)NP_TYPED(__kernel_sockaddr_storage, (p)-NP_BYTES_LEAD))

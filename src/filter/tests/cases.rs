@@ -3,7 +3,7 @@
 use super::packets::{self, Random};
 use super::{Runner, check};
 use crate::filter::cbpf::*;
-use crate::filter::ebpf::{Beyond, LoadMode, translate};
+use crate::filter::ebpf::{FarLoad, LoadMode, translate};
 use crate::filter::expr::{self, Compiled};
 use crate::filter::pcap::Linktype;
 
@@ -540,12 +540,12 @@ fn the_generator_is_the_same_everywhere() {
 #[cfg_attr(not(is_root), ignore = "loading BPF programs needs root")]
 fn loads_past_every_reach() {
     for mode in [
-        LoadMode::Packet {
-            beyond: Beyond::Nothing,
+        LoadMode::ByPacket {
+            far: FarLoad::Nothing,
         },
-        LoadMode::Block {
+        LoadMode::ByBlock {
             size: 96,
-            beyond: Beyond::Nothing,
+            far: FarLoad::Nothing,
         },
     ] {
         for k in [100_000, 0x7fff_ffff, 0xffdf_ffff] {

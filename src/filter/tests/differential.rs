@@ -8,7 +8,7 @@ use super::cases::EXPRESSIONS;
 use super::packets::{self, Random, mutate};
 use super::{Modes, expected, listing};
 use crate::filter::cbpf::*;
-use crate::filter::ebpf::{Beyond, LoadMode, translate};
+use crate::filter::ebpf::{FarLoad, LoadMode, translate};
 use crate::filter::expr;
 use crate::filter::pcap::Linktype;
 use crate::filter::run::socket_filter;
@@ -143,12 +143,12 @@ fn any_instructions_are_refused_or_translated() {
         };
         for mode in [
             LoadMode::PROBE,
-            LoadMode::Block {
+            LoadMode::ByBlock {
                 size: 96,
-                beyond: Beyond::Subprogram,
+                far: FarLoad::Subprogram,
             },
-            LoadMode::Packet {
-                beyond: Beyond::XdpLoad,
+            LoadMode::ByPacket {
+                far: FarLoad::XdpLoad,
             },
         ] {
             translate(&program, mode).unwrap();

@@ -32,7 +32,7 @@ enum Part {
 
 /// How a program is attached.
 #[derive(Debug, Clone, Copy)]
-enum Point {
+enum AttachTo {
     /// the first of these functions that the kernel has
     Function(&'static [&'static str]),
     /// a tracepoint, and what is blank without it
@@ -44,7 +44,7 @@ enum Point {
 /// A program of icmp.bpf.c.
 struct Probe {
     part: Part,
-    point: Point,
+    point: AttachTo,
     open: for<'a, 'o> fn(&'a mut OpenIcmpSkel<'o>) -> &'a mut OpenProgramMut<'o>,
     loaded: for<'a, 'o> fn(&'a IcmpSkel<'o>) -> &'a ProgramMut<'o>,
 }
@@ -61,7 +61,7 @@ macro_rules! probe {
     };
 }
 
-use Point::{Clock, Function, Tracepoint};
+use AttachTo::{Clock, Function, Tracepoint};
 
 const PROBES: &[Probe] = &[
     probe!(Irqs, irq_entry, Tracepoint("irq_handler_entry", "IRQ")),

@@ -12,7 +12,7 @@ use crate::kernel::functions::ByAddress;
 use crate::kernel::process::SocketHolders;
 use crate::run::Flow;
 use crate::run::output::Output;
-use crate::text::columns::{Again, pad, push_time_of_day};
+use crate::text::columns::{TextCache, pad, push_time_of_day};
 use crate::text::format::{self, push_hex};
 
 use super::args::{Args, Timestamp};
@@ -25,7 +25,7 @@ use super::extras::{Dump, NetnsNames};
 use super::json::{self, When};
 use super::json_tails::Tails;
 use super::members::Members;
-use super::program::{Kind, Program};
+use super::program::{Kind, TracedProgram};
 use super::since::LastSeen;
 use super::view::{View, number};
 
@@ -48,7 +48,7 @@ pub struct Presenter {
     view: View,
     last_seen: LastSeen,
     process_width: usize,
-    last_process: Again<([u8; 16], u32), usize>,
+    last_process: TextCache<([u8; 16], u32), usize>,
     tails: Tails,
 }
 
@@ -96,7 +96,7 @@ impl Presenter {
             view,
             last_seen: LastSeen::default(),
             process_width: 16,
-            last_process: Again::default(),
+            last_process: TextCache::default(),
             tails: Tails::default(),
         };
         for column in &presenter.before {
@@ -120,7 +120,7 @@ impl Presenter {
     }
 
     /// From now on events of these programs may come.
-    pub fn programs(&mut self, programs: Vec<Program>) {
+    pub fn programs(&mut self, programs: Vec<TracedProgram>) {
         for program in programs {
             let (id, name) = (program.id.into(), program.name.clone());
             self.view.names.insert(id, name);

@@ -59,7 +59,7 @@ impl Kind {
 
 /// A watched program, as lines show it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Program {
+pub struct TracedProgram {
     pub id: u32,
     /// of its main function, escaped
     pub name: String,
@@ -79,7 +79,7 @@ pub struct ProgramRow {
 }
 
 impl ProgramRow {
-    pub fn new(program: &Program, point: Point) -> Self {
+    pub fn new(program: &TracedProgram, point: Point) -> Self {
         let verdict = |value| match program.kind.verdict(value) {
             Some(name) => name.to_owned(),
             None => value.to_string(),

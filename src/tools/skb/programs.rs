@@ -18,7 +18,7 @@ use crate::kernel::bpf_object;
 use crate::kernel::features::Features;
 use crate::kernel::pages::PageVariables;
 use crate::kernel::program::{self, Function, Loaded};
-use crate::kernel::trampoline::{self, Patch, Point, Target, Watch};
+use crate::kernel::trampoline::{self, AttachPoint, Patch, Target, Watch};
 use crate::kernel::{attach, xdp};
 use crate::text::escape::escaped;
 use crate::tools::Transport;
@@ -28,7 +28,7 @@ use super::columns::{self, Of};
 use super::event::SECTION_MEMBERS;
 use super::helpers::Helpers;
 use super::members::Members;
-use super::program::{Kind, Program};
+use super::program::{Kind, TracedProgram};
 
 /// What stands in the programs where the id of the watched one belongs.
 const PROGRAM_ID: i32 = skb_program::SKB_PROGRAM_ID.0 as i32;
@@ -107,7 +107,7 @@ impl<'a> Programs<'a> {
     }
 
     /// Watches the programs that are loaded now, and tells how many they are.
-    pub fn start(&mut self) -> Result<Vec<Program>> {
+    pub fn start(&mut self) -> Result<Vec<TracedProgram>> {
         let programs = self.look()?;
         self.started = true;
         let count = |kind: Kind| match self.counts[kind as usize] {
@@ -124,7 +124,7 @@ impl<'a> Programs<'a> {
     }
 
     /// Watches what has been loaded since the last look: one system call where nothing has.
-    pub fn look(&mut self) -> Result<Vec<Program>> {
+    pub fn look(&mut self) -> Result<Vec<TracedProgram>> {
         let mut found = Vec::new();
         while let Some(id) = program::next_id(self.last) {
             self.last = id;
@@ -133,7 +133,7 @@ impl<'a> Programs<'a> {
         Ok(found)
     }
 
-    fn consider(&mut self, id: u32) -> Result<Option<Program>> {
+    fn consider(&mut self, id: u32) -> Result<Option<TracedProgram>> {
         let Some(loaded) = program::open(id)? else {
             return Ok(None);
         };
@@ -164,7 +164,7 @@ impl<'a> Programs<'a> {
             Ok((watches, main)) => {
                 self.watches.extend(watches);
                 self.counts[kind as usize] += 1;
-                let program = Program {
+                let program = TracedProgram {
                     id,
                     name: escaped(main.name.as_bytes()),
                     kind,
@@ -291,8 +291,8 @@ impl<'a> Watcher<'a> {
         let (enter, leave) = self.kind.watchers();
         attach::make_room(2)?;
         // The exit first: it does nothing until an entry has remembered the packet.
-        let leave = trampoline::watch(object, leave, target, Point::Exit, patch)?;
-        let enter = trampoline::watch(object, enter, target, Point::Entry, patch)?;
+        let leave = trampoline::watch(object, leave, target, AttachPoint::Exit, patch)?;
+        let enter = trampoline::watch(object, enter, target, AttachPoint::Entry, patch)?;
         Ok([enter, leave])
     }
 }

@@ -12,7 +12,7 @@ use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::SocketHolders;
-use crate::text::columns::Again;
+use crate::text::columns::TextCache;
 use crate::text::escape::{escaped, push_escaped};
 use crate::text::format::{self, Hex, push_dec};
 
@@ -21,7 +21,7 @@ use super::event::{Event, Meta, Owner};
 use super::extras::{Dump, NetnsNames};
 use super::members::Members;
 use super::netfilter::Who;
-use super::program::{Kind, Program, ProgramRow};
+use super::program::{Kind, ProgramRow, TracedProgram};
 
 /// The widths of a section's columns, as they have grown.
 pub type Widths = [usize; 6];
@@ -35,7 +35,7 @@ pub struct View {
     /// functions of netfilter's hooks whose entries are seen
     pub hooks: HashSet<String>,
     /// tc and XDP programs by the id that stands in their events for an address
-    pub programs: HashMap<u64, Program>,
+    pub programs: HashMap<u64, TracedProgram>,
     pub reasons: DropReasons,
     pub tcp_flags: bool,
     pub skb: Dump,
@@ -48,8 +48,8 @@ pub struct View {
     /// by the section's bit
     pub widths: [Widths; 32],
     /// What the last events had: those of a CPU are mostly of one packet, which differs in little from function to function.
-    pub last_meta: Again<Meta, Widths>,
-    pub last_tuple: Again<Option<Tuple>, usize>,
+    pub last_meta: TextCache<Meta, Widths>,
+    pub last_tuple: TextCache<Option<Tuple>, usize>,
 }
 
 /// An address of code.

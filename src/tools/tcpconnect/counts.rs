@@ -4,14 +4,14 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
 use serde::Serialize;
 
-use crate::run::Flow as Go;
+use crate::run::Flow;
 use crate::run::output::Output;
 use crate::text::columns::pad;
 
-use super::decode::{self, Flow};
+use super::decode::{self, CountedFlow};
 
 /// A flow and how many connects it had.
-pub type Count = (Flow, u64);
+pub type Count = (CountedFlow, u64);
 
 /// Reads the map; largest first, then by address.
 pub fn read(map: &impl MapCore) -> Result<Vec<Count>> {
@@ -37,7 +37,7 @@ fn sort(counts: &mut [Count]) {
 }
 
 /// Prints the table: at most `top` rows, each an event.
-pub fn print(out: &mut Output, counts: &[Count], top: Option<usize>, lport: bool) -> Result<Go> {
+pub fn print(out: &mut Output, counts: &[Count], top: Option<usize>, lport: bool) -> Result<Flow> {
     let shown = &counts[..top.unwrap_or(counts.len()).min(counts.len())];
     if out.json() {
         for (flow, connects) in shown {
@@ -49,11 +49,11 @@ pub fn print(out: &mut Output, counts: &[Count], top: Option<usize>, lport: bool
                 dport: flow.dport,
                 connects: *connects,
             };
-            if out.json_event(&row)? == Go::Stop {
-                return Ok(Go::Stop);
+            if out.json_event(&row)? == Flow::Stop {
+                return Ok(Flow::Stop);
             }
         }
-        return Ok(Go::Continue);
+        return Ok(Flow::Continue);
     }
     let mut widths = [25, 20, 25, 20, 10];
     let header = ["LADDR", "LPORT", "RADDR", "RPORT", "CONNECTS"].map(str::to_string);
@@ -65,11 +65,11 @@ pub fn print(out: &mut Output, counts: &[Count], top: Option<usize>, lport: bool
     }
     out.line(|b| line(b, &header, &mut widths, lport))?;
     for row in &rows {
-        if out.event(|b| line(b, row, &mut widths, lport))? == Go::Stop {
-            return Ok(Go::Stop);
+        if out.event(|b| line(b, row, &mut widths, lport))? == Flow::Stop {
+            return Ok(Flow::Stop);
         }
     }
-    Ok(Go::Continue)
+    Ok(Flow::Continue)
 }
 
 fn columns((flow, connects): &Count) -> [String; 5] {
@@ -112,8 +112,8 @@ mod tests {
     use super::*;
     use crate::run::output::OutputArgs;
 
-    fn flow(daddr: &str, dport: u16) -> Flow {
-        Flow {
+    fn flow(daddr: &str, dport: u16) -> CountedFlow {
+        CountedFlow {
             saddr: "10.0.0.1".parse().unwrap(),
             daddr: daddr.parse().unwrap(),
             dport,

@@ -135,7 +135,7 @@ pub struct Answer {
 
 /// A flow that was counted.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Flow {
+pub struct CountedFlow {
     pub saddr: IpAddr,
     pub daddr: IpAddr,
     pub dport: u16,
@@ -263,9 +263,9 @@ fn answer(head: Head, bytes: &[u8]) -> Option<Answer> {
 }
 
 /// Decodes a key of the map counts.
-pub fn flow(bytes: &[u8]) -> Option<Flow> {
+pub fn flow(bytes: &[u8]) -> Option<CountedFlow> {
     let (k, _) = read::<tcp_flow>(bytes)?;
-    Some(Flow {
+    Some(CountedFlow {
         saddr: address(words(k.saddr), k.version),
         daddr: address(words(k.daddr), k.version),
         dport: k.dport,

@@ -124,14 +124,14 @@ pub fn load<'a>(
     }
     args.transport.prepare(&mut open.maps.rings)?;
     set_programs(args, pair, &mut open);
-    let theirs = Theirs::open(&args.filter)?;
-    set_maps(args, pair, filter, &theirs, &mut open)?;
+    let user_maps = UserMaps::open(&args.filter)?;
+    set_maps(args, pair, filter, &user_maps, &mut open)?;
     let loaded = kernel
         .targets
         .prepare(open.open_object_mut(), crate::filter::prune);
     loaded.map_err(object::failed)?;
     let skel = object::load(open)?;
-    fill_filters(filter, &theirs, &skel)?;
+    fill_filters(filter, &user_maps, &skel)?;
     Ok(skel)
 }
 
@@ -200,7 +200,7 @@ fn set_maps(
     args: &Args,
     pair: Pair,
     filter: &Filter,
-    theirs: &Theirs,
+    user_maps: &UserMaps,
     open: &mut OpenTcpconnectSkel<'_>,
 ) -> Result<()> {
     let maps = &mut open.maps;
@@ -220,8 +220,8 @@ fn set_maps(
     maps.ports.set_max_entries(room(filter.ports.len()))?;
     maps.daddrs.set_max_entries(room(filter.daddrs.len()))?;
     for (map, given) in [
-        (&mut maps.cgroupmap, &theirs.cgroups),
-        (&mut maps.mntnsmap, &theirs.mntns),
+        (&mut maps.cgroupmap, &user_maps.cgroups),
+        (&mut maps.mntnsmap, &user_maps.mntns),
     ] {
         if let Some(given) = given {
             map.set_inner_map_fd(given.as_fd())
@@ -236,12 +236,12 @@ fn room(values: usize) -> u32 {
 }
 
 /// Pinned maps of the user's making, as filters.
-struct Theirs {
+struct UserMaps {
     cgroups: Option<MapHandle>,
     mntns: Option<MapHandle>,
 }
 
-impl Theirs {
+impl UserMaps {
     fn open(args: &FilterArgs) -> Result<Self> {
         let open = |path: &Option<PathBuf>, flag, value_size| {
             path.as_deref()
@@ -276,7 +276,7 @@ fn pinned(path: &Path, flag: &str, value_size: u32) -> Result<MapHandle> {
     Ok(map)
 }
 
-fn fill_filters(filter: &Filter, theirs: &Theirs, skel: &TcpconnectSkel<'_>) -> Result<()> {
+fn fill_filters(filter: &Filter, user_maps: &UserMaps, skel: &TcpconnectSkel<'_>) -> Result<()> {
     for port in &filter.ports {
         skel.maps
             .ports
@@ -296,8 +296,8 @@ fn fill_filters(filter: &Filter, theirs: &Theirs, skel: &TcpconnectSkel<'_>) -> 
             .context("failed to set the filter of addresses")?;
     }
     for (map, given) in [
-        (&skel.maps.cgroupmap, &theirs.cgroups),
-        (&skel.maps.mntnsmap, &theirs.mntns),
+        (&skel.maps.cgroupmap, &user_maps.cgroups),
+        (&skel.maps.mntnsmap, &user_maps.mntns),
     ] {
         if let Some(given) = given {
             let fd = given.as_fd().as_raw_fd().to_ne_bytes();

@@ -10,7 +10,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
-use crate::kernel::usyms::{self, Frame, Program, UserSymbols};
+use crate::kernel::usyms::{self, Executable, Frame, UserSymbols};
 use crate::text::escape::push_escaped;
 
 use super::decode::Connect;
@@ -48,7 +48,7 @@ impl StackTable {
         };
         // The user's part first: its process may end any time.
         let path = usyms::reachable(c.head.tgid, Path::new(OsStr::from_bytes(&s.exe.path)));
-        let program = Program {
+        let program = Executable {
             path: &path,
             start_code: s.exe.start_code,
             end_code: s.exe.end_code,

@@ -46,7 +46,7 @@ pub enum Mode {
 
 /// Ends of a traced program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Point {
+pub enum ProgramEnd {
     Entry,
     Exit,
 }
@@ -97,8 +97,8 @@ pub struct Args {
     pub mode: Mode,
 
     /// Capture at the traced program's entry, exit or both; exit shows its verdict
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Point::Entry])]
-    pub rx_capture: Vec<Point>,
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [ProgramEnd::Entry])]
+    pub rx_capture: Vec<ProgramEnd>,
 
     /// The programs to trace: function, function@id, id, or all (also those of a libxdp dispatcher, and subprograms that
     /// take the packet); the default is the main one
@@ -230,7 +230,7 @@ impl Args {
         if self.program_names.is_empty()
             && self.action.is_empty()
             && !self.diff
-            && !self.rx_capture.contains(&Point::Exit)
+            && !self.rx_capture.contains(&ProgramEnd::Exit)
         {
             return Ok(());
         }
@@ -243,8 +243,8 @@ impl Args {
     pub fn points(&self) -> Points {
         let exit_only = !self.action.is_empty();
         Points {
-            entry: self.diff || self.rx_capture.contains(&Point::Entry) && !exit_only,
-            exit: self.diff || self.rx_capture.contains(&Point::Exit) || exit_only,
+            entry: self.diff || self.rx_capture.contains(&ProgramEnd::Entry) && !exit_only,
+            exit: self.diff || self.rx_capture.contains(&ProgramEnd::Exit) || exit_only,
             verdicts: match self.action.as_slice() {
                 [] => u32::MAX,
                 some => some

@@ -5,7 +5,7 @@ use crate::bpf::xdpdump::types::{np_xdp_event, np_xdp_kind, np_xdp_packet, np_xd
 
 /// Where a packet was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Point {
+pub enum SeenAt {
     /// Before all programs of the chain.
     Chain,
     /// A traced program was entered.
@@ -19,7 +19,7 @@ pub enum Point {
 pub struct Seen<'a> {
     /// ns of CLOCK_MONOTONIC
     pub ts: u64,
-    pub point: Point,
+    pub point: SeenAt,
     pub cpu: u16,
     pub id: u64,
     pub ifindex: u32,
@@ -61,7 +61,7 @@ pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
         let captured = (packet.len as usize).checked_sub(PACKET_SENT)?;
         return Some(Seen {
             ts: packet.ts,
-            point: Point::Chain,
+            point: SeenAt::Chain,
             cpu: cpu as u16,
             id: u64::from(cpu) << 48 | packet.number,
             ifindex: packet.ifindex,
@@ -77,8 +77,8 @@ pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
     }
     let (event, rest) = bpf::read::<np_xdp_event>(bytes)?;
     let point = match np_xdp_kind(event.head.kind.into()) {
-        np_xdp_kind::NP_XDP_ENTRY => Point::Entry,
-        np_xdp_kind::NP_XDP_EXIT => Point::Exit,
+        np_xdp_kind::NP_XDP_ENTRY => SeenAt::Entry,
+        np_xdp_kind::NP_XDP_EXIT => SeenAt::Exit,
         _ => return None,
     };
     let captured = (event.head.len as usize).checked_sub(size_of::<np_xdp_event>())?;
@@ -90,7 +90,7 @@ pub fn decode(cpu: u32, bytes: &[u8]) -> Option<Seen<'_>> {
         ifindex: event.ifindex,
         queue: event.queue.into(),
         len: event.len,
-        verdict: (point == Point::Exit).then_some(event.verdict),
+        verdict: (point == SeenAt::Exit).then_some(event.verdict),
         program: event.program,
         moved: event.moved,
         outer: event.outer,
@@ -167,7 +167,7 @@ mod tests {
     fn a_packet_of_the_chain() {
         let bytes = chained(33, &[1, 2, 3, 0, 0]);
         let seen = decode(4, &bytes).unwrap();
-        assert_eq!((seen.point, seen.cpu, seen.ts), (Point::Chain, 4, 5));
+        assert_eq!((seen.point, seen.cpu, seen.ts), (SeenAt::Chain, 4, 5));
         assert_eq!((seen.id, seen.queue, seen.ifindex), (4 << 48 | 9, 2, 3));
         assert_eq!((seen.data, seen.len), (&[1u8, 2, 3][..], 60));
         assert_eq!(decode(4, &chained(29, &[])), None);

@@ -367,7 +367,7 @@ mod tests {
         let data = frame();
         let seen = |id, program, cpu| Seen {
             ts: 1,
-            point: super::super::decode::Point::Exit,
+            point: super::super::decode::SeenAt::Exit,
             cpu,
             id,
             ifindex: 1,

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::kernel::bpf_object;
-use crate::kernel::bpf_object::Program;
+use crate::kernel::bpf_object::ProgramInfo;
 use crate::kernel::netdev;
 use crate::kernel::xdp;
 use crate::run::output::{Output, OutputArgs};
@@ -98,7 +98,7 @@ fn row(ifindex: u32, name: &str, lock: Option<&Lock>) -> Result<Row> {
 
 /// What the kernel knows of a program; nothing where it has gone meanwhile.
 fn program(id: u32) -> Option<ProgramRow> {
-    let Program { id, name, tag, .. } =
+    let ProgramInfo { id, name, tag, .. } =
         bpf_object::program_info(bpf_object::program_by_id(id).ok()?.as_fd()).ok()?;
     let tag = tag.iter().map(|byte| format!("{byte:02x}")).collect();
     Some(ProgramRow {

@@ -38,12 +38,12 @@ use crate::run::{log, signals};
 use crate::usage::UsageError;
 
 use args::{Args, Mode};
-use decode::Point;
+use decode::SeenAt;
 use diff::Pairs;
 use errors::Errors;
 
 use probes::{Capture, Counts, Options, Tunnel};
-use sink::{Sink, Source};
+use sink::{CapturePoint, Sink};
 use trace::{Target, Trace};
 
 pub fn run(args: &Args) -> Result<()> {
@@ -338,12 +338,12 @@ enum Probe<'a> {
 
 impl Probe<'_> {
     /// The places where its packets are seen.
-    fn sources(&self) -> Vec<Source> {
+    fn sources(&self) -> Vec<CapturePoint> {
         match self {
-            Probe::Chain(capture) => vec![Source {
+            Probe::Chain(capture) => vec![CapturePoint {
                 iface: capture.place.name.clone(),
                 ifindex: capture.place.ifindex,
-                point: Point::Chain,
+                point: SeenAt::Chain,
                 program: 0,
                 function: None,
                 linktype: Linktype::ETHERNET,
@@ -355,7 +355,7 @@ impl Probe<'_> {
             } => trace
                 .points()
                 .into_iter()
-                .map(|point| Source {
+                .map(|point| CapturePoint {
                     iface: iface.clone(),
                     ifindex: trace.ifindex(),
                     point,
@@ -495,7 +495,7 @@ impl Consumer for Live<'_> {
         };
         let mut diff = None;
         if let Some(pairs) = &mut self.pairs {
-            if seen.point == Point::Entry {
+            if seen.point == SeenAt::Entry {
                 pairs.enter(&seen);
                 return Ok(Flow::Continue);
             }

@@ -13,7 +13,7 @@ use crate::run::loss::Loss;
 use crate::run::output::Output;
 
 use super::args::Args;
-use super::decode::{Point, Seen};
+use super::decode::{Seen, SeenAt};
 use super::diff::Diff;
 use super::errors::{Names, Problem};
 use super::file::{CaptureFile, Rotation};
@@ -22,10 +22,10 @@ use super::probes::Counts;
 
 /// A place where packets were seen: an interface, or one end of a program at it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Source {
+pub struct CapturePoint {
     pub iface: String,
     pub ifindex: u32,
-    pub point: Point,
+    pub point: SeenAt,
     /// Number of the traced program in its events; 0 in front of a chain.
     pub program: u32,
     /// Name of the traced function.
@@ -33,14 +33,14 @@ pub struct Source {
     pub linktype: Linktype,
 }
 
-impl Source {
+impl CapturePoint {
     fn is_of(&self, seen: &Seen<'_>) -> bool {
         self.ifindex == seen.ifindex && self.point == seen.point && self.program == seen.program
     }
 
     /// The end of a program, for lines: `xdp_prog()@exit`.
     fn place(&self) -> Option<String> {
-        let end = if self.point == Point::Exit {
+        let end = if self.point == SeenAt::Exit {
             "exit"
         } else {
             "entry"
@@ -52,7 +52,7 @@ impl Source {
 
     /// The name of an interface block: as xdp-tools writes it for a traced program.
     fn block_name(&self) -> String {
-        let end = if self.point == Point::Exit {
+        let end = if self.point == SeenAt::Exit {
             "fexit"
         } else {
             "fentry"
@@ -66,15 +66,15 @@ impl Source {
 
 pub struct Sink {
     /// Each with its place in lines.
-    sources: Vec<(Source, Option<String>)>,
+    sources: Vec<(CapturePoint, Option<String>)>,
     out: Output,
-    kind: Kind,
+    kind: Destination,
     programs: Names,
     /// Errors by their words: in a capture file there is no place for them.
     errors: BTreeMap<String, u64>,
 }
 
-enum Kind {
+enum Destination {
     Lines(Box<Presenter>),
     /// `dropped`: packets lost since the last one that was written.
     File {
@@ -85,10 +85,10 @@ enum Kind {
 }
 
 impl Sink {
-    pub fn open(args: &Args, sources: Vec<Source>) -> Result<Self> {
+    pub fn open(args: &Args, sources: Vec<CapturePoint>) -> Result<Self> {
         let out = Output::open(&args.output)?;
         let kind = match &args.write {
-            None => Kind::Lines(Box::new(Presenter::new(args))),
+            None => Destination::Lines(Box::new(Presenter::new(args))),
             Some(path) => {
                 let linktype = common(&sources);
                 // Readers refuse packets that are longer.
@@ -112,7 +112,7 @@ impl Sink {
                     snaplen,
                     linktype,
                 )?;
-                Kind::File {
+                Destination::File {
                     file: Box::new(file),
                     dropped: 0,
                     linktype,
@@ -147,7 +147,7 @@ impl Sink {
             .unwrap_or_default();
         let (data, len) = seen.packet();
         match &mut self.kind {
-            Kind::Lines(presenter) => {
+            Destination::Lines(presenter) => {
                 let source = self.sources.get(at);
                 let shown = Shown {
                     wall,
@@ -165,7 +165,7 @@ impl Sink {
                 };
                 presenter.packet(&mut self.out, &shown)
             }
-            Kind::File {
+            Destination::File {
                 file,
                 dropped,
                 linktype,
@@ -204,10 +204,10 @@ impl Sink {
             .find(|(source, _)| source.ifindex == problem.ifindex);
         let iface = source.map_or("?", |(source, _)| &source.iface);
         match &mut self.kind {
-            Kind::Lines(presenter) => {
+            Destination::Lines(presenter) => {
                 presenter.problem(&mut self.out, problem, iface, &words, wall)
             }
-            Kind::File { .. } => {
+            Destination::File { .. } => {
                 let words = format!("{iface}: {}: {words}", problem.name());
                 *self.errors.entry(words).or_default() += u64::from(problem.count);
                 Ok(())
@@ -226,26 +226,26 @@ impl Sink {
 
     /// So many packets were lost just now: the next one in the file says it.
     pub fn lost(&mut self, more: u64) {
-        if let Kind::File { dropped, .. } = &mut self.kind {
+        if let Destination::File { dropped, .. } = &mut self.kind {
             *dropped += more;
         }
     }
 
     /// Whether [`Sink::lost`] has a use.
     pub fn tells_loss(&self) -> bool {
-        matches!(self.kind, Kind::File { .. })
+        matches!(self.kind, Destination::File { .. })
     }
 
     pub fn flush(&mut self) -> Result<()> {
         match &mut self.kind {
-            Kind::Lines(_) => self.out.flush(),
-            Kind::File { file, .. } => file.flush(),
+            Destination::Lines(_) => self.out.flush(),
+            Destination::File { file, .. } => file.flush(),
         }
     }
 
     /// The statistics blocks of a capture file. `counts`: of each source, in their order.
     pub fn close(&mut self, counts: &[Counts], begun: SystemTime) -> Result<()> {
-        let Kind::File { file, .. } = &mut self.kind else {
+        let Destination::File { file, .. } = &mut self.kind else {
             return Ok(());
         };
         for (interface, counts) in counts.iter().enumerate() {
@@ -272,7 +272,7 @@ impl Sink {
 }
 
 /// The link type of a file with packets of all these: theirs, or that of Ethernet where they differ.
-fn common(sources: &[Source]) -> Linktype {
+fn common(sources: &[CapturePoint]) -> Linktype {
     let mut types = sources.iter().map(|source| source.linktype);
     let first = types.next().unwrap_or(Linktype::ETHERNET);
     if types.all(|linktype| linktype == first) {

@@ -22,7 +22,7 @@ use crate::run::loss::Loss;
 use crate::text::escape::escaped;
 use crate::usage::usage;
 
-use super::decode::Point;
+use super::decode::SeenAt;
 use super::probes::{Counts, Options, set_tunnel};
 
 /// A function of a loaded program, to be watched.
@@ -206,9 +206,9 @@ impl<'a> Trace<'a> {
     }
 
     /// Where its packets are seen.
-    pub fn points(&self) -> Vec<Point> {
+    pub fn points(&self) -> Vec<SeenAt> {
         let Points { entry, exit, .. } = self.points;
-        [(entry, Point::Entry), (exit, Point::Exit)]
+        [(entry, SeenAt::Entry), (exit, SeenAt::Exit)]
             .into_iter()
             .filter_map(|(wanted, point)| wanted.then_some(point))
             .collect()

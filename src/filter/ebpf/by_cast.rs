@@ -16,10 +16,10 @@ use crate::kernel::features::SkbFields;
 
 /// The body of a subprogram `u64 stub(struct sk_buff *)` that returns 0 for no match: `l2` for a packet with a link header, `l3` for
 /// one without. Neither may ask for the packet's length.
-pub fn translate_typed(l2: &Program, l3: &Program, fields: SkbFields) -> Result<Vec<Insn>> {
+pub fn translate_by_cast(l2: &Program, l3: &Program, fields: SkbFields) -> Result<Vec<Insn>> {
     let mut asm = Assembler::default();
     let without_link = asm.label();
-    let mode = LoadMode::Typed {
+    let mode = LoadMode::ByCast {
         data_len: fields.data_len,
     };
     asm.push(Insn::store(Size::Dw, Reg::Fp, SLOT_SOURCE, Reg::R1));

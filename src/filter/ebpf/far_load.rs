@@ -2,7 +2,7 @@
 
 use super::super::cbpf::Offset;
 use super::{
-    A, Beyond, DATA, END, LOAD_CALL, Load, LoadMode, Right, SLOT_A, SLOT_BYTES, SLOT_DATA,
+    A, DATA, END, FarLoad, LOAD_CALL, Load, LoadMode, Right, SLOT_A, SLOT_BYTES, SLOT_DATA,
     SLOT_END, SLOT_SOURCE, SLOT_X, T, T2, Writer, X, width,
 };
 use crate::insn::asm::{
@@ -14,12 +14,12 @@ impl Writer {
     /// A load by a call; what the call destroys is kept on the stack. `checked`: it was seen that the bytes do not lie in one piece
     /// with the packet's first.
     pub(super) fn slow_load(&mut self, load: Load, checked: bool) {
-        let beyond = self.beyond();
+        let far = self.far_load();
         let mut kept = vec![(X, SLOT_X)];
-        if !matches!(self.mode, LoadMode::Typed { .. }) {
+        if !matches!(self.mode, LoadMode::ByCast { .. }) {
             kept.push((END, SLOT_END));
         }
-        if !matches!(self.mode, LoadMode::Block { size: 0, .. }) {
+        if !matches!(self.mode, LoadMode::ByBlock { size: 0, .. }) {
             kept.push((DATA, SLOT_DATA));
         }
         if load.header_length {
@@ -29,14 +29,14 @@ impl Writer {
             self.asm.push(Insn::store(Size::Dw, Reg::Fp, *slot, *reg));
         }
         // In a long program the verifier would have too many ways to follow.
-        if let (LoadMode::Typed { data_len }, true) = (self.mode, checked && self.short) {
+        if let (LoadMode::ByCast { data_len }, true) = (self.mode, checked && self.short) {
             self.fail_without_more(data_len);
         }
         match load.offset {
             Offset::Absolute(k) => self.asm.push(Insn::alu32_imm(Alu::Mov, T, k)),
             Offset::Indexed(k) => self.index(k),
         }
-        if beyond == Beyond::ProbeRead {
+        if far == FarLoad::ProbeRead {
             self.end_of(load.size);
             self.fail_if(T2, Cond::Gt, Right::Reg(END));
         }
@@ -47,26 +47,26 @@ impl Writer {
                 Insn::alu64_imm(Alu::Add, to, SLOT_BYTES.into()),
             ]
         };
-        match beyond {
-            Beyond::Nothing | Beyond::ProbeRead => {
+        match far {
+            FarLoad::Nothing | FarLoad::ProbeRead => {
                 self.asm.push(source(Reg::R1));
                 self.asm.push(Insn::alu64(Alu::Add, Reg::R3, Reg::R1));
                 self.asm.extend(bytes(Reg::R1));
                 self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, load.size));
                 self.asm.push(Insn::call(HELPER_PROBE_READ_KERNEL));
             }
-            Beyond::XdpLoad | Beyond::SkbLoad => {
+            FarLoad::XdpLoad | FarLoad::SkbLoad => {
                 self.asm.push(Insn::alu64(Alu::Mov, Reg::R2, T));
                 self.asm.push(source(Reg::R1));
                 self.asm.extend(bytes(Reg::R3));
                 self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R4, load.size));
-                self.asm.push(Insn::call(if beyond == Beyond::XdpLoad {
+                self.asm.push(Insn::call(if far == FarLoad::XdpLoad {
                     HELPER_XDP_LOAD_BYTES
                 } else {
                     HELPER_SKB_LOAD_BYTES
                 }));
             }
-            Beyond::Subprogram => {
+            FarLoad::Subprogram => {
                 self.asm.push(Insn::alu64(Alu::Mov, Reg::R1, T));
                 self.asm.push(Insn::alu32_imm(Alu::Mov, Reg::R2, load.size));
                 self.asm.push(source(Reg::R3));
@@ -74,7 +74,7 @@ impl Writer {
             }
         }
         let to = if load.header_length { X } else { A };
-        let by_value = beyond == Beyond::Subprogram;
+        let by_value = far == FarLoad::Subprogram;
         let failed = if by_value { Cond::Slt } else { Cond::Ne };
         self.fail_if(Reg::R0, failed, Right::Imm(0));
         for (reg, slot) in &kept {

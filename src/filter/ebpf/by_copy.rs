@@ -43,12 +43,12 @@ pub(super) struct Exits {
 }
 
 /// The body of a subprogram `u64 stub(struct sk_buff *)`. None where a copy does not help, or the fields lie apart.
-pub fn translate_copied(
+pub fn translate_by_copy(
     l2: &Program,
     l3: &Program,
     fields: SkbFields,
 ) -> Result<Option<Vec<Insn>>> {
-    let base = |base| LoadMode::Copied { base };
+    let base = |base| LoadMode::ByCopy { base };
     let mut writer = Writer::new(l2, base(0), Assembler::default());
     let mut ends = writer.copied_ends();
     writer = Writer::new(l3, base(LINK), Assembler::default());
@@ -136,7 +136,7 @@ fn copy(asm: &mut Assembler, skip: u32, len: u32, checked: u32, reach: u32, unsu
 impl Writer {
     /// Where a load ends in the copy; None where it cannot be in there.
     fn copied_end(&self, load: Load) -> Option<u32> {
-        let LoadMode::Copied { base } = self.mode else {
+        let LoadMode::ByCopy { base } = self.mode else {
             return None;
         };
         let end = load.usual_end()?.checked_add(base)?;

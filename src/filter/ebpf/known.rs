@@ -35,7 +35,7 @@ impl Set {
 }
 
 /// For each operation what is known.
-pub(super) struct Flow {
+pub(super) struct Known {
     /// The load leaves A in network order, and the comparison takes it so: bytes of the load.
     pub network: Vec<Option<u32>>,
     /// X is 4 * (a byte & 15), whatever the way here.
@@ -66,7 +66,7 @@ fn reads_value(op: &Op) -> bool {
     }
 }
 
-impl Flow {
+impl Known {
     pub fn of(ops: &[Op], reachable: &[bool]) -> Self {
         // Who may have set A, and whether only header lengths set X. The start counts as an operation behind the last one.
         let start = ops.len();
@@ -126,6 +126,6 @@ impl Flow {
                 network[at] = setter.and_then(|setter| network.get(setter).copied().flatten());
             }
         }
-        Flow { network, header }
+        Known { network, header }
     }
 }
