@@ -46,6 +46,7 @@ mod case;
 mod env;
 mod netns;
 mod probe;
+mod schema;
 mod traffic;
 
 use std::time::{Duration, Instant};

@@ -10,10 +10,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::schema::Schema;
 use super::{Netns, deadline, wait_for};
 
 /// The binary under test: `$NETPROBE`, else the one that cargo built for this test.
@@ -109,7 +110,14 @@ impl<'a> Netprobe<'a> {
         Running::new(
             child.with_context(|| format!("failed to start {command:?}"))?,
             format!("{command:?}"),
+            self.schema(),
         )
+    }
+
+    /// What its stdout must fit, if it is JSON.
+    fn schema(&self) -> Option<String> {
+        let json = self.args.iter().any(|arg| arg == "--output-json");
+        json.then(|| self.args[0].to_string_lossy().into_owned())
     }
 
     /// Runs it to its end, without `--ready-file`.
@@ -154,10 +162,12 @@ pub struct Running {
     stdout: Arc<Text>,
     stderr: Arc<Text>,
     readers: Vec<JoinHandle<()>>,
+    /// the tool whose schema (docs/json) each line of stdout must fit
+    schema: Option<String>,
 }
 
 impl Running {
-    fn new(mut child: Child, command: String) -> Result<Self> {
+    fn new(mut child: Child, command: String, schema: Option<String>) -> Result<Self> {
         remember(child.id());
         let (stdout, stderr) = (Arc::new(Text::default()), Arc::new(Text::default()));
         let readers = vec![
@@ -170,6 +180,7 @@ impl Running {
             stdout,
             stderr,
             readers,
+            schema,
         })
     }
 
@@ -278,7 +289,7 @@ impl Running {
         self.wait()
     }
 
-    /// Waits for its end, which it must reach by itself.
+    /// Waits for its end, which it must reach by itself. An error where it printed JSON that does not fit its schema.
     pub fn wait(mut self) -> Result<Finished> {
         let status = wait_for("the end of netprobe", || Ok(self.child().try_wait()?))
             .with_context(|| format!("netprobe does not end:\n{}", self.said()))?;
@@ -287,12 +298,17 @@ impl Running {
             // A grandchild could hold the pipe open; netprobe makes none.
             let _ = reader.join();
         }
-        Ok(Finished {
+        let finished = Finished {
             command: self.command.clone(),
             status,
             stdout: self.stdout(),
             stderr: self.stderr(),
-        })
+        };
+        if let Some(tool) = &self.schema {
+            let fits = Schema::of(tool).and_then(|schema| schema.check_lines(&finished.stdout));
+            fits.map_err(|e| anyhow!("docs/json/{tool}.json: {e}"))?;
+        }
+        Ok(finished)
     }
 
     /// For error messages: all it wrote so far.
