@@ -72,7 +72,10 @@ static __always_inline __u64 write_skb(const struct skb_source *from, void *to)
 static __always_inline __u64 write_shared_info(const struct skb_source *from,
 					       void *to)
 {
-	read_copy(to, NP_READ(from->skb, head) + NP_READ(from->skb, end),
+	/* A local: CO-RE takes every struct on its way for a kernel's. */
+	struct sk_buff *skb = from->skb;
+
+	read_copy(to, NP_READ(skb, head) + NP_READ(skb, end),
 		  bpf_core_type_size(struct skb_shared_info));
 	return sizeof(struct skb_copy);
 }
