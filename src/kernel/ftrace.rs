@@ -1,7 +1,8 @@
 //! The functions that ftrace can trace, out of the kernel's memory: what available_filter_functions_addrs prints, which takes the kernel
 //! half a second (a read gives 4 KiB at most, and each begins at the first function again). Two small BPF programs: an iterator
 //! gives all functions that have a name (kernels from 6.0), a raw tracepoint's program that is only ever tested copies ftrace's
-//! records (`struct ftrace_page`, kernel/trace/ftrace.c; its first is in kallsyms with CONFIG_KALLSYMS_ALL).
+//! records (`struct ftrace_page`, kernel/trace/ftrace.c; its first is in kallsyms with CONFIG_KALLSYMS_ALL). They are assembled here:
+//! for `SEC("iter/ksym")` in a skeleton libbpf reads all of vmlinux's BTF, which [`Btf`] has read already.
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -216,14 +217,6 @@ fn offset(btf: &Btf, of: &str, member: &str) -> Result<i16> {
 /// A file that gives [`RECORD`]s: functions (kallsyms' types t and w, of either case), and [`FIRST_PAGE`]; those whose names may be
 /// one of `heads` with their names.
 fn iterate(btf: &Btf, heads: &Heads) -> Result<File> {
-    const AT: i16 = -(RECORD as i16);
-    let member = |name| offset(btf, "kallsym_iter", name);
-    let (kind, value, name, module) = (
-        member("type")?,
-        member("value")?,
-        member("name")?,
-        member("module_name")?,
-    );
     let bits = array(c"np_heads", size_of_val(heads.bits()))?;
     let key = 0u32;
     // SAFETY: the key has the map's four bytes, the bits those of its value.
@@ -235,6 +228,40 @@ fn iterate(btf: &Btf, heads: &Heads) -> Result<File> {
             0,
         )
     })?;
+    let opts = sys::bpf_prog_load_opts {
+        sz: size_of::<sys::bpf_prog_load_opts>() as _,
+        expected_attach_type: sys::BPF_TRACE_ITER,
+        attach_btf_id: btf
+            .function_id("bpf_iter_ksym")
+            .context("no iterator over kallsyms")?,
+        ..Default::default()
+    };
+    let insns = symbols_program(btf, &bits)?;
+    let program = load(sys::BPF_PROG_TYPE_TRACING, c"np_symbols", &insns, opts)?;
+    // SAFETY: numbers; opts may be NULL.
+    let link = owned(unsafe {
+        sys::bpf_link_create(
+            program.as_raw_fd(),
+            0,
+            sys::BPF_TRACE_ITER,
+            std::ptr::null(),
+        )
+    })?;
+    // SAFETY: a number.
+    let file = owned(unsafe { sys::bpf_iter_create(link.as_raw_fd()) })?;
+    Ok(File::from(file))
+}
+
+/// The iterator's program: writes a [`RECORD`] with a function's address, and its name where `bits` (those of [`Heads`]) has it.
+fn symbols_program(btf: &Btf, bits: &OwnedFd) -> Result<Vec<Insn>> {
+    const AT: i16 = -(RECORD as i16);
+    let member = |name| offset(btf, "kallsym_iter", name);
+    let (kind, value, name, module) = (
+        member("type")?,
+        member("value")?,
+        member("name")?,
+        member("module_name")?,
+    );
     let (meta, symbol) = (Reg::R6, Reg::R7);
     let mut asm = Assembler::default();
     let (keep, named, write, end) = (asm.label(), asm.label(), asm.label(), asm.label());
@@ -308,32 +335,7 @@ fn iterate(btf: &Btf, heads: &Heads) -> Result<File> {
     asm.place(end);
     asm.push(Insn::alu64_imm(Alu::Mov, Reg::R0, 0));
     asm.push(Insn::exit());
-    let opts = sys::bpf_prog_load_opts {
-        sz: size_of::<sys::bpf_prog_load_opts>() as _,
-        expected_attach_type: sys::BPF_TRACE_ITER,
-        attach_btf_id: btf
-            .function_id("bpf_iter_ksym")
-            .context("no iterator over kallsyms")?,
-        ..Default::default()
-    };
-    let program = load(
-        sys::BPF_PROG_TYPE_TRACING,
-        c"np_symbols",
-        &asm.finish()?,
-        opts,
-    )?;
-    // SAFETY: numbers; opts may be NULL.
-    let link = owned(unsafe {
-        sys::bpf_link_create(
-            program.as_raw_fd(),
-            0,
-            sys::BPF_TRACE_ITER,
-            std::ptr::null(),
-        )
-    })?;
-    // SAFETY: a number.
-    let file = owned(unsafe { sys::bpf_iter_create(link.as_raw_fd()) })?;
-    Ok(File::from(file))
+    asm.finish()
 }
 
 /// Copies of kernel memory.

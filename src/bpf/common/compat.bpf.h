@@ -7,20 +7,11 @@
  * 6.2: a fault reads as 0, and no helper is called: 95 instructions in place
  * of 120 for one member, 110 in place of 630 for five), else by
  * bpf_probe_read_kernel. use_cast is in .rodata: the branch that is not
- * taken is removed (src/filter/prune.rs).
+ * taken is removed (src/filter/prune.rs). Needs cast.bpf.h or no_cast.bpf.h
+ * before it.
  */
 #ifndef NETPROBE_COMPAT_BPF_H
 #define NETPROBE_COMPAT_BPF_H
-
-/*
- * bpf_rdonly_cast exists (kernels from 6.2). A tool that defines NP_NO_CAST does
- * without.
- */
-#ifdef NP_NO_CAST
-static const __u8 use_cast = 0;
-#else
-const volatile __u8 use_cast = 0;
-#endif
 
 enum np_cast {
 	NP_CAST_PLACE = 0x4e504341,

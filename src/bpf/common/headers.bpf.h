@@ -12,10 +12,9 @@
 #include <bpf/bpf_endian.h>
 
 #include "common/compat.bpf.h"
+#include "common/ethertypes.bpf.h"
 
 #define NP_HEADER_UNSET 0xffff /* a header's offset that is not set */
-#define NP_TYPE_IPV4 0x0800
-#define NP_TYPE_IPV6 0x86dd
 #define NP_TYPE_VLAN 0x8100
 #define NP_TYPE_QINQ 0x88a8
 #define NP_TYPE_BRIDGED 0x6558 /* an Ethernet frame inside a tunnel */

@@ -7,12 +7,12 @@
  * own addresses identify the outer header: bytes alone could be a tunnel within
  * the tunnel.
  *
- * NP_OUTER_DIRECT before the #include: frames are packet pointers of an XDP
- * program.
+ * Needs frame_direct.bpf.h or frame_probe.bpf.h before it.
  */
 #ifndef NETPROBE_OUTER_BPF_H
 #define NETPROBE_OUTER_BPF_H
 
+#include "common/ethertypes.bpf.h"
 #include "common/outer.h"
 
 #define NP_OUTER_ETHERNET 14
@@ -24,10 +24,6 @@
 #define NP_OUTER_MPLS 137
 /* More than any outer headers that are skipped here; a mask. */
 #define NP_OUTER_MAX 0xff
-#ifndef NP_TYPE_IPV4
-#define NP_TYPE_IPV4 0x0800
-#define NP_TYPE_IPV6 0x86dd
-#endif
 
 struct np_frame {
 	const __u8 *data;
@@ -44,12 +40,7 @@ static __always_inline bool np_frame_read(const struct np_frame *frame,
 	asm volatile("" : "+r"(from));
 	if (from + size > frame->end)
 		return false;
-#ifdef NP_OUTER_DIRECT
-	__builtin_memcpy(to, from, size);
-	return true;
-#else
-	return !bpf_probe_read_kernel(to, size, from);
-#endif
+	return np_frame_load(to, from, size);
 }
 
 static __always_inline __u16 np_frame_u16(const __u8 *bytes)

@@ -10,6 +10,7 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
+#include "common/cast.bpf.h"
 #include "common/compat.bpf.h"
 #include "common/event.h"
 #include "common/config.bpf.h"

@@ -9,6 +9,7 @@
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
 
+#include "common/cast.bpf.h"
 #include "common/compat.bpf.h"
 #include "filter/filter.bpf.h"
 

@@ -16,11 +16,12 @@
 
 #include "icmp/icmp.h"
 #include "common/packet.h"
+#include "common/cast.bpf.h"
 #include "common/compat.bpf.h"
 #include "common/config.bpf.h"
 #include "common/fields.bpf.h"
-#define NP_RINGBUF
-#include "common/event.bpf.h"
+#include "common/stats.bpf.h"
+#include "common/output_ring.bpf.h"
 #include "filter/filter.bpf.h"
 #include "common/packet.bpf.h"
 #include "icmp/icmp_packet.bpf.h"

@@ -15,6 +15,7 @@
 #include <bpf/bpf_tracing.h>
 
 #include "skb/skb_event.bpf.h"
+#include "skb/skb_helpers.bpf.h"
 
 /* How a function was hit, for passed(): its kind and these. */
 #define HOW_BEGIN (1U << 16) /* without: ours only where it is tracked */
@@ -245,7 +246,5 @@ int listen_syn_end(struct pt_regs *ctx)
 	dropped(ctx, skb, sk, func, 0, &drop);
 	return 0;
 }
-
-#include "skb/skb_helpers.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -8,11 +8,11 @@
 #define NETPROBE_SKB_EVENT_BPF_H
 
 #include "skb/skb.h"
+#include "common/cast.bpf.h"
 #include "common/compat.bpf.h"
 #include "common/config.bpf.h"
-#define NP_RINGBUF
-#define NP_HEAD_TYPED
-#include "common/event.bpf.h"
+#include "common/stats.bpf.h"
+#include "common/output_ring.bpf.h"
 #include "filter/filter.bpf.h"
 #include "skb/members.bpf.h"
 #include "common/packet.bpf.h"

@@ -15,6 +15,7 @@
 #include <bpf/bpf_tracing.h>
 
 #include "skb/skb_event.bpf.h"
+#include "common/frame_probe.bpf.h"
 #include "common/outer.bpf.h"
 
 /* bpf_xdp_get_buff_len exists (kernels from 5.18); packets have one buffer before. */

@@ -14,11 +14,10 @@
 
 #include "common/packet.h"
 #include "tcp/tcpconnect.h"
-/* A connect is rare, and costs a hundred times what casts would save. */
-#define NP_NO_CAST
+#include "common/no_cast.bpf.h"
 #include "common/compat.bpf.h"
-#define NP_RINGBUF
-#include "common/event.bpf.h"
+#include "common/stats.bpf.h"
+#include "common/output_ring.bpf.h"
 #include "common/packet.bpf.h"
 #include "tcp/dns.bpf.h"
 #include "tcp/tcpconnect_filter.bpf.h"

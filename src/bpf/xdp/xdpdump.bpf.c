@@ -8,11 +8,12 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
 
-#define NP_STATS struct np_xdp_stats
-#define NP_OUTER_DIRECT
 #include "xdp/netprobe_chain.h"
 #include "xdp/xdpdump.h"
-#include "common/event.bpf.h"
+#include "common/no_cast.bpf.h"
+#include "xdp/xdpdump_stats.bpf.h"
+#include "common/output_perf.bpf.h"
+#include "common/frame_direct.bpf.h"
 #include "common/outer.bpf.h"
 #include "filter/filter_xdp.bpf.h"
 

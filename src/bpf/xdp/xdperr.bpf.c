@@ -9,7 +9,9 @@
 #include <bpf/bpf_helpers.h>
 
 #include "xdp/netprobe_chain.h"
-#include "common/event.bpf.h"
+#include "common/no_cast.bpf.h"
+#include "common/stats.bpf.h"
+#include "common/output_perf.bpf.h"
 #include "xdp/xdpdump.h"
 
 #define INTERFACES 64

@@ -10,7 +10,10 @@
 #include <bpf/bpf_tracing.h>
 
 #include "xdp/netprobe_chain.h"
-#include "common/event.bpf.h"
+#include "common/cast.bpf.h"
+#include "common/stats.bpf.h"
+#include "common/output_perf.bpf.h"
+#include "common/frame_probe.bpf.h"
 #include "common/outer.bpf.h"
 #include "filter/filter.bpf.h"
 #include "xdp/xdpdump.h"
