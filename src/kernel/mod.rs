@@ -10,6 +10,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod drop_reason;
 pub mod features;
+pub mod frees;
 mod ftrace;
 pub mod functions;
 pub mod ksyms;

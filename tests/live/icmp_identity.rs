@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::icmp::{collect, pair, records};
 use super::tcpconnect_outcome::socket;
-use crate::common::{Case, Netns, Netprobe, Running, case};
+use crate::common::{Case, Env, Netns, Netprobe, Running, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -27,6 +27,11 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("ping")
             .limit(400),
+        case("icmp_whose_duplicates", duplicates)
+            .trace()
+            .program("nft")
+            .program("ping")
+            .when(lacks_dup),
         case("icmp_whose_full_socket", full_socket).trace(),
         case("icmp_whose_late_reply", late_reply)
             .trace()
@@ -338,5 +343,47 @@ fn late_reply() -> Result<()> {
         summary["lost"] == 1 && summary["late_replies"] == 1,
         "{summary}"
     );
+    Ok(())
+}
+
+fn lacks_dup(_: &Env) -> Option<String> {
+    let error = Netns::new("dup")
+        .and_then(|netns| duplicate(&netns))
+        .err()?;
+    Some(format!("this kernel has no dup of nft: {error:#}"))
+}
+
+/// What goes to the second host goes to the third too, with data of its own.
+fn duplicate(asks: &Netns) -> Result<()> {
+    asks.nft(
+        "add table ip t; add chain ip t out { type filter hook output priority 0; }; \
+         add rule ip t out ip daddr 10.78.0.2 icmp type echo-request dup to 10.78.0.3",
+    )
+    .map(|_| ())
+}
+
+/// The third host drops its duplicate: of an answered request nothing is lost, and one that is ignored was not dropped.
+fn duplicates() -> Result<()> {
+    let hub = Hub::new(3)?;
+    let (asks, answers) = (&hub.hosts[0], &hub.hosts[1]);
+    for host in ["10.78.0.2", "10.78.0.3"] {
+        asks.cmd(&format!("ping -q -c 1 {host}"))?;
+    }
+    duplicate(asks)?;
+    let probe = sending("2")?;
+    asks.cmd("ping -q -c 1 -e 41 10.78.0.2")?;
+    answers.sysctl("net/ipv4/icmp_echo_ignore_all", "1")?;
+    let _ = asks.cmd("ping -q -c 1 -W 0.1 -e 42 10.78.0.2");
+    let (done, all) = collect(probe, "request", 2)?;
+    let requests = records(&all, "request");
+    let answered = requests.iter().find(|r| r["id"] == 41);
+    is_answered(answered.with_context(|| format!("no id 41: {done}"))?)?;
+    let gone = lost(&requests, 42)?;
+    ensure!(
+        gone["why"] == "no reply came back" && !gone["copy"].is_null(),
+        "{gone}"
+    );
+    let summary = records(&all, "summary")[0];
+    ensure!(summary["lost"] == 1 && summary["dropped"] == 0, "{summary}");
     Ok(())
 }

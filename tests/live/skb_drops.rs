@@ -24,6 +24,9 @@ pub fn cases() -> Vec<Case> {
         case("skb_drops_nft", drops_nft).trace().program("nft"),
         case("skb_drops_text", drops_text).trace(),
         case("skb_drops_filters", drops_filters).trace(),
+        case("skb_drops_another_hosts_address", another_hosts_address)
+            .trace()
+            .program("tcpdump"),
     ]
 }
 
@@ -292,4 +295,33 @@ fn drops_filters() -> Result<()> {
         .run()?;
     refused.expect_code(2)?;
     refused.expect_stderr("--filter-func")
+}
+
+/// A frame for another host's link address, with no bridge near: the packet itself is lost, not a copy. Where a packet socket has
+/// seen it too, that is not certain any more.
+fn another_hosts_address() -> Result<()> {
+    let net = Pair::new()?;
+    let to = net.server.v4(7).ip();
+    let wrong = format!("neigh replace {to} lladdr 02:00:00:00:00:99 dev veth0 nud permanent");
+    net.client.ip(&wrong)?;
+    let run = Netprobe::new("skb")
+        .args(["--drops", "--filter-dst-port", "7"])
+        .args(["--filter-netns", net.server.name()])
+        .start()?;
+    net.client.udp_send(net.server.v4(7), b"lost")?;
+    let line = run.wait_line(":7(udp)")?;
+    ensure!(line.ends_with(" [for another host]"), "{line}");
+    // A segment is a clone of what TCP keeps for a retransmission.
+    let client = &net.client;
+    let _ = client.tcp_connect(net.server.v4(7), std::time::Duration::from_millis(50))?;
+    let line = run.wait_line(":7(tcp)")?;
+    ensure!(line.ends_with(" [for another host]"), "{line}");
+
+    let dir = tempfile::tempdir()?;
+    let tcpdump = crate::xdp::tcpdump(&net.client, &dir.path().join("x"))?;
+    net.client.udp_send(net.server.v4(7), &[0; 200])?;
+    let line = run.wait_line(" 228 ")?;
+    ensure!(line.contains("a copy, for another host]"), "{line}");
+    crate::xdp::end(tcpdump)?;
+    run.stop()?.expect_success()
 }

@@ -38,7 +38,7 @@ const volatile __u8 by = 0xff;
  * Functions that free what others give up: from start to end. Who called them is
  * the place of the drop.
  */
-#define DROP_FREES 24
+#define DROP_FREES 48
 const volatile __u64 frees_start[DROP_FREES] = {};
 const volatile __u64 frees_end[DROP_FREES] = {};
 const volatile __u32 frees_count = 0;
@@ -144,6 +144,7 @@ static __always_inline void example(const struct drop_key *key,
 {
 	struct sock *sk = (void *)sk_ptr;
 	struct drop_example e = {};
+	struct np_listen_queue queue;
 
 	e.tuple = *tuple;
 	e.ts = bpf_ktime_get_ns();
@@ -153,19 +154,58 @@ static __always_inline void example(const struct drop_key *key,
 	if (np_is_pointer(dev))
 		bpf_probe_read_kernel(e.ifname, sizeof(e.ifname), dev->name);
 	if (key->reason == NP_LISTEN_ACCEPT_QUEUE_FULL && sk) {
-		e.backlog = BPF_CORE_READ(sk, sk_ack_backlog);
-		e.limit = BPF_CORE_READ(sk, sk_max_ack_backlog);
+		np_accept_queue_full(sk, &queue);
+		e.backlog = queue.held;
+		e.limit = queue.limit;
 	}
 	bpf_map_update_elem(&examples, key, &e, BPF_NOEXIST);
 }
 
-/* The segment that this CPU handles for a connection in TIME-WAIT: an skb's address. */
+/*
+ * The segment that this CPU handled last for a connection in TIME-WAIT. A filter
+ * may keep us from its free: the address alone could be another segment's by then.
+ */
+struct segment {
+	__u64 skb;
+	__u64 head;
+	__u32 seq;
+	__u32 ports;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct segment);
 } time_wait SEC(".maps");
+
+static __always_inline void segment_of(struct sk_buff *skb, struct segment *s)
+{
+	struct tcp_skb_cb *cb = (void *)skb->cb;
+
+	s->skb = (__u64)skb;
+	s->head = (__u64)BPF_CORE_READ(skb, head);
+	s->seq = BPF_CORE_READ(cb, seq);
+	s->ports = 0;
+	bpf_probe_read_kernel(&s->ports, sizeof(s->ports),
+			      (void *)s->head +
+				      BPF_CORE_READ(skb, transport_header));
+}
+
+/* Is it the segment that was for a connection in TIME-WAIT? Asked once of each. */
+static __always_inline bool was_waiting(struct sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct segment *waiting = bpf_map_lookup_elem(&time_wait, &zero);
+	struct segment now;
+
+	if (!waiting || waiting->skb != (__u64)skb)
+		return false;
+	waiting->skb = 0;
+	segment_of(skb, &now);
+	return now.head == waiting->head && now.seq == waiting->seq &&
+	       now.ports == waiting->ports;
+}
 
 #define DROP_TCP_SYN 0x02
 
@@ -173,12 +213,9 @@ static __always_inline __u8 tcp_facts(struct sk_buff *skb,
 				      const struct np_tuple *t)
 {
 	struct tcp_skb_cb *cb = (void *)skb->cb;
-	__u32 zero = 0, seq, end;
-	__u64 *waiting = bpf_map_lookup_elem(&time_wait, &zero);
-	bool ended = waiting && *waiting == (__u64)skb;
+	bool ended = was_waiting(skb);
+	__u32 seq, end;
 
-	if (ended)
-		*waiting = 0;
 	if (t->tcp_flags & DROP_TCP_SYN)
 		return 0;
 	if (ended)
@@ -288,7 +325,8 @@ SEC("kprobe/tcp_conn_request")
 int drops_listen(struct pt_regs *ctx)
 {
 	struct sock *sk = (void *)PT_REGS_PARM3(ctx);
-	__u32 full = np_listen_full(sk);
+	struct np_listen_queue queue;
+	__u32 full = np_listen_full(sk, &queue);
 
 	if (full != NP_LISTEN_ROOM)
 		dropped(ctx, PT_REGS_PARM4(ctx), (__u64)sk, PT_REGS_IP(ctx),
@@ -301,10 +339,10 @@ SEC("kprobe/tcp_timewait_state_process")
 int drops_time_wait(struct pt_regs *ctx)
 {
 	__u32 zero = 0;
-	__u64 *waiting = bpf_map_lookup_elem(&time_wait, &zero);
+	struct segment *waiting = bpf_map_lookup_elem(&time_wait, &zero);
 
 	if (waiting)
-		*waiting = PT_REGS_PARM2(ctx);
+		segment_of((void *)PT_REGS_PARM2(ctx), waiting);
 	return 0;
 }
 

@@ -503,6 +503,29 @@ int read(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/*
+ * A packet is copied with its data (nft dup), and both go on. What becomes of the
+ * copy is known by its addresses and number alone (asked_on_wire).
+ */
+SEC("kprobe/__pskb_copy_fclone")
+int copied(struct pt_regs *ctx)
+{
+	void *skb_ptr = (void *)PT_REGS_PARM1(ctx);
+	struct icmp_key key = {};
+	__u64 request;
+	int echo;
+
+	if (!may_echo_sent(skb_ptr))
+		return 0;
+	echo = read_sent(NP_CAST(sk_buff, skb_ptr), &key);
+	if (echo == ECHO_NONE)
+		return 0;
+	request = follow(skb_ptr, &key, echo == ECHO_REPLY, false);
+	if (request)
+		count_copy(request, echo == ECHO_REPLY);
+	return 0;
+}
+
 /* Which request a packet that is dropped is of, and ICMP_DROP_UNQUEUED. */
 static __noinline __u64 dropped_of(void *skb_ptr, const struct icmp_key *key,
 				   bool reply, __u8 *drop)

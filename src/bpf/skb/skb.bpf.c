@@ -190,6 +190,7 @@ static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
 	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
 		return;
 	drop->others = drop_others(skb);
+	drop->cloned = drop_cloned(skb);
 	drop->qdisc = drop_qdisc(skb);
 	drop->pkt_type = BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type);
 	drop_callers(ctx, place, drop);
@@ -237,8 +238,8 @@ int listen_syn_end(struct pt_regs *ctx)
 	sk = call->sk;
 	func = call->func;
 	drop.lost = call->lost;
-	drop.backlog = call->backlog;
-	drop.limit = call->limit;
+	drop.backlog = call->queue.held;
+	drop.limit = call->queue.limit;
 	bpf_map_delete_elem(&listen_syns, &key);
 	if (!skb || (cfg->fields & NP_PAUSED) ||
 	    !passes_gates(cfg, (void *)skb, (void *)sk))

@@ -147,7 +147,8 @@ struct skb_drop {
 	__u32 limit; /* of the queue */
 	__s32 others; /* sk_buffs that hold the same packet now; -1: none do */
 	__u8 pkt_type; /* PACKET_* of include/uapi/linux/if_packet.h */
-	__u8 pad[3];
+	__u8 cloned; /* others held the same packet once, TCP's own queue aside */
+	__u8 pad[2];
 	__u32 qdisc; /* reason that the qdisc left in the packet; 0: the kernel keeps none */
 };
 

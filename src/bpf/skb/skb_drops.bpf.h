@@ -13,6 +13,8 @@
 #ifndef NETPROBE_SKB_DROPS_BPF_H
 #define NETPROBE_SKB_DROPS_BPF_H
 
+#include "common/listen.bpf.h"
+
 /* Handshakes of listening sockets are watched. */
 const volatile __u8 listens = 0;
 /* The tracepoint tells the receiving socket (from 6.11). */
@@ -30,8 +32,7 @@ struct listen_call {
 	__u64 func;
 	__u32 answered;
 	__u32 lost; /* SKB_LOST_* if it comes to nothing */
-	__u32 backlog;
-	__u32 limit;
+	struct np_listen_queue queue;
 };
 
 /* tcp_conn_request */
@@ -50,34 +51,6 @@ struct {
 	__type(value, struct listen_call);
 } listen_acks SEC(".maps");
 
-/* What the accept queue holds, and whether that is more than its limit. */
-static __always_inline bool accept_queue_full(struct listen_call *call)
-{
-	struct sock *sk = (void *)call->sk;
-
-	call->backlog = BPF_CORE_READ(sk, sk_ack_backlog);
-	call->limit = BPF_CORE_READ(sk, sk_max_ack_backlog);
-	return call->backlog > call->limit;
-}
-
-/* The same of the queue of SYNs: the kernel's own two limits. */
-static __always_inline bool syn_queue_full(struct listen_call *call)
-{
-	struct inet_connection_sock *icsk = (void *)call->sk;
-	struct sock *sk = (void *)call->sk;
-	struct net *net = BPF_CORE_READ(sk, __sk_common.skc_net.net);
-	__u32 most = BPF_CORE_READ(net, ipv4.sysctl_max_syn_backlog);
-
-	call->backlog = BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter);
-	if (call->backlog >= call->limit)
-		return true;
-	if (BPF_CORE_READ(net, ipv4.sysctl_tcp_syncookies) ||
-	    (__s32)(most - call->backlog) >= (__s32)(most >> 2))
-		return false;
-	call->limit = most;
-	return true;
-}
-
 /* tcp_conn_request(ops, af_ops, sk, skb) */
 SEC("kprobe/listen_syn")
 int listen_syn(struct pt_regs *ctx)
@@ -88,10 +61,11 @@ int listen_syn(struct pt_regs *ctx)
 		.skb = PT_REGS_PARM4(ctx),
 		.func = func_addr(ctx),
 	};
+	__u32 full = np_listen_full((void *)call.sk, &call.queue);
 
-	if (accept_queue_full(&call))
+	if (full == NP_LISTEN_ACCEPT_QUEUE_FULL)
 		call.lost = SKB_LOST_ACCEPT_QUEUE;
-	else if (syn_queue_full(&call))
+	else if (full == NP_LISTEN_SYN_QUEUE_FULL)
 		call.lost = SKB_LOST_SYN_QUEUE;
 	else
 		call.lost = SKB_LOST_SYN;
@@ -122,8 +96,9 @@ int listen_ack(struct pt_regs *ctx)
 		.answered = 1,
 	};
 
-	call.lost = accept_queue_full(&call) ? SKB_LOST_ACCEPT_QUEUE
-					     : SKB_LOST_CHILD;
+	call.lost = np_accept_queue_full((void *)call.sk, &call.queue)
+			    ? SKB_LOST_ACCEPT_QUEUE
+			    : SKB_LOST_CHILD;
 	bpf_map_update_elem(&listen_acks, &key, &call, BPF_ANY);
 	return 0;
 }
@@ -248,6 +223,15 @@ static __always_inline __s32 drop_others(struct sk_buff *skb)
 	return refs > 1 && refs <= SKB_DATAREF_MASK ? refs - 1 : -1;
 }
 
+#define SKB_FCLONE_OF_TCP 2 /* SKB_FCLONE_CLONE, include/linux/skbuff.h */
+
+/* Was it cloned, or is it a clone of anything but TCP's queue of those sent? */
+static __always_inline bool drop_cloned(struct sk_buff *skb)
+{
+	return BPF_CORE_READ_BITFIELD_PROBED(skb, cloned) &&
+	       BPF_CORE_READ_BITFIELD_PROBED(skb, fclone) != SKB_FCLONE_OF_TCP;
+}
+
 /* Of a packet in a qdisc, in skb->cb (a u32 from 7.x on, with the qdisc's own reason). */
 struct tc_skb_cb___np {
 	__u32 drop_reason;
@@ -299,8 +283,8 @@ static __always_inline void drop_of_ack(void *ctx, __u64 skb,
 		return;
 	if (call->skb == skb) {
 		drop->lost = call->lost;
-		drop->backlog = call->backlog;
-		drop->limit = call->limit;
+		drop->backlog = call->queue.held;
+		drop->limit = call->queue.limit;
 	}
 	bpf_map_delete_elem(&listen_acks, &key);
 }

@@ -223,13 +223,14 @@ SEC("kprobe/tcp_conn_request")
 int BPF_KPROBE(listener, void *rsk_ops, void *af_ops, struct sock *sk,
 	       struct sk_buff *skb)
 {
+	struct np_listen_queue queue;
 	struct tcp_within *w = within_get();
 	struct tcp_outcome *o;
 
 	if (!w)
 		return 0;
 	w->listener = 0;
-	w->reason = np_listen_full(sk);
+	w->reason = np_listen_full(sk, &queue);
 	if (!w->reason)
 		return 0;
 	o = connect_of(skb);

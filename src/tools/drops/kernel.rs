@@ -15,27 +15,12 @@ use crate::filter::Filters;
 use crate::kernel::bpf_object;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
+use crate::kernel::frees::only_frees;
 use crate::kernel::functions;
 use crate::kernel::pages::PageVariables;
 use crate::run::object;
 
 use super::args::Args;
-
-/// Functions that free what others give up, as their names begin: the place of a drop is the function that called them.
-const FREES: [&str; 12] = [
-    "kfree_skb",
-    "__kfree_skb",
-    "sk_skb_reason_drop",
-    "__sk_skb_reason_drop",
-    "dev_kfree_skb_any",
-    "__dev_kfree_skb_any",
-    "skb_queue_purge",
-    "__skb_queue_purge",
-    "skb_rbtree_purge",
-    "rtnl_kfree_skbs",
-    "tcp_drop",
-    "__tcf_kfree_skb_list",
-];
 
 /// A row as the kernel counts it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -179,13 +164,13 @@ fn sum(per_cpu: Vec<Vec<u8>>) -> Count {
     sum
 }
 
-/// Where the functions of [`FREES`] begin and end.
+/// Where the functions begin and end that only free.
 fn frees() -> Vec<(u64, u64)> {
     let mut all = Vec::new();
     functions::addresses(|_| true, |addr, name| all.push((addr, name.to_owned())));
     all.sort_unstable();
     let ends = all.iter().skip(1).map(|(addr, _)| *addr);
-    let is_one = |name: &str| FREES.iter().any(|start| name.starts_with(start));
-    let found = all.iter().zip(ends).filter(|((_, name), _)| is_one(name));
+    let found = all.iter().zip(ends);
+    let found = found.filter(|((_, name), _)| only_frees(name));
     found.map(|((start, _), end)| (*start, end)).collect()
 }

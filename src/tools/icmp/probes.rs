@@ -145,6 +145,7 @@ const PROBES: &[Probe] = &[
         dropped,
         Tracepoint("kfree_skb", "where this kernel dropped a lost one")
     ),
+    probe!(Sent, copied, Function(&["__pskb_copy_fclone"])),
     probe!(Sent, replies_4, Function(&["icmp_echo"])),
     probe!(
         Sent,

@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use crate::bpf::skb::types::{skb_drop, skb_lost};
+use crate::kernel::frees::{QDISC_FREE, only_frees};
 use crate::kernel::ksyms::KernelSymbols;
 
 /// SKB_LOST_* of src/bpf/skb/skb.h
@@ -17,28 +18,6 @@ const MULTICAST: u8 = 2;
 const OTHERHOST: u8 = 3;
 const LOOPBACK: u8 = 5;
 
-/// Frees what a qdisc dropped, from 7.x on.
-const QDISC_FREE: &str = "__tcf_kfree_skb_list";
-/// Functions that free what others give up, as their names begin: the place of a drop is the function that called them.
-const FREES: [&str; 16] = [
-    "kfree_skb",
-    "__kfree_skb",
-    "consume_skb",
-    "sk_skb_reason_drop",
-    "__sk_skb_reason_drop",
-    "dev_kfree_skb_any",
-    "__dev_kfree_skb_any",
-    "skb_queue_purge",
-    "__skb_queue_purge",
-    "skb_rbtree_purge",
-    "skb_errqueue_purge",
-    "skb_release_",
-    "rtnl_kfree_skbs",
-    "tcp_drop",
-    "tcp_rtx_queue_purge",
-    QDISC_FREE,
-];
-
 /// `struct skb_drop`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Drop {
@@ -49,6 +28,7 @@ pub struct Drop {
     limit: u32,
     others: i32,
     pkt_type: u8,
+    cloned: bool,
     qdisc: u32,
 }
 
@@ -66,6 +46,9 @@ pub struct Copies {
     pub why: &'static str,
     /// how many other sk_buffs hold it now
     pub others: u32,
+    /// It was cloned once, and nobody holds the other now: a bridge's copy, or the packet itself, which a packet socket saw too.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub perhaps: bool,
 }
 
 impl Drop {
@@ -77,6 +60,7 @@ impl Drop {
             limit: d.limit,
             others: d.others,
             pkt_type: d.pkt_type,
+            cloned: d.cloned != 0,
             qdisc: d.qdisc,
         }
     }
@@ -109,13 +93,14 @@ impl Drop {
     /// `place`: the function that dropped it.
     pub fn copies(&self, place: &str) -> Option<Copies> {
         let others = u32::try_from(self.others).unwrap_or(0);
-        // On a bridge all packets are for another host; these functions drop them for that.
-        let received = matches!(
-            place,
-            "ip_rcv_core" | "ip_rcv" | "ip6_rcv_core" | "ipv6_rcv" | "arp_rcv"
-        );
+        let perhaps = others == 0 && self.is_for_another(place);
         let why = match self.pkt_type {
-            OTHERHOST if received => "other host",
+            OTHERHOST if self.is_for_another(place) => {
+                if others == 0 && !self.cloned {
+                    return None;
+                }
+                "other host"
+            }
             _ if place.contains("packet_rcv") => "packet socket",
             BROADCAST => "broadcast",
             MULTICAST => "multicast",
@@ -123,7 +108,20 @@ impl Drop {
             _ if others > 0 => "shared",
             _ => return None,
         };
-        Some(Copies { why, others })
+        Some(Copies {
+            why,
+            others,
+            perhaps,
+        })
+    }
+
+    /// Dropped since its link address is another host's. A bridge sees such packets too, and drops none for that.
+    fn is_for_another(&self, place: &str) -> bool {
+        self.pkt_type == OTHERHOST
+            && matches!(
+                place,
+                "ip_rcv_core" | "ip_rcv" | "ip6_rcv_core" | "ipv6_rcv" | "arp_rcv"
+            )
     }
 
     /// Addresses that [`Drop::place`] asks for by their symbols.
@@ -133,7 +131,7 @@ impl Drop {
 
     /// The place of the drop: `at`, or where the function was called that frees for others.
     pub fn place(&self, at: u64, symbols: &KernelSymbols) -> u64 {
-        let frees = |addr: u64| symbols.get(addr).is_some_and(|s| frees(&s.name));
+        let frees = |addr: u64| symbols.get(addr).is_some_and(|s| only_frees(&s.name));
         let callers = self.callers.into_iter().filter(|addr| *addr != 0);
         let mut places = std::iter::once(at).chain(callers);
         places.find(|addr| !frees(*addr)).unwrap_or(at)
@@ -145,10 +143,19 @@ impl Drop {
         if let Some(Listen { backlog, limit }) = self.listen() {
             let _ = write!(line, " [backlog {backlog}, limit {limit}]");
         }
-        let Some(Copies { why, others }) = self.copies(place) else {
+        let Some(Copies {
+            why,
+            others,
+            perhaps,
+        }) = self.copies(place)
+        else {
+            if self.is_for_another(place) {
+                line.extend_from_slice(b" [for another host]");
+            }
             return;
         };
         let _ = match (why, others) {
+            ("other host", _) if perhaps => write!(line, " [perhaps a copy, for another host]"),
             ("other host", _) => write!(line, " [a copy, for another host]"),
             ("packet socket", _) => write!(line, " [a packet socket's copy]"),
             ("loopback", _) => write!(line, " [the sender's own copy]"),
@@ -157,10 +164,6 @@ impl Drop {
             (why, _) => write!(line, " [{why}]"),
         };
     }
-}
-
-fn frees(name: &str) -> bool {
-    FREES.iter().any(|begin| name.starts_with(begin))
 }
 
 #[cfg(test)]
@@ -175,6 +178,7 @@ mod tests {
             limit: 1,
             others,
             pkt_type: 0,
+            cloned: false,
             qdisc: 0,
         }
     }
@@ -205,14 +209,19 @@ mod tests {
             pkt_type: OTHERHOST,
             ..drop(0, -1)
         };
-        assert_eq!(text(&other), " [a copy, for another host]");
+        assert_eq!(text(&other), " [for another host]");
+        assert_eq!(other.copies("ip_rcv_core"), None);
         assert_eq!(other.copies("nf_hook_slow"), None);
+        let cloned = Drop {
+            cloned: true,
+            ..other.clone()
+        };
+        assert_eq!(text(&cloned), " [perhaps a copy, for another host]");
+        let shared = Drop {
+            others: 1,
+            ..cloned
+        };
+        assert_eq!(text(&shared), " [a copy, for another host]");
         assert_eq!(text(&drop(0, 2)), " [a copy, 2 others are left]");
-    }
-
-    #[test]
-    fn functions_that_free_for_others() {
-        assert!(frees("kfree_skb_list_reason") && frees("skb_queue_purge_reason"));
-        assert!(!frees("nf_hook_slow") && !frees("__dev_queue_xmit"));
     }
 }
