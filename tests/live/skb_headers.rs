@@ -63,6 +63,13 @@ fn netlink_is_no_ip() -> Result<()> {
             netns.ip(&format!("link add dummy12345{i} type dummy"))?;
             netns.ip(&format!("route add 10.1.{i}.0/24 dev lo"))?;
             netns.ip("route get 127.0.0.1")?;
+            // Answers of 72 and of 76 bytes.
+            netns.ip("route add 10.2.0.0/16 dev lo mtu 1400 metric 5")?;
+            netns.ip("route add 10.3.0.0/16 via 127.0.0.1 dev lo src 127.0.0.1 metric 5 onlink")?;
+            for to in ["10.2.0.1", "10.3.0.1"] {
+                netns.ip(&format!("route get fibmatch {to}"))?;
+            }
+            netns.ip("route flush root 10.2.0.0/15")?;
             netns.ip("addr show")?;
             netns.ip(&format!("route del 10.1.{i}.0/24 dev lo"))?;
             netns.ip(&format!("link del dummy12345{i}"))?;

@@ -35,6 +35,7 @@ pub fn cases() -> Vec<Case> {
                 (!listed.is_ok_and(|o| o.status.success()))
                     .then(|| "this kernel has no iptables of the older kind".into())
             }),
+        rules("skb_netfilter_late_expression", late_expression),
         case("skb_netfilter_refused", refused)
             .trace()
             .kernel_before(5, 11),
@@ -367,6 +368,26 @@ fn legacy() -> Result<()> {
         line.contains("NETFILTER_DROP")
             && line.ends_with(" [iptables ip filter, hook OUTPUT, chain and rule unknown]"),
         "{line}"
+    );
+    run.stop()?.expect_success()
+}
+
+/// A rule whose expression may be in a module that is loaded during the run: its verdict is not the policy's.
+fn late_expression() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let client = &net.client;
+    let table = "table inet t { chain o { type filter hook output priority 0; policy drop; }; }";
+    client.nft(table)?;
+    let run = drops(client)?;
+    client.nft("add rule inet t o udp dport 10 reject")?;
+    client.udp_send(net.server.v4(10), b"x").ok();
+    let line = run.wait_line(":10(udp)")?;
+    let handle = handle(client, "inet t o", "reject")?;
+    let known = format!("[nft inet t o handle {handle}]");
+    ensure!(
+        line.ends_with(&known) || line.ends_with("[nft inet t, chain and rule unknown]"),
+        "not {known}, and not unknown: {line}"
     );
     run.stop()?.expect_success()
 }

@@ -18,6 +18,9 @@
 #define NP_TYPE_VLAN 0x8100
 #define NP_TYPE_QINQ 0x88a8
 #define NP_TYPE_BRIDGED 0x6558 /* an Ethernet frame inside a tunnel */
+#define NP_IPV4_PLAIN \
+	0x45 /* the first byte of an IPv4 header without options */
+#define NP_RTM_NEWROUTE 24 /* include/uapi/linux/rtnetlink.h */
 #define NP_AF_INET 2
 #define NP_AF_INET6 10
 
@@ -137,6 +140,26 @@ static __always_inline bool np_version_fits(__be16 said, __u8 version)
 	       (version == 6 && said != bpf_htons(NP_TYPE_IPV4));
 }
 
+/*
+ * That answer, in the place of an IPv4 packet: a netlink message (RTM_NEWROUTE) of
+ * 72 or 76 bytes begins as an IPv4 header with options does. An IPv4 header with
+ * this number, no length and no type of service does not occur.
+ */
+static __noinline __attribute__((unused)) bool
+np_is_route_answer(const __u8 *l3)
+{
+	struct {
+		__u32 len;
+		__u16 type;
+		__u16 flags;
+	} message = {};
+
+	if (bpf_probe_read_kernel(&message, sizeof(message), l3))
+		return false;
+	return message.len < 0x50 && message.type == NP_RTM_NEWROUTE &&
+	       !message.flags;
+}
+
 /* The IP header, if its version is what the kernel says. */
 static __noinline __attribute__((unused)) __u64 np_l3_sound(struct sk_buff *skb)
 {
@@ -145,6 +168,8 @@ static __noinline __attribute__((unused)) __u64 np_l3_sound(struct sk_buff *skb)
 	__u8 first = 0;
 
 	if (!l3 || bpf_probe_read_kernel(&first, sizeof(first), l3))
+		return 0;
+	if (first >> 4 == 4 && first != NP_IPV4_PLAIN && np_is_route_answer(l3))
 		return 0;
 	return np_version_fits(said, first >> 4) ? (__u64)l3 : 0;
 }

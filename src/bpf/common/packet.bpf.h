@@ -84,7 +84,7 @@ static __always_inline void np_read_v4_by(const __u8 *l3, __u8 first,
 	__be16 frag_off;
 	struct iphdr ip;
 
-	if (words < 5)
+	if (words < 5 || (words > 5 && np_is_route_answer(l3)))
 		return;
 	if (use_cast) {
 		const struct iphdr *typed = NP_CAST_BYTES(l3);

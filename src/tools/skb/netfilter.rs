@@ -1,8 +1,11 @@
 //! Who in netfilter has dropped a packet (--output-nft): out of what the kernel side saw of one run of a hook, and of the evaluation
 //! of nft in it. Where it did not see enough the answer is "unknown".
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::fmt::{self, Write as _};
+use std::fs;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -56,13 +59,8 @@ impl Decision {
         [self.hook, self.following[0], self.following[1]]
     }
 
-    /// Who it was. `place`: the function that freed the packet, where it is known; `probed`: the functions of hooks whose entries are seen.
-    pub fn who(
-        &self,
-        place: Option<&str>,
-        symbols: &KernelSymbols,
-        probed: &HashSet<String>,
-    ) -> Option<Who> {
+    /// Who it was. `place`: the function that freed the packet, where it is known.
+    pub fn who(&self, place: Option<&str>, symbols: &KernelSymbols, hooks: &Hooks) -> Option<Who> {
         let queue = self.verdict == QUEUE;
         let by_hook = place.is_none_or(|p| matches!(p, "nf_hook_slow" | "nft_do_chain"));
         let by_queue = place.is_some_and(|p| {
@@ -87,12 +85,14 @@ impl Decision {
                 queue,
                 ..of_nft(Some(self.chain.clone()))
             }),
+            // A rule may have decided by an expression that nobody looks at.
+            POLICY if hooks.has_more_modules() => Who::Nft(of_nft(None)),
             POLICY => Who::Nft(Nft {
                 policy: true,
                 ..of_nft(Some(self.chain.clone()))
             }),
             NFT => Who::Nft(of_nft(None)),
-            _ => self.function(symbols, probed),
+            _ => self.function(symbols, &hooks.probed),
         })
     }
 
@@ -119,6 +119,52 @@ impl Decision {
         }
         Who::Hook(Hook::new(symbol))
     }
+}
+
+/// What of netfilter is looked at.
+#[derive(Debug, Default)]
+pub struct Hooks {
+    /// Functions of hooks whose entries are seen.
+    probed: HashSet<String>,
+    /// Modules of netfilter that were there then.
+    modules: HashSet<String>,
+    /// Whether there are others now, and when that was asked.
+    more: Cell<(bool, Option<Instant>)>,
+}
+
+/// The kernel's list of modules is read again when this old: events come later than that.
+const FRESH: Duration = Duration::from_millis(10);
+
+impl Hooks {
+    pub fn new(probed: HashSet<String>) -> Self {
+        Self {
+            probed,
+            modules: modules(),
+            more: Cell::default(),
+        }
+    }
+
+    /// Whether a module of netfilter was loaded since: its functions are not probed.
+    fn has_more_modules(&self) -> bool {
+        let (more, asked) = self.more.get();
+        if more || asked.is_some_and(|then| then.elapsed() < FRESH) {
+            return more;
+        }
+        let more = !modules().is_subset(&self.modules);
+        self.more.set((more, Some(Instant::now())));
+        more
+    }
+}
+
+/// The loaded modules that may have expressions of nft, or targets of iptables that nft calls.
+fn modules() -> HashSet<String> {
+    const NAMES: [&str; 7] = ["nft_", "nf_", "xt_", "ipt_", "ip6t_", "ebt_", "arpt_"];
+    let text = fs::read_to_string("/proc/modules").unwrap_or_default();
+    let names = text.lines().filter_map(|line| line.split(' ').next());
+    names
+        .filter(|name| NAMES.iter().any(|begin| name.starts_with(begin)))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Who dropped a packet.
@@ -272,8 +318,22 @@ mod tests {
     }
 
     fn said(decision: &Decision, place: Option<&str>) -> String {
-        let who = decision.who(place, &KernelSymbols::default(), &HashSet::new());
+        let hooks = Hooks::new(HashSet::new());
+        let who = decision.who(place, &KernelSymbols::default(), &hooks);
         who.map_or_else(String::new, |who| who.to_string())
+    }
+
+    #[test]
+    fn modules_that_came_later() {
+        let later = Hooks {
+            more: Cell::new((true, None)),
+            ..Hooks::default()
+        };
+        let place = Some("nft_do_chain");
+        let who = |known| decision(known).who(place, &KernelSymbols::default(), &later);
+        let said = |known| who(known).map_or_else(String::new, |who| who.to_string());
+        assert_eq!(said(POLICY), "[nft ip t, chain and rule unknown]");
+        assert_eq!(said(RULE), "[nft ip t c handle 7]");
     }
 
     #[test]

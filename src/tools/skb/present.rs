@@ -25,6 +25,7 @@ use super::extras::{Dump, NetnsNames};
 use super::json::{self, When};
 use super::json_tails::Tails;
 use super::members::Members;
+use super::netfilter::Hooks;
 use super::program::{Kind, TracedProgram};
 use super::since::LastSeen;
 use super::view::{View, number};
@@ -116,7 +117,7 @@ impl Presenter {
 
     /// Entries of these functions of netfilter's hooks are seen.
     pub fn hooks(&mut self, hooks: &HashSet<String>) {
-        self.view.hooks.clone_from(hooks);
+        self.view.hooks = Hooks::new(hooks.clone());
     }
 
     /// From now on events of these programs may come.

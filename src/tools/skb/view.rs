@@ -1,7 +1,7 @@
 //! What lines say of events beyond what these carry: names, symbols, reasons, programs, holders of sockets; and the columns' widths. It
 //! knows no column.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io::Write;
 
 use anyhow::Result;
@@ -20,7 +20,7 @@ use super::drops::Drop;
 use super::event::{Event, Meta, Owner};
 use super::extras::{Dump, NetnsNames};
 use super::members::Members;
-use super::netfilter::Who;
+use super::netfilter::{Hooks, Who};
 use super::program::{Kind, ProgramRow, TracedProgram};
 
 /// The widths of a section's columns, as they have grown.
@@ -32,8 +32,7 @@ type MemberValues<'a> = Vec<(&'a str, Option<i128>)>;
 #[derive(Default)]
 pub struct View {
     pub names: ByAddress<String>,
-    /// functions of netfilter's hooks whose entries are seen
-    pub hooks: HashSet<String>,
+    pub hooks: Hooks,
     /// tc and XDP programs by the id that stands in their events for an address
     pub programs: HashMap<u64, TracedProgram>,
     pub reasons: DropReasons,
