@@ -248,4 +248,26 @@ int listen_syn_end(struct pt_regs *ctx)
 	return 0;
 }
 
+/* tcp_v4_syn_recv_sock(sk, skb, ...) and its like */
+SEC("kprobe/listen_ack")
+int listen_ack(struct pt_regs *ctx)
+{
+	const struct np_config *cfg = np_config_get();
+	__u64 key = track_context(stack_address(ctx));
+	struct listen_call call = {
+		.sk = PT_REGS_PARM1(ctx),
+		.skb = PT_REGS_PARM2(ctx),
+		.answered = 1,
+	};
+
+	/* Its free has to pass them too, or the entry would stay for another packet. */
+	if (!passes_gates(cfg, (void *)call.skb, NULL))
+		return 0;
+	call.lost = np_accept_queue_full((void *)call.sk, &call.queue)
+			    ? SKB_LOST_ACCEPT_QUEUE
+			    : SKB_LOST_CHILD;
+	bpf_map_update_elem(&listen_acks, &key, &call, BPF_ANY);
+	return 0;
+}
+
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

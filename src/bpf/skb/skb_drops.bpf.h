@@ -85,24 +85,6 @@ int listen_answer(struct pt_regs *ctx)
 	return 0;
 }
 
-/* tcp_v4_syn_recv_sock(sk, skb, ...) and its like */
-SEC("kprobe/listen_ack")
-int listen_ack(struct pt_regs *ctx)
-{
-	__u64 key = track_context(stack_address(ctx));
-	struct listen_call call = {
-		.sk = PT_REGS_PARM1(ctx),
-		.skb = PT_REGS_PARM2(ctx),
-		.answered = 1,
-	};
-
-	call.lost = np_accept_queue_full((void *)call.sk, &call.queue)
-			    ? SKB_LOST_ACCEPT_QUEUE
-			    : SKB_LOST_CHILD;
-	bpf_map_update_elem(&listen_acks, &key, &call, BPF_ANY);
-	return 0;
-}
-
 /* ... gives back the new socket. Without one its entry stays for the free that follows. */
 SEC("kprobe/listen_ack_end")
 int listen_ack_end(struct pt_regs *ctx)
