@@ -57,6 +57,7 @@ fn tuples(done: &Finished) -> usize {
 /// Routes are asked for: their messages look like IP by their first byte.
 fn netlink_is_no_ip() -> Result<()> {
     let netns = Netns::new("netlink")?;
+    netns.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
     let functions = "netlink_unicast|consume_skb|skb_release_data|netlink_trim|kfree_skbmem";
     let talk = || -> Result<()> {
         for i in 1..=6 {
@@ -65,7 +66,12 @@ fn netlink_is_no_ip() -> Result<()> {
             netns.ip("route get 127.0.0.1")?;
             // Answers of 72 and of 76 bytes.
             netns.ip("route add 10.2.0.0/16 dev lo mtu 1400 metric 5")?;
-            netns.ip("route add 10.3.0.0/16 via 127.0.0.1 dev lo src 127.0.0.1 metric 5 onlink")?;
+            let (device, near) = (format!("dummy12345{i}"), format!("10.9.{i}"));
+            netns.ip(&format!("addr add {near}.1/24 dev {device}"))?;
+            netns.ip(&format!("link set {device} up"))?;
+            netns.ip(&format!(
+                "route add 10.3.0.0/16 via {near}.2 dev {device} src {near}.1 metric 5"
+            ))?;
             for to in ["10.2.0.1", "10.3.0.1"] {
                 netns.ip(&format!("route get fibmatch {to}"))?;
             }
@@ -83,6 +89,13 @@ fn netlink_is_no_ip() -> Result<()> {
     done.expect_success()?;
     for line in done.lines_with("netlink_unicast") {
         ensure!(!line.contains("->"), "a message is taken for IP: {line}");
+    }
+    for answer in [" 72 ", " 76 "] {
+        let there = done.lines_with("netlink_unicast");
+        ensure!(
+            there.iter().any(|line| line.contains(answer)),
+            "no answer of{answer}bytes:\n{done}"
+        );
     }
     let ours = |line: &&str| line.contains(" ip:");
     let taken = done
