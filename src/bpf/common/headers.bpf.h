@@ -145,19 +145,10 @@ static __always_inline bool np_version_fits(__be16 said, __u8 version)
  * 72 or 76 bytes begins as an IPv4 header with options does. An IPv4 header with
  * this number, no length and no type of service does not occur.
  */
-static __noinline __attribute__((unused)) bool
-np_is_route_answer(const __u8 *l3)
+static __always_inline bool np_is_route_answer(const struct iphdr *ip)
 {
-	struct {
-		__u32 len;
-		__u16 type;
-		__u16 flags;
-	} message = {};
-
-	if (bpf_probe_read_kernel(&message, sizeof(message), l3))
-		return false;
-	return message.len < 0x50 && message.type == NP_RTM_NEWROUTE &&
-	       !message.flags;
+	return !ip->tos && !ip->tot_len && !ip->frag_off &&
+	       ip->id == bpf_htons(NP_RTM_NEWROUTE << 8);
 }
 
 /* The IP header, if its version is what the kernel says. */
@@ -165,11 +156,14 @@ static __noinline __attribute__((unused)) __u64 np_l3_sound(struct sk_buff *skb)
 {
 	__be16 said;
 	const __u8 *l3 = np_l3_typed_by(skb, &said, use_cast);
+	struct iphdr ip = {};
 	__u8 first = 0;
 
 	if (!l3 || bpf_probe_read_kernel(&first, sizeof(first), l3))
 		return 0;
-	if (first >> 4 == 4 && first != NP_IPV4_PLAIN && np_is_route_answer(l3))
+	if (first >> 4 == 4 && first != NP_IPV4_PLAIN &&
+	    !bpf_probe_read_kernel(&ip, sizeof(ip), l3) &&
+	    np_is_route_answer(&ip))
 		return 0;
 	return np_version_fits(said, first >> 4) ? (__u64)l3 : 0;
 }

@@ -84,17 +84,20 @@ static __always_inline void np_read_v4_by(const __u8 *l3, __u8 first,
 	__be16 frag_off;
 	struct iphdr ip;
 
-	if (words < 5 || (words > 5 && np_is_route_answer(l3)))
+	if (words < 5)
 		return;
 	if (use_cast) {
 		const struct iphdr *typed = NP_CAST_BYTES(l3);
 
+		if (words > 5 && np_is_route_answer(typed))
+			return;
 		t->l4_proto = typed->protocol;
 		frag_off = typed->frag_off;
 		np_map_v4(t->saddr, typed->saddr);
 		np_map_v4(t->daddr, typed->daddr);
 	} else {
-		if (bpf_probe_read_kernel(&ip, sizeof(ip), l3) < 0)
+		if (bpf_probe_read_kernel(&ip, sizeof(ip), l3) < 0 ||
+		    (words > 5 && np_is_route_answer(&ip)))
 			return;
 		t->l4_proto = ip.protocol;
 		frag_off = ip.frag_off;
