@@ -31,6 +31,10 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .xdp()
             .fentry(),
+        case("skb_xdp_programs_relative_time", relative_time)
+            .trace()
+            .fentry()
+            .xdp(),
         case("skb_xdp_programs_native", || xdp(XdpFlags::DRV_MODE))
             .trace()
             .xdp()
@@ -501,6 +505,42 @@ fn wrong_values() -> Result<()> {
         let done = skb(&net, args).run()?;
         done.expect_code(2)?;
         done.expect_stderr(word)?;
+    }
+    Ok(())
+}
+
+/// The memory of an xdp_buff serves one packet after the other: each begins at 0, and its verdict comes later.
+fn relative_time() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let program = Loaded::new(LOOK)?;
+    let ifindex = net.server.ifindex(Pair::IFACE)? as i32;
+    let fd = program.object.progs().next().context("no program")?;
+    let fd = fd.as_fd();
+    net.server
+        .enter(|| Xdp::new(fd).attach(ifindex, XdpFlags::SKB_MODE))??;
+    let run = Netprobe::new("skb")
+        .args(["--filter-trace-xdp", "--filter-func", "icmp_rcv"])
+        .args(["--timestamp", "relative", "--output-json"])
+        .args(["--filter-dst-port", "3", "--filter-proto", "udp"])
+        .start()?;
+    for _ in 0..5 {
+        net.client.udp_send(net.server.v4(3), b"x")?;
+    }
+    let times = run.wait_lines("five verdicts", |text| {
+        let rows = text.lines().filter(|line| line.contains("xdp_look"));
+        let rows = rows.filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let times = rows.map(|row| row["since_ns"].as_u64());
+        let times = times.collect::<Vec<_>>();
+        (times.len() >= 10).then_some(times)
+    })?;
+    let done = run.stop()?;
+    done.expect_success()?;
+    for pair in times.chunks(2) {
+        ensure!(
+            pair[0] == Some(0) && pair[1] > Some(0),
+            "{times:?}:\n{done}"
+        );
     }
     Ok(())
 }
