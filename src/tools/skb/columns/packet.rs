@@ -5,7 +5,7 @@ use crate::text::json::Object;
 use crate::tools::skb::event::{Event, Packet, SECTION_LIFE, SECTION_PACKET};
 use crate::tools::skb::view::View;
 
-use super::column::{Before, Column, word};
+use super::column::{Before, Column, Of, word};
 
 use crate::bpf::skb::types::skb_packet;
 
@@ -20,12 +20,17 @@ pub const PACKET: Column = Column {
     ..Column::new(SECTION_PACKET, decode)
 };
 
-/// For relative time alone.
-pub const LIFE: Column = Column::new(SECTION_LIFE, |event, bytes, _| {
+/// For relative time alone. XDP packets have none: their memory serves one packet after the other.
+pub const LIFE: Column = Column {
+    of: Of::Skbs,
+    ..Column::new(SECTION_LIFE, decode_life)
+};
+
+fn decode_life<'b>(event: &mut Event, bytes: &'b [u8], _: usize) -> Option<&'b [u8]> {
     let (life, rest) = word(bytes)?;
     event.life = Some(life);
     Some(rest)
-});
+}
 
 fn decode<'b>(event: &mut Event, bytes: &'b [u8], _: usize) -> Option<&'b [u8]> {
     let (id, rest) = word(bytes)?;
