@@ -142,6 +142,8 @@ unsafe impl Plain for skb::types::skb_drop {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_owner {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::skb_facts {}
+// SAFETY: see above.
 unsafe impl Plain for skb::types::skb_copy {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::skb_data {}

@@ -1,6 +1,7 @@
 //! The command line: the subcommands, and how their results become exit codes.
 //!
-//! 0: the run ended as asked (also by a signal, a limit or a closed pipe). 1: it failed. 2: wrong usage.
+//! 0: the run ended as asked (also by a signal, a limit or a closed pipe). 1: it failed. 2: wrong usage. 3: an expectation (why --expect)
+//! is not met.
 
 use std::io;
 use std::process::ExitCode;
@@ -10,7 +11,7 @@ use clap::{Parser, Subcommand};
 
 use crate::run::signals;
 use crate::tools;
-use crate::usage::UsageError;
+use crate::usage::{Unexpected, UsageError};
 
 /// Where did my packet go, why, and how slowly? Answers from a live Linux kernel, by eBPF.
 #[derive(Debug, Parser)]
@@ -22,6 +23,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Say what became of packets, in words, with proof
+    Why(Box<tools::why::args::Args>),
     /// Follow packets through the kernel, function by function
     Skb(Box<tools::skb::args::Args>),
     /// Count what this machine loses, by cause, and balance it against the kernel's own counters
@@ -50,7 +53,11 @@ pub fn main() -> ExitCode {
         Err(e) if is_closed_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("netprobe: {e:#}");
-            ExitCode::from(if e.is::<UsageError>() { 2 } else { 1 })
+            ExitCode::from(match () {
+                () if e.is::<UsageError>() => 2,
+                () if e.is::<Unexpected>() => 3,
+                () => 1,
+            })
         }
     }
 }
@@ -58,6 +65,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     signals::block()?;
     match command {
+        Command::Why(args) => tools::why::run(&args),
         Command::Skb(args) => tools::skb::run(&args),
         Command::Drops(args) => tools::drops::run(&args),
         Command::Icmp(args) => tools::icmp::run(&args),

@@ -1,4 +1,4 @@
-//! Wrong requests of the user, which end the program with exit code 2.
+//! Ends with an exit code of their own: wrong requests of the user (2), expectations that are not met (3).
 
 use std::fmt;
 
@@ -18,3 +18,15 @@ impl std::error::Error for UsageError {}
 pub fn usage(message: impl Into<String>) -> anyhow::Error {
     UsageError(message.into()).into()
 }
+
+/// What the user expected of a run has not come about: exit code 3.
+#[derive(Debug)]
+pub struct Unexpected(pub String);
+
+impl fmt::Display for Unexpected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unexpected {}

@@ -27,9 +27,20 @@ pub struct Meaning {
     /// the reason that newer kernels give for the same, without SKB_DROP_REASON_; empty where nobody knows
     #[serde(default, skip_deserializing)]
     pub reason: String,
+    /// of the rule, where it is not the reason
+    #[serde(default, skip_deserializing)]
+    pub id: String,
 }
 
 impl Meaning {
+    /// A name of the rule that stays: the reason, on kernels without reasons too where newer kernels give one.
+    pub fn rule(&self) -> &str {
+        [&self.id, &self.reason]
+            .into_iter()
+            .find(|name| !name.is_empty())
+            .map_or("UNKNOWN", |name| name)
+    }
+
     /// The packet was freed in the normal course of things.
     pub fn is_expected(&self) -> bool {
         self.class == EXPECTED
@@ -53,6 +64,66 @@ pub enum Fact {
     TimeWait,
     /// a TCP segment without data or SYN
     NoData,
+    /// this host has sent an ICMP error for it: its TTL is used up
+    TimeExceeded,
+    /// the same: it is larger than the way's MTU
+    TooBig,
+}
+
+/// What netprobe why asks the kernel about a loss: each has one function that looks for the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Question {
+    /// the text of the nft rule, or the policy
+    NftRule,
+    /// net.ipv4.conf.*.rp_filter
+    RpFilter,
+    /// the route back to the sender
+    RouteBack,
+    /// the route to the destination
+    Route,
+    /// the state of the next hop
+    Neighbour,
+    /// a socket's receive queue, and what its reader does
+    SocketQueue,
+    /// a listening socket's queue
+    ListenQueue,
+    /// size, MTU and DF
+    Mtu,
+    /// TTL or hop limit
+    Ttl,
+    /// the queue discipline and its own counters
+    Qdisc,
+    /// net.ipv4.ip_forward and the like
+    Forwarding,
+    /// conntrack's count and limit
+    Conntrack,
+    /// flags of the device
+    Device,
+    /// MAC addresses of the frame and the device
+    Mac,
+    /// who computes checksums
+    Checksum,
+    /// net.ipv6.conf.*.disable_ipv6
+    Ipv6Disabled,
+    /// sockets that listen at the packet's port
+    Listeners,
+    /// net.ipv4.conf.*.log_martians and route_localnet
+    Martian,
+    /// tc filters of the device
+    Tc,
+    /// XDP program of the device
+    Xdp,
+}
+
+/// Which questions to ask: by rule, else by class.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Questions {
+    #[serde(default)]
+    rule: BTreeMap<String, Vec<Question>>,
+    #[serde(default)]
+    class: BTreeMap<String, Vec<Question>>,
 }
 
 /// Places.toml's rules.
@@ -71,6 +142,9 @@ struct PlaceRule {
     /// the reason that newer kernels give
     #[serde(default, rename = "as")]
     reason: String,
+    /// a name for the rule, where the reason is not one
+    #[serde(default)]
+    id: String,
 }
 
 impl PlaceRule {
@@ -104,6 +178,8 @@ pub struct Rules {
     reason: BTreeMap<String, Meaning>,
     #[serde(default)]
     place: Vec<PlaceRule>,
+    #[serde(default)]
+    ask: Questions,
 }
 
 impl Rules {
@@ -111,7 +187,11 @@ impl Rules {
     pub fn builtin() -> &'static Self {
         static RULES: OnceLock<Rules> = OnceLock::new();
         RULES.get_or_init(|| {
-            let parts = [include_str!("reasons.toml"), include_str!("places.toml")];
+            let parts = [
+                include_str!("reasons.toml"),
+                include_str!("places.toml"),
+                include_str!("questions.toml"),
+            ];
             let mut rules = Rules::default();
             for part in parts {
                 // A unit test reads them all.
@@ -131,12 +211,24 @@ impl Rules {
         let mut rules = Self::builtin().clone();
         rules.reason.extend(own.reason);
         rules.place.splice(0..0, own.place);
+        rules.ask.rule.extend(own.ask.rule);
+        rules.ask.class.extend(own.ask.class);
         Ok(rules)
     }
 
     fn add(&mut self, more: Self) {
         self.reason.extend(more.reason);
         self.place.extend(more.place);
+        self.ask.rule.extend(more.ask.rule);
+        self.ask.class.extend(more.ask.class);
+    }
+
+    /// What to ask the kernel about a loss with this meaning.
+    pub fn questions(&self, meaning: &Meaning) -> &[Question] {
+        let by_rule = self.ask.rule.get(meaning.rule());
+        by_rule
+            .or_else(|| self.ask.class.get(&meaning.class))
+            .map_or(&[], Vec::as_slice)
     }
 
     /// The rule of a reason, by its name without SKB_DROP_REASON_.
@@ -164,6 +256,7 @@ impl Rules {
                     NOT_SPECIFIED => rule.reason.clone(),
                     given => given.to_owned(),
                 },
+                id: rule.id.clone(),
             };
         }
         let mut meaning = self.reason.get(reason).cloned().unwrap_or(Meaning {
@@ -171,6 +264,7 @@ impl Rules {
             what: reason.to_owned(),
             change: String::new(),
             reason: String::new(),
+            id: String::new(),
         });
         if reason != NOT_SPECIFIED {
             meaning.reason = reason.to_owned();
@@ -187,6 +281,8 @@ mod tests {
     fn the_rules_that_are_compiled_in_can_be_read() {
         let reasons: Rules = toml::from_str(include_str!("reasons.toml")).unwrap();
         let places: Rules = toml::from_str(include_str!("places.toml")).unwrap();
+        let questions: Rules = toml::from_str(include_str!("questions.toml")).unwrap();
+        assert!(questions.ask.class.len() > 8 && questions.ask.rule.len() > 4);
         assert!(reasons.reason.len() > 130 && places.place.len() > 15);
         for (name, meaning) in &reasons.reason {
             assert!(
@@ -207,6 +303,13 @@ mod tests {
         assert_eq!(what("", "nf_hook_slow", &[]).class, "firewall");
         assert_eq!(what("", "__udp4_lib_rcv", &[]).reason, "NO_SOCKET");
         assert_eq!(what("", "some_driver_xmit", &[]).reason, "");
+        assert_eq!(what("", "some_driver_xmit", &[]).rule(), "UNKNOWN");
+        for reason in ["", "IP_INHDR"] {
+            assert_eq!(
+                what(reason, "ip_forward", &[Fact::TimeExceeded]).rule(),
+                "TTL_EXPIRED"
+            );
+        }
         assert!(what("NOT_SPECIFIED", "netlink_broadcast_filtered", &[]).is_expected());
         assert!(!what("OTHERHOST", "ip_rcv_core", &[Fact::OtherHost]).is_expected());
         assert!(what("OTHERHOST", "ip_rcv_core", &[Fact::Promiscuous]).is_expected());

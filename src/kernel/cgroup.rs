@@ -44,7 +44,8 @@ pub fn id(text: &str) -> Result<u64> {
         .map_err(|e| bad(e.to_string()))
 }
 
-fn mount() -> Option<&'static Path> {
+/// Where cgroup v2 is mounted.
+pub fn mount() -> Option<&'static Path> {
     MOUNTS.iter().map(Path::new).find(|p| {
         nix::sys::statfs::statfs(*p)
             .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)

@@ -21,6 +21,7 @@ pub mod netns;
 pub mod pages;
 pub mod process;
 pub mod program;
+pub mod routing;
 mod rtnl;
 pub mod trampoline;
 pub mod usyms;

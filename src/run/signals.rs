@@ -64,6 +64,11 @@ pub fn block() -> Result<()> {
     set().thread_block().context("failed to block signals")
 }
 
+/// Undoes [`block`] in a child process, before it becomes another program.
+pub fn unblock() {
+    let _ = set().thread_unblock();
+}
+
 fn is_ignored(signal: Signal) -> Result<bool> {
     let mut old = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: no new action, and room for the old one.

@@ -7,8 +7,10 @@ pub mod features;
 pub mod fields;
 pub mod filter;
 pub mod icmp;
+pub mod rules;
 pub mod skb;
 pub mod tcpconnect;
+pub mod why;
 pub mod xdpchain;
 pub mod xdpdump;
 

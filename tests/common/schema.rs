@@ -5,7 +5,8 @@
 use serde_json::{Map, Value};
 
 /// Each subcommand that prints JSON, and its schema.
-pub const SCHEMAS: [(&str, &str); 7] = [
+pub const SCHEMAS: [(&str, &str); 8] = [
+    ("why", include_str!("../../docs/json/why.json")),
     ("skb", include_str!("../../docs/json/skb.json")),
     (
         "tcpconnect",

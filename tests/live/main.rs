@@ -33,6 +33,7 @@ mod tcpconnect_loss;
 mod tcpconnect_outcome;
 mod tcpconnect_stack;
 mod tunnels;
+mod why;
 mod xdp;
 mod xdpchain;
 mod xdpdump;
@@ -68,6 +69,7 @@ fn main() {
     cases.extend(skb::cases());
     cases.extend(skb_ends::cases());
     cases.extend(run_ends::cases());
+    cases.extend(why::cases());
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_dns::cases());

@@ -113,6 +113,12 @@ struct nf_way {
 	__s32 code; /* the verdict of a rule that ended it; NFT_CODE_CONTINUE: none */
 	__u64 handle;
 	__u64 chain; /* the rule's */
+	/* with nf_accepts: the run's number; the last nft chain in it that accepted, and its rule */
+	__u64 packet; /* its identity: another sk_buff may come to lie at this address */
+	__u64 passed_chain;
+	__u64 passed_handle;
+	__u32 run;
+	__u32 pad;
 };
 
 /* By address of the sk_buff: from one run to the next. */
@@ -174,6 +180,10 @@ static __always_inline void nf_way_begin(__u64 skb, __u64 entries, __u32 first,
 	way->at = BPF_CORE_READ(state, hook);
 	way->pf = BPF_CORE_READ(state, pf);
 	way->code = NFT_CODE_CONTINUE;
+	if (nf_accepts) {
+		way->run = bpf_get_prandom_u32() | 1;
+		way->packet = track_find(NP_CAST(sk_buff, skb));
+	}
 	bpf_map_update_elem(&nf_ways, &skb, way, BPF_ANY);
 }
 
@@ -196,6 +206,15 @@ static __always_inline void nft_begin(struct nf_way *way, __u64 chain)
 	way->code = NFT_CODE_CONTINUE;
 	way->handle = 0;
 	way->chain = 0;
+}
+
+/* The next function of the hook is entered: the nft chain before it, if there was one, accepted. */
+static __always_inline void nft_keep_passed(struct nf_way *way)
+{
+	if (!way->in_nft)
+		return;
+	way->passed_chain = way->chain ? way->chain : way->chains[0];
+	way->passed_handle = way->lost ? 0 : way->handle;
 }
 
 /* nf_hook_slow(skb, state, entries, first) */
@@ -232,6 +251,8 @@ int nf_enter(struct pt_regs *ctx)
 	}
 	way->hook = func;
 	way->priv = PT_REGS_PARM1(ctx);
+	if (nf_accepts)
+		nft_keep_passed(way);
 	nft_begin(way, 0);
 	return 0;
 }
@@ -406,10 +427,9 @@ int nft_eval_end(struct pt_regs *ctx)
 }
 
 static __always_inline void nf_read_names(struct nf_decision *to,
-					  const struct nf_way *way)
+					  __u64 of_chain)
 {
-	struct nft_chain___np *chain =
-		(void *)(way->chain ? way->chain : way->chains[0]);
+	struct nft_chain___np *chain = (void *)of_chain;
 	struct nft_table___np *table = BPF_CORE_READ(chain, table);
 
 	to->family = BPF_CORE_READ_BITFIELD_PROBED(table, family);
@@ -468,7 +488,7 @@ static __always_inline void nf_read(__u64 skb, __u64 place,
 		to->known = nft_outcome(way, place);
 		to->verdict = way->code >= 0 ? way->code & 0xff : 0;
 		to->handle = way->handle;
-		nf_read_names(to, way);
+		nf_read_names(to, way->chain ? way->chain : way->chains[0]);
 	} else if (bpf_core_field_exists(struct xt_table___np, name)) {
 		bpf_probe_read_kernel(
 			to->table, 32,
@@ -476,6 +496,27 @@ static __always_inline void nf_read(__u64 skb, __u64 place,
 				bpf_core_field_offset(struct xt_table___np,
 						      name));
 	}
+}
+
+/* The last run of a hook over this packet, which is past it: it was let through. */
+static __always_inline void nf_read_accepted(__u64 skb, __u64 packet,
+					     struct nf_decision *to)
+{
+	struct nf_way *way = nf_way_of(skb);
+
+	__builtin_memset(to, 0, sizeof(*to));
+	if (!way || !way->run || way->packet != packet)
+		return;
+	nft_keep_passed(way);
+	to->known = NF_DECIDED_ACCEPTED;
+	to->verdict = NF_ACCEPT;
+	to->at = way->at;
+	to->family = way->pf;
+	to->run = way->run;
+	if (!way->passed_chain)
+		return;
+	to->handle = way->passed_handle;
+	nf_read_names(to, way->passed_chain);
 }
 
 #endif

@@ -10,6 +10,8 @@ enum nf_decided {
 	NF_DECIDED_HOOK = 4, /* `hook`, or what follows it; not an nft chain */
 	NF_DECIDED_PASSED =
 		5, /* what follows `hook`, whose nft chain accepted */
+	/* netprobe why: a whole run let the packet pass; the last nft chain in it, if there was one */
+	NF_DECIDED_ACCEPTED = 6,
 };
 
 #define NF_NAME_LEN 64 /* longer names are cut off */
@@ -22,7 +24,7 @@ struct nf_decision {
 	__u8 family; /* NFPROTO_* */
 	__u8 at; /* NF_INET_*, NF_NETDEV_* or NF_BR_*, by family */
 	__u8 verdict; /* NF_DROP .. NF_STOP */
-	__u8 pad[4];
+	__u32 run; /* tells one run of a hook from the next, if nf_accepts is set */
 	__u8 table
 		[NF_NAME_LEN]; /* NUL-padded; of nft, or of the older iptables */
 	__u8 chain[NF_NAME_LEN]; /* of the rule or the policy */

@@ -43,6 +43,8 @@ static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
 	hit.func = func_addr(ctx);
 	if (returns_on)
 		return_expect(ctx, hit.func, skb_ptr, hit.packet);
+	if (who_cgroup)
+		who_note(skb, sk, tuple);
 	if (sections & (SKB_SECTION_CALLER | SKB_SECTION_NFT))
 		hit.caller = caller_addr(ctx);
 	write_event_by(ctx, buf, skb, tuple, &hit, use_cast);
@@ -67,7 +69,8 @@ static __noinline __u64 handle_tracked(struct pt_regs *ctx, __u64 skb_ptr,
 {
 	const struct np_config *cfg = np_config_get();
 
-	if (passes_gates(cfg, (void *)skb_ptr, (void *)sk_ptr))
+	if (passes_gates(cfg, (void *)skb_ptr, (void *)sk_ptr) &&
+	    (!who_cgroup || who_matches(skb_ptr, sk_ptr)))
 		how |= HOW_MATCHED;
 	else if (cfg->fields & NP_PAUSED)
 		return 0;
@@ -168,6 +171,19 @@ int skb_near(struct pt_regs *ctx)
 	return 0;
 }
 
+/* The identity of a packet that is dropped, a new one with `begin`: a function of its own, for its stack. */
+static __noinline __u64 drop_packet(__u64 skb_ptr, bool begin)
+{
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	__u64 packet;
+
+	if (!begin)
+		return track_find(skb);
+	packet = track_number();
+	track_set(skb, packet, false);
+	return packet;
+}
+
 /* A drop, if it is one of ours. `sk`: the socket that the packet was on its way to, or 0. */
 static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
 				    __u64 place, __u32 reason,
@@ -181,20 +197,41 @@ static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
 		.reason = reason,
 		.drop = drop,
 	};
-	struct np_tuple tuple = {};
+	struct skb_scratch *buf = scratch_get();
+	struct np_tuple *tuple;
 
+	if (!buf)
+		return;
+	tuple = tuple_place(buf);
+	__builtin_memset(tuple, 0, sizeof(*tuple));
 	if (sk_ptr)
 		hit.sk = NP_CAST(sock, sk_ptr);
+	if (track)
+		hit.packet = drop_packet(skb_ptr, false);
 	if (wants_tuple(cfg))
-		np_read_tuple(skb, &tuple);
-	if ((cfg->fields & NP_FIELDS_PACKET) && !match_tuple(cfg, &tuple))
+		np_read_tuple(skb, tuple);
+	if (!hit.packet && (cfg->fields & NP_FIELDS_PACKET) &&
+	    !match_tuple(cfg, tuple))
 		return;
+	if (track && !hit.packet)
+		hit.packet = drop_packet(skb_ptr, true);
 	drop->others = drop_others(skb);
 	drop->cloned = drop_cloned(skb);
 	drop->qdisc = drop_qdisc(skb);
 	drop->pkt_type = BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type);
 	drop_callers(ctx, place, drop);
-	write_event(ctx, skb, &tuple, &hit);
+	write_event_by(ctx, buf, skb, tuple, &hit, use_cast);
+}
+
+/* Is a drop one of ours? A packet that is tracked is, whatever its headers are now. */
+static __always_inline bool drop_wanted(const struct np_config *cfg, __u64 skb,
+					__u64 sk)
+{
+	if (track && drop_packet(skb, false))
+		return true;
+	if (!passes_gates(cfg, (void *)skb, (void *)sk))
+		return false;
+	return !who_cgroup || who_matches(skb, sk);
 }
 
 /*
@@ -208,8 +245,7 @@ int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
 	struct skb_drop drop = {};
 	__u64 sk = 0;
 
-	if ((cfg->fields & NP_PAUSED) ||
-	    !passes_gates(cfg, (void *)ctx->args[0], NULL))
+	if ((cfg->fields & NP_PAUSED) || !drop_wanted(cfg, ctx->args[0], 0))
 		return 0;
 	if (has_rx_sock)
 		sk = ctx->args[3];
@@ -241,8 +277,7 @@ int listen_syn_end(struct pt_regs *ctx)
 	drop.backlog = call->queue.held;
 	drop.limit = call->queue.limit;
 	bpf_map_delete_elem(&listen_syns, &key);
-	if (!skb || (cfg->fields & NP_PAUSED) ||
-	    !passes_gates(cfg, (void *)skb, (void *)sk))
+	if (!skb || (cfg->fields & NP_PAUSED) || !drop_wanted(cfg, skb, sk))
 		return 0;
 	dropped(ctx, skb, sk, func, 0, &drop);
 	return 0;

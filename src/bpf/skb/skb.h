@@ -19,6 +19,10 @@ enum skb_kind {
 	/* A tc or XDP program; `func`: its id, `skb`: the sk_buff or the xdp_buff */
 	SKB_KIND_ENTER = 6, /* it is entered */
 	SKB_KIND_LEAVE = 7, /* it ends; `reason`: its verdict */
+	/* This kernel sends an ICMP error for it; `reason`: its type << 8 | its code */
+	SKB_KIND_ICMP = 8,
+	/* A process looked for a route in vain; `reason`: the errno. Sections META (the namespace alone) and TUPLE */
+	SKB_KIND_NO_ROUTE = 9,
 };
 
 /*
@@ -43,6 +47,7 @@ enum skb_section {
 			   << 13, /* __u64 number of its life, see skb_track */
 	SKB_SECTION_DROP = 1U << 14, /* struct skb_drop */
 	SKB_SECTION_CT = 1U << 15, /* struct skb_ct */
+	SKB_SECTION_FACTS = 1U << 16, /* struct skb_facts */
 	SKB_SECTION_STACK = 1U << 30, /* __u64 addresses, to the end */
 };
 
@@ -154,6 +159,38 @@ struct skb_drop {
 
 _Static_assert(sizeof(struct skb_drop) == 56,
 	       "skb_drop is part of the contract");
+
+/* Bits of skb_facts.known. */
+enum skb_fact {
+	SKB_FACT_SOCK = 1, /* rmem, rcvbuf, backlog, limit, state */
+	SKB_FACT_ROUTE = 2, /* ifindex to gateway */
+	SKB_FACT_TIME_WAIT = 4, /* its socket is in TIME-WAIT */
+	SKB_FACT_PROMISCUOUS = 8, /* its device takes frames for others, too */
+};
+
+/* What decides beside the packet, for netprobe why. */
+struct skb_facts {
+	__u32 rmem; /* bytes in the socket's receive queue and backlog */
+	__u32 rcvbuf; /* their limit */
+	__u32 backlog; /* connections that wait for accept() */
+	__u32 limit; /* of these */
+	__u32 ifindex; /* of the route's device */
+	__u32 mtu; /* of that device, bytes */
+	__u8 ifname[SKB_IFNAMSIZ]; /* of that device, NUL-padded */
+	__u8 gateway[16]; /* the first 4 bytes, where its family is AF_INET */
+	__s16 error; /* of the route, an errno; 0: none */
+	__u16 family; /* AF_* of the route */
+	__u8 known; /* SKB_FACT_* */
+	__u8 state; /* TCP_* of the socket */
+	__u8 type; /* RTN_* of the route, IPv4 */
+	__u8 gateway_family; /* AF_*; 0: there is none */
+	__u8 pkt_type; /* PACKET_* */
+	__u8 ip_summed; /* CHECKSUM_* */
+	__u8 pad[6];
+};
+
+_Static_assert(sizeof(struct skb_facts) == 72,
+	       "skb_facts is part of the contract");
 
 #define SKB_MAP_BYTES 256 /* longer keys and values are cut off */
 

@@ -11,6 +11,7 @@
 #include "skb/skb.h"
 #include "skb/skb_source.bpf.h"
 #include "skb/skb_ct.bpf.h"
+#include "skb/skb_why.bpf.h"
 
 /* SKB_DROP_REASON_NETFILTER_DROP of this kernel; 0: it has none. */
 const volatile __u32 nf_drop_reason = 0;
@@ -21,6 +22,10 @@ static __always_inline void read_decision(__u64 skb, const struct hit *hit,
 {
 	bool dropped = hit->kind == SKB_KIND_DROPPED;
 
+	if (nf_accepts && hit->kind == SKB_KIND_HIT) {
+		nf_read_accepted(skb, hit->packet, to);
+		return;
+	}
 	if (dropped || hit->kind == SKB_KIND_DROP)
 		nf_read(skb, dropped ? hit->func : hit->caller, to);
 	else
@@ -112,6 +117,16 @@ static __always_inline __u64 write_drop(const struct skb_source *from, void *to)
 	return sizeof(struct skb_drop);
 }
 
+static __always_inline __u64 write_facts(const struct skb_source *from,
+					 void *to)
+{
+	struct sk_buff *skb = from->skb;
+	struct sock *sk = from->hit->sk;
+
+	read_facts(as_number(skb), sk ? as_number(sk) : 0, to);
+	return sizeof(struct skb_facts);
+}
+
 /*
  * The sections that are seldom asked for, in the order of their bits: a row has
  * the bit's name, the bytes that the section takes at most, and its writer, which
@@ -131,7 +146,8 @@ static __always_inline __u64 write_drop(const struct skb_source *from, void *to)
 	ROW(NFT, sizeof(struct nf_decision), write_nft)               \
 	ROW(LIFE, sizeof(__u64), write_life)                          \
 	ROW(DROP, sizeof(struct skb_drop), write_drop)                \
-	ROW(CT, sizeof(struct skb_ct), write_ct)
+	ROW(CT, sizeof(struct skb_ct), write_ct)                      \
+	ROW(FACTS, sizeof(struct skb_facts), write_facts)
 
 #define SKB_SECTION_ROOM(name, most, writer) +(most)
 

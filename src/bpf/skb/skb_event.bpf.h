@@ -53,7 +53,8 @@ static __always_inline void event_begin(struct skb_scratch *buf, __u64 addr,
 	np_head_fill(&event->head, hit->kind);
 	event->skb = addr;
 	event->func = hit->func;
-	event->sections = sections;
+	/* Only a drop has this one. */
+	event->sections = hit->drop ? sections : sections & ~SKB_SECTION_DROP;
 	event->reason = hit->reason;
 }
 

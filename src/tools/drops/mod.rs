@@ -16,7 +16,6 @@ use libbpf_rs::MapCore;
 use crate::bpf;
 use crate::bpf::drops::types::drop_key;
 use crate::engine::merge::Record;
-use crate::explain::Rules;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
@@ -28,6 +27,7 @@ use crate::run::output::{self, Output};
 use crate::run::pins::Pins;
 use crate::run::session::{self, Consumer, Tool};
 use crate::run::{log, signals};
+use crate::tools::rules;
 
 use args::Args;
 use kernel::{Count, Programs};
@@ -36,12 +36,9 @@ use present::{Presenter, Table};
 use rows::Names;
 
 pub fn run(args: &Args) -> Result<()> {
-    let rules = match &args.rules {
-        Some(path) => Rules::with(path)?,
-        None => Rules::builtin().clone(),
-    };
+    let rules = rules::load(args.rules.as_deref())?;
     if let Some(reason) = &args.explain {
-        return present::explain(&rules, reason, &args.output);
+        return rules::explain(&rules, reason, &args.output);
     }
     let config = args.fields.config()?;
     let filters = args.expression.filters(None)?;

@@ -3,18 +3,15 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::bpf::drops::types::drop_example;
 use crate::event::tuple::{Tuple, address, proto_name};
-use crate::explain::Rules;
-use crate::kernel::btf::Btf;
 use crate::run::Flow;
-use crate::run::output::{Output, OutputArgs};
+use crate::run::output::Output;
 use crate::text::columns::push_time_of_day;
 use crate::text::escape::escaped;
-use crate::usage::usage;
 
 use super::args::{Args, Sort};
 use super::ledger::Unexplained;
@@ -385,34 +382,4 @@ struct TableJson {
     expected_kinds: usize,
     /// null: filtered, so that nothing is balanced
     unexplained: Option<u64>,
-}
-
-/// `--explain`: what a reason means, or all that this kernel has.
-pub fn explain(rules: &Rules, reason: &str, args: &OutputArgs) -> Result<()> {
-    let mut out = Output::open(args)?;
-    let names: Vec<String> = if reason == "all" {
-        let btf = Btf::vmlinux(None)?;
-        let values = btf.enum_values("skb_drop_reason").into_iter();
-        let names = values.filter(|(value, _)| *value > 1);
-        names
-            .filter_map(|(_, name)| Some(name.strip_prefix("SKB_DROP_REASON_")?.to_owned()))
-            .filter(|name| name != "MAX" && name != "SUBSYS_MASK")
-            .collect()
-    } else {
-        vec![reason.trim_start_matches("SKB_DROP_REASON_").to_owned()]
-    };
-    for name in &names {
-        let Some(meaning) = rules.reason(name) else {
-            return Err(usage(format!(
-                "--explain {name}: no rule says what this reason means (--rules FILE adds one)"
-            )));
-        };
-        out.line(|b| {
-            let _ = write!(b, "{name}: {} ({})", meaning.what, meaning.class);
-            if !meaning.change.is_empty() {
-                let _ = write!(b, ". {}", meaning.change);
-            }
-        })?;
-    }
-    out.flush().context("failed to print the rules")
 }

@@ -12,6 +12,8 @@ const KIND_DROPPED: u16 = skb_kind::SKB_KIND_DROPPED.0 as u16;
 const KIND_RETURN: u16 = skb_kind::SKB_KIND_RETURN.0 as u16;
 const KIND_ENTER: u16 = skb_kind::SKB_KIND_ENTER.0 as u16;
 const KIND_LEAVE: u16 = skb_kind::SKB_KIND_LEAVE.0 as u16;
+const KIND_ICMP: u16 = skb_kind::SKB_KIND_ICMP.0 as u16;
+const KIND_NO_ROUTE: u16 = skb_kind::SKB_KIND_NO_ROUTE.0 as u16;
 
 /// Decodes one event, without the padding that perf adds. `snap_len`: bytes of each packet that events carry.
 pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
@@ -55,6 +57,8 @@ fn fixed(e: &skb_event) -> Event {
             KIND_LEAVE => Some(Point::Leave(e.reason as i32)),
             _ => None,
         },
+        icmp: (e.head.kind == KIND_ICMP).then_some(((e.reason >> 8) as u8, e.reason as u8)),
+        no_route: (e.head.kind == KIND_NO_ROUTE).then_some(e.reason as i32),
         ..Event::default()
     }
 }

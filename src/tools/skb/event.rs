@@ -1,5 +1,7 @@
 //! An event of `netprobe skb` as an owned value. Pure.
 
+use std::net::IpAddr;
+
 use plain::Plain;
 
 use crate::bpf::read;
@@ -70,6 +72,12 @@ pub struct Event {
     pub life: Option<u64>,
     /// with --drops: what is known beyond the kernel's reason
     pub drop: Option<Drop>,
+    /// what decides beside the packet
+    pub facts: Option<Facts>,
+    /// type and code of an ICMP error that this kernel sends for the packet
+    pub icmp: Option<(u8, u8)>,
+    /// errno of a route that a process looked for in vain
+    pub no_route: Option<i32>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
     /// sections that only their own columns understand, as they came
@@ -123,6 +131,46 @@ pub enum Point {
     Enter,
     /// with its verdict
     Leave(i32),
+}
+
+/// `struct skb_facts`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    pub socket: Option<Socket>,
+    pub route: Option<Route>,
+    pub pkt_type: u8,
+    pub ip_summed: u8,
+    /// its socket is in TIME-WAIT
+    pub time_wait: bool,
+    /// its device takes frames for others, too
+    pub promiscuous: bool,
+}
+
+/// A socket's queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Socket {
+    /// bytes in its receive queue and backlog, and their limit
+    pub rmem: u32,
+    pub rcvbuf: u32,
+    /// connections that wait for accept(), and their limit
+    pub backlog: u32,
+    pub limit: u32,
+    /// TCP_* of include/net/tcp_states.h
+    pub state: u8,
+}
+
+/// A packet's route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    pub ifindex: u32,
+    pub mtu: u32,
+    /// NUL-padded
+    pub ifname: [u8; 16],
+    pub gateway: Option<IpAddr>,
+    /// errno of a route that refuses
+    pub error: i16,
+    /// RTN_*; 0 for IPv6
+    pub kind: u8,
 }
 
 /// The packet's bytes.

@@ -137,11 +137,24 @@ pub const RECEIVERS: [Hook; 12] = [
     (FOUND, "inet6_lookup_listener"),
 ];
 
+/// netprobe why (src/bpf/skb_why.bpf.h)
+pub const ICMP: [Hook; 4] = [
+    ("why_icmp", "__icmp_send"),
+    ("why_icmp", "icmp6_send"),
+    ("why_pushed", "icmp_push_reply"),
+    ("why_pushed", "icmpv6_push_pending_frames"),
+];
+
+/// netprobe why -- COMMAND
+pub const ROUTES: [Hook; 1] = [("why_route", "ip_route_output_key_hash_rcu")];
+
 /// A program for functions' returns alone.
 pub const FOUND: &str = "rx_found";
 
 /// Programs, and those at the returns of the same functions.
-pub const ENDS: [(&str, &str); 5] = [
+pub const ENDS: [(&str, &str); 7] = [
+    ("why_route", "why_route_end"),
+    ("why_icmp", "why_icmp_end"),
     (EXPRESSION, "nft_eval_end"),
     ("listen_syn", "listen_syn_end"),
     ("listen_ack", "listen_ack_end"),
@@ -172,6 +185,7 @@ mod tests {
             &NETFILTER[..],
             &LISTEN[..],
             &RECEIVERS[..],
+            &ICMP[..],
         ] {
             let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
             assert_eq!(names.len(), table.len());

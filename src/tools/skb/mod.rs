@@ -1,26 +1,26 @@
 //! `netprobe skb`: a packet's way through the kernel, function by function.
 
 pub mod args;
-mod attached;
+pub(super) mod attached;
 mod capture;
-mod columns;
-mod decode;
-mod drops;
-mod event;
+pub(super) mod columns;
+pub(super) mod decode;
+pub(super) mod drops;
+pub(super) mod event;
 mod extras;
 mod helpers;
 mod hooks;
 mod json;
 mod json_tails;
 mod members;
-mod netfilter;
+pub(super) mod netfilter;
 mod present;
-mod probes;
+pub(super) mod probes;
 mod program;
 mod programs;
 pub mod replay;
 mod since;
-mod track;
+pub(super) mod track;
 mod view;
 
 use std::mem::MaybeUninit;
@@ -91,6 +91,8 @@ pub fn run(args: &Args) -> Result<()> {
         returns: args.output_retval,
         xdp: args.filter_trace_xdp,
         nft: args.asks(SECTION_NFT),
+        icmp: false,
+        routes: false,
     };
     if args.drops && !wants.owner && !wants.nft {
         features.require_drops("skb --drops")?;

@@ -18,6 +18,7 @@ const RULE: u8 = nf_decided::NF_DECIDED_RULE.0 as u8;
 const POLICY: u8 = nf_decided::NF_DECIDED_POLICY.0 as u8;
 const NFT: u8 = nf_decided::NF_DECIDED_NFT.0 as u8;
 const PASSED: u8 = nf_decided::NF_DECIDED_PASSED.0 as u8;
+const ACCEPTED: u8 = nf_decided::NF_DECIDED_ACCEPTED.0 as u8;
 /// NFPROTO_BRIDGE, NFPROTO_NETDEV; NF_QUEUE
 const BRIDGE: u8 = 7;
 const NETDEV: u8 = 5;
@@ -36,6 +37,18 @@ pub struct Decision {
     chain: String,
     hook: u64,
     following: [u64; 2],
+    run: u32,
+}
+
+/// A run of a hook that let the packet pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Passed {
+    /// tells one run from the next
+    pub run: u32,
+    /// as iptables calls its built-in chain
+    pub hook: &'static str,
+    /// the last nft chain in it; a rule where one accepted, else its policy
+    pub nft: Option<Nft>,
 }
 
 impl Decision {
@@ -51,7 +64,30 @@ impl Decision {
             chain: escaped(&n.chain),
             hook: n.hook,
             following: n.following,
+            run: n.run,
         })
+    }
+
+    /// A hook that the packet has passed.
+    pub fn passed(&self) -> Option<Passed> {
+        let nft = Nft {
+            family: family(self.family),
+            table: self.table.clone(),
+            chain: Some(self.chain.clone()),
+            handle: self.handle,
+            policy: self.handle.is_none(),
+            queue: false,
+        };
+        (self.known == ACCEPTED).then(|| Passed {
+            run: self.run,
+            hook: hook(self.family, self.at),
+            nft: (!self.chain.is_empty()).then_some(nft),
+        })
+    }
+
+    /// The hook, as iptables calls its built-in chain.
+    pub fn at(&self) -> &'static str {
+        hook(self.family, self.at)
     }
 
     /// Addresses that [`Decision::who`] asks for by their symbols.
@@ -295,9 +331,21 @@ fn family(number: u8) -> &'static str {
 
 /// A hook as iptables calls its built-in chain.
 fn hook(family: u8, number: u8) -> &'static str {
-    const INET: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+    const INET: [&str; 6] = [
+        "PREROUTING",
+        "INPUT",
+        "FORWARD",
+        "OUTPUT",
+        "POSTROUTING",
+        "INGRESS",
+    ];
     const ARP: [&str; 3] = ["INPUT", "OUTPUT", "FORWARD"];
-    let names = if family == 3 { &ARP[..] } else { &INET[..] };
+    const DEVICE: [&str; 2] = ["INGRESS", "EGRESS"];
+    let names = match family {
+        3 => &ARP[..],
+        NETDEV => &DEVICE[..],
+        _ => &INET[..],
+    };
     names.get(usize::from(number)).copied().unwrap_or("?")
 }
 

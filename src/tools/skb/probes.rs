@@ -64,6 +64,10 @@ pub struct Wants {
     pub xdp: bool,
     /// the nft rules that drop
     pub nft: bool,
+    /// the ICMP errors that this kernel sends
+    pub icmp: bool,
+    /// routes that processes look for in vain
+    pub routes: bool,
 }
 
 /// What is to be attached.
@@ -120,32 +124,59 @@ impl Plan {
         let mut plan = Self::empty(backend, wants);
         plan.batch = args.filter_kprobe_batch;
         plan.loaded = helpers::programs(args);
-        let hooks = plan.hooks_wanted(wants);
-        let netfilter = netfilter_hooks(btf, wants)?;
-        let names: HashSet<&str> = functions
-            .iter()
-            .map(|f| f.name.as_str())
-            .chain(hooks.iter().map(|(_, f)| *f))
-            .chain(netfilter.iter().map(String::as_str))
-            .chain(args.filter_non_skb_funcs.iter().map(String::as_str))
-            .collect();
-        let traceable = plan.traceable(btf, &names);
-        for name in &args.filter_non_skb_funcs {
-            plan.add_near(name, &traceable)?;
-        }
-        for f in &functions {
-            plan.add(f, &traceable, wants);
-        }
+        plan.take(&functions, &args.filter_non_skb_funcs, btf, wants)?;
         if plan.count == 0 {
             bail!(
                 "none of the {} functions asked for can be traced on this kernel (they are inlined, or marked notrace)",
                 functions.len()
             );
         }
-        plan.add_hooks(&hooks, &traceable);
-        plan.add_netfilter(&netfilter, &traceable);
-        plan.add_ends();
         Ok(plan)
+    }
+
+    /// Functions by name, of which a kernel has some only, and what `wants` says.
+    pub fn of_names(
+        btf: &Btf,
+        features: &Features,
+        backend: Option<Backend>,
+        is_wanted: impl Fn(&str) -> bool,
+        wants: Wants,
+    ) -> Result<Self> {
+        let mut functions = btf.functions_taking("sk_buff", &btf::modules())?;
+        functions.retain(|f| is_wanted(&f.name));
+        let mut plan = Self::empty(choose(features, backend)?, wants);
+        plan.take(&functions, &[], btf, wants)?;
+        Ok(plan)
+    }
+
+    /// `functions` are shown, and those without an skb that are `near` one; with what `wants` needs.
+    fn take(
+        &mut self,
+        functions: &[Function],
+        near: &[String],
+        btf: &Btf,
+        wants: Wants,
+    ) -> Result<()> {
+        let hooks = self.hooks_wanted(wants);
+        let netfilter = netfilter_hooks(btf, wants)?;
+        let names: HashSet<&str> = functions
+            .iter()
+            .map(|f| f.name.as_str())
+            .chain(hooks.iter().map(|(_, f)| *f))
+            .chain(netfilter.iter().map(String::as_str))
+            .chain(near.iter().map(String::as_str))
+            .collect();
+        let traceable = self.traceable(btf, &names);
+        for name in near {
+            self.add_near(name, &traceable)?;
+        }
+        for f in functions {
+            self.add(f, &traceable, wants);
+        }
+        self.add_hooks(&hooks, &traceable);
+        self.add_netfilter(&netfilter, &traceable);
+        self.add_ends();
+        Ok(())
     }
 
     /// The tracepoint of drops alone, with what `wants` says beside it.
@@ -190,7 +221,9 @@ impl Plan {
         let nft = wants.nft.then_some(&hooks::NETFILTER[..]);
         let listens = wants.listens.then_some(&hooks::LISTEN[..]);
         let receivers = wants.receivers.then_some(&hooks::RECEIVERS[..]);
-        let tables = [track, owner, xdp, nft, listens, receivers]
+        let routes = wants.routes.then_some(&hooks::ROUTES[..]);
+        let icmp = wants.icmp.then_some(&hooks::ICMP[..]);
+        let tables = [track, owner, xdp, nft, listens, receivers, icmp, routes]
             .into_iter()
             .flatten();
         let all = tables.flatten().copied();

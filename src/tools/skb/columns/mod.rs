@@ -6,10 +6,11 @@ mod copies;
 mod ct;
 mod data;
 mod drop;
+pub mod facts;
 mod map;
 mod members;
 pub mod meta;
-mod nft;
+pub mod nft;
 mod owner;
 pub mod packet;
 mod places;
@@ -19,7 +20,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
 pub use column::{Column, Of, Types};
 
-pub static ALL: [Column; 17] = [
+pub static ALL: [Column; 18] = [
     data::DATA,
     packet::LIFE,
     map::MAP,
@@ -37,6 +38,7 @@ pub static ALL: [Column; 17] = [
     copies::SHINFO,
     places::CALLER,
     places::STACK,
+    facts::FACTS,
 ];
 
 /// Index into [`ALL`] of each bit.

@@ -34,7 +34,8 @@ pub const NFT: Column = Column {
     })
 };
 
-fn types(btf: &Btf) -> Result<Types> {
+/// What of the kernel's types it needs; an error where the kernel does not have them.
+pub fn types(btf: &Btf) -> Result<Types> {
     if btf.struct_named("nft_chain").is_some() {
         return Ok(Types::Kernel); // built in
     }

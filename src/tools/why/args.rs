@@ -1,0 +1,151 @@
+//! The flags of `netprobe why`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::ValueEnum;
+
+use crate::engine::batch::BufferOptions;
+use crate::run::output::OutputArgs;
+use crate::tools::expression::ExpressionArgs;
+use crate::tools::fields::FieldArgs;
+use crate::tools::skb::args::Backend;
+use crate::tools::{EngineArgs, TransportArgs};
+
+use super::ends::End;
+
+/// Which packets are shown.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Only {
+    /// every packet; with --details also those that are freed in the normal course of things
+    #[default]
+    All,
+    /// those that did not get where they should: lost, rejected, still here, unknown
+    Lost,
+    /// those that took at least --min-ms
+    Slow,
+}
+
+/// What a run is expected to see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Expect {
+    /// packets are delivered, sent or answered, and none is lost or rejected
+    Delivered,
+    /// a packet is lost, by this rule
+    Lost(Option<String>),
+    /// a packet is rejected
+    Rejected,
+}
+
+impl FromStr for Expect {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "delivered" => Ok(Self::Delivered),
+            None if text == "lost" => Ok(Self::Lost(None)),
+            None if text == "rejected" => Ok(Self::Rejected),
+            Some(("lost", rule)) if !rule.is_empty() => Ok(Self::Lost(Some(rule.to_owned()))),
+            _ => Err("give delivered, lost, lost:RULE or rejected".to_owned()),
+        }
+    }
+}
+
+/// Say what became of packets, in words, with proof.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// How to attach; the default is kprobe-multi where the kernel has it
+    #[arg(long, value_enum)]
+    pub backend: Option<Backend>,
+
+    /// Which packets to show; the last line counts all
+    #[arg(long, value_enum, default_value_t)]
+    pub only: Only,
+
+    /// With --only slow: packets that took at least this long, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    pub min_ms: u64,
+
+    /// Show the stages of packets that got where they should, too, and packets that are freed in the normal course of things
+    #[arg(short = 'v', long)]
+    pub details: bool,
+
+    /// End after this many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub duration: Option<u64>,
+
+    /// Exit with status 3 unless this is what became of the packets: delivered (some were, and none was lost or rejected), lost or lost:RULE
+    /// (at least one was), rejected (at least one was)
+    #[arg(long, value_name = "delivered|lost[:RULE]|rejected")]
+    pub expect: Option<Expect>,
+
+    /// Read further rules from FILE (TOML, like src/explain/reasons.toml); they take precedence over the built-in rules
+    #[arg(long, value_name = "FILE")]
+    pub rules: Option<PathBuf>,
+
+    /// Explain a drop reason and end; `all` explains every reason of this kernel
+    #[arg(long, value_name = "REASON")]
+    pub explain: Option<String>,
+
+    /// Follow at most N packets at the same time
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub track_entries: u32,
+
+    #[command(flatten)]
+    pub fields: FieldArgs,
+
+    #[command(flatten)]
+    pub expression: ExpressionArgs,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub engine: EngineArgs,
+
+    #[command(flatten)]
+    pub transport: TransportArgs,
+
+    /// Run COMMAND in a cgroup of its own, and follow the packets of its sockets, and those to them; the run ends with it
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+impl Args {
+    /// Events hold a packet's first bytes and more: four times the buffers of other tools.
+    pub fn buffer(&self) -> BufferOptions {
+        BufferOptions {
+            pages: self.engine.buffer_pages.unwrap_or(1024),
+            ..self.engine.buffer()
+        }
+    }
+
+    /// Is a packet with this end, that took this long (ns), shown?
+    pub fn shows(&self, end: End, took: u64) -> bool {
+        match self.only {
+            // What is freed in the normal course is counted in the last line.
+            Only::All => self.details || end != End::Expected,
+            Only::Lost => !end.is_good(),
+            Only::Slow => took >= self.min_ms.saturating_mul(1_000_000),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expectations() {
+        assert_eq!("delivered".parse(), Ok(Expect::Delivered));
+        assert_eq!("lost".parse(), Ok(Expect::Lost(None)));
+        assert_eq!(
+            "lost:NO_SOCKET".parse(),
+            Ok(Expect::Lost(Some("NO_SOCKET".into())))
+        );
+        assert_eq!("rejected".parse(), Ok(Expect::Rejected));
+        for bad in ["", "lost:", "sent", "delivered:X"] {
+            assert!(bad.parse::<Expect>().is_err(), "{bad}");
+        }
+    }
+}

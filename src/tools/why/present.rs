@@ -1,0 +1,515 @@
+//! The blocks of `netprobe why`: what became of packets, in words; and the same as JSON.
+
+use std::io::Write;
+
+use anyhow::Result;
+use nix::errno::Errno;
+use serde::Serialize;
+
+use crate::explain::Rules;
+use crate::kernel::process::Process;
+use crate::run::Flow;
+use crate::run::loss::Loss;
+use crate::run::output::Output;
+use crate::tools::skb::netfilter::{Nft, Who};
+
+use super::ends::End;
+use super::fold::{Group, Totals};
+use super::journey::{Dropped, Journey, Leg, Step};
+use super::names::Names;
+use super::proof::{self, Case, Proof};
+
+/// Shows groups of journeys.
+pub struct Presenter {
+    details: bool,
+    rules: Rules,
+    /// monotonic, ns: times count from here
+    start: u64,
+}
+
+/// All that is said of a group.
+struct Said<'a> {
+    group: &'a Group,
+    dropped: Option<&'a Dropped>,
+    proofs: Vec<Proof>,
+    netns: String,
+    /// of the end, where it is another than that of the start
+    end_netns: Option<String>,
+}
+
+impl Presenter {
+    pub fn new(details: bool, rules: Rules, start: u64) -> Self {
+        Self {
+            details,
+            rules,
+            start,
+        }
+    }
+
+    pub fn group(&self, out: &mut Output, group: &Group, names: &mut Names) -> Result<Flow> {
+        let said = self.say(group, names);
+        if out.json() {
+            return out.json_event(&self.row(&said));
+        }
+        let mut text = Vec::new();
+        self.text(&mut text, &said, names);
+        out.event(|b| b.extend_from_slice(text.trim_ascii_end()))
+    }
+
+    fn say<'a>(&self, group: &'a Group, names: &mut Names) -> Said<'a> {
+        let (journey, verdict) = (&group.journey, &group.verdict);
+        let leg = journey.legs.get(&verdict.leg);
+        let dropped = leg.and_then(|l| l.dropped.as_deref());
+        let mut proofs = Vec::new();
+        if !verdict.end.is_good() {
+            if let Some(case) = Case::new(journey, verdict) {
+                for question in self.questions(group) {
+                    proofs.extend(proof::ask(question, &case));
+                }
+            }
+        }
+        let at_end = dropped.and_then(|d| d.meta.as_ref()).map_or(0, |m| m.netns);
+        let at_end = match at_end {
+            0 => leg.map_or(0, |l| l.netns),
+            netns => netns,
+        };
+        let elsewhere = at_end != 0 && at_end != journey.netns;
+        Said {
+            group,
+            dropped,
+            proofs,
+            netns: names.netns(journey.netns),
+            end_netns: elsewhere.then(|| names.netns(at_end)),
+        }
+    }
+
+    /// What to ask about: by the rule of a drop; of a packet that waits, by where it does.
+    fn questions(&self, group: &Group) -> Vec<crate::explain::Question> {
+        use crate::explain::Question;
+        if let Some(meaning) = &group.verdict.meaning {
+            return self.rules.questions(meaning).to_vec();
+        }
+        let leg = group.journey.legs.get(&group.verdict.leg);
+        match leg.and_then(|l| l.stage).map(|s| &*s.stage) {
+            Some("neighbour") => vec![Question::Neighbour],
+            _ => Vec::new(),
+        }
+    }
+
+    fn text(&self, text: &mut Vec<u8>, said: &Said<'_>, names: &mut Names) {
+        let journey = &said.group.journey;
+        self.head(text, said);
+        let good = said.group.verdict.end.is_good();
+        if good && !self.details {
+            return;
+        }
+        let mut netns = journey.netns;
+        if let Some(Process { pid, comm }) = &journey.sender {
+            let _ = writeln!(
+                text,
+                "      0.000 ms  {:<12}sent by {comm}[{pid}]",
+                "socket"
+            );
+        }
+        for step in &journey.steps {
+            push_step(text, journey, step, &mut netns, names);
+        }
+        if journey.cut > 0 {
+            let _ = writeln!(text, "  ... and {} stages more", journey.cut);
+        }
+        if !good {
+            self.end(text, said);
+        }
+    }
+
+    fn head(&self, text: &mut Vec<u8>, said: &Said<'_>) {
+        let Group {
+            journey,
+            verdict,
+            count,
+            times,
+            longest,
+            ..
+        } = said.group;
+        let _ = write!(text, "{}", journey.line());
+        if let Some(Process { pid, comm }) = &journey.sender {
+            let _ = write!(text, "   {comm}[{pid}]");
+        }
+        let _ = write!(text, "   netns {}   {}", said.netns, verdict.end.word());
+        if verdict.end.is_good() {
+            let _ = write!(text, " {}", verdict.what);
+            if let Some(Process { pid, comm }) = &journey.receiver {
+                if verdict.end == End::Delivered {
+                    let _ = write!(text, " of {comm}[{pid}]");
+                }
+            }
+            if let Some(netns) = &said.end_netns {
+                let _ = write!(text, " in netns {netns}");
+            }
+            let _ = write!(text, ", {}", ms(*longest));
+        }
+        if *count > 1 {
+            let seconds = times.iter().map(|t| seconds(t.saturating_sub(self.start)));
+            let seconds: Vec<String> = seconds.collect();
+            let more = if (times.len() as u64) < *count {
+                ", ..."
+            } else {
+                ""
+            };
+            let _ = write!(text, ", {count} times ({}{more})", seconds.join(", "));
+        }
+        text.push(b'\n');
+    }
+
+    fn end(&self, text: &mut Vec<u8>, said: &Said<'_>) {
+        let verdict = &said.group.verdict;
+        let leg = said.group.journey.legs.get(&verdict.leg);
+        match (verdict.end, said.dropped) {
+            (End::Here, _) => {
+                let _ = writeln!(text, "  waits     {}", verdict.what);
+            }
+            (_, Some(dropped)) => {
+                if let Some(how) = leg.and_then(|l| answer(l, dropped)) {
+                    let _ = writeln!(text, "  rejected  with {how}");
+                }
+                let _ = writeln!(text, "  dropped   {} ({})", verdict.what, said.place());
+            }
+            (_, None) => {
+                let _ = writeln!(text, "  unknown   {}", verdict.what);
+            }
+        }
+        if let Some(netns) = &said.end_netns {
+            let _ = writeln!(text, "  where     in netns {netns}");
+        }
+        for proof in &said.proofs {
+            let now = if proof.now { "now: " } else { "" };
+            let _ = writeln!(text, "  proof     {now}{}", proof.text);
+        }
+        for change in said.changes() {
+            let _ = writeln!(text, "  to change {change}");
+        }
+    }
+
+    /// The last line: what became of all packets, and what was missed.
+    pub fn totals(&self, out: &mut Output, totals: &Totals, loss: &Loss, cut: u64) -> Result<()> {
+        let missed = missed(loss, cut);
+        if out.json() {
+            return out.json_line(&Sum {
+                kind: "summary",
+                packets: totals.packets,
+                flows: totals.flows(),
+                ends: &totals.ends,
+                missed,
+            });
+        }
+        out.line(|b| {
+            let (packets, flows) = (
+                plural(totals.packets, "packet"),
+                plural(totals.flows() as u64, "flow"),
+            );
+            let _ = write!(b, "{packets} in {flows}");
+            let mut parts: Vec<String> = Vec::new();
+            for (end, count) in &totals.ends {
+                let causes = totals.causes.iter().filter(|((e, _), _)| e == end);
+                let causes: Vec<String> =
+                    causes.map(|((_, what), n)| format!("{what} {n}")).collect();
+                let causes = match causes.is_empty() {
+                    true => String::new(),
+                    false => format!(" ({})", causes.join(", ")),
+                };
+                parts.push(format!("{count} {}{causes}", end.counted()));
+            }
+            if !parts.is_empty() {
+                let _ = write!(b, ": {}", parts.join(", "));
+            }
+            let _ = match missed {
+                false => write!(b, ". Nothing was missed."),
+                true => write!(b, ". Something was missed: see stderr."),
+            };
+        })
+    }
+}
+
+fn missed(loss: &Loss, cut: u64) -> bool {
+    loss.any() || cut > 0
+}
+
+fn plural(count: u64, noun: &str) -> String {
+    match count {
+        1 => format!("1 {noun}"),
+        n => format!("{n} {noun}s"),
+    }
+}
+
+fn ms(ns: u64) -> String {
+    format!("{}.{:03} ms", ns / 1_000_000, ns / 1000 % 1000)
+}
+
+fn seconds(ns: u64) -> String {
+    format!("{:.3} s", ns as f64 / 1e9)
+}
+
+fn push_step(
+    text: &mut Vec<u8>,
+    journey: &Journey,
+    step: &Step,
+    netns: &mut u32,
+    names: &mut Names,
+) {
+    let at = ms(step.at.saturating_sub(journey.first));
+    let _ = write!(text, "  {at:>12}  {:<12}{}", step.stage, step.fact);
+    if step.fact.is_empty() && !step.device.is_empty() {
+        let _ = write!(text, "dev {}", step.device);
+    }
+    if step.netns != *netns && step.netns != 0 {
+        let _ = write!(text, " (now in netns {})", names.netns(step.netns));
+        *netns = step.netns;
+    }
+    while text.last() == Some(&b' ') {
+        text.pop();
+    }
+    text.push(b'\n');
+}
+
+/// How the sender was told.
+fn answer(leg: &Leg, dropped: &Dropped) -> Option<String> {
+    let v6 = dropped.tuple.is_some_and(|t| t.saddr.is_ipv6());
+    if let Some((kind, code)) = leg.icmp {
+        return Some(icmp_name(v6, kind, code));
+    }
+    if let Some(errno) = leg.errno {
+        return Some(format!(
+            "the error {}: no packet was made",
+            Errno::from_raw(errno)
+        ));
+    }
+    leg.reset.then(|| "a TCP reset (RST)".to_owned())
+}
+
+fn icmp_name(v6: bool, kind: u8, code: u8) -> String {
+    let name = match (v6, kind, code) {
+        (false, 3, 0) => "net unreachable",
+        (false, 3, 1) => "host unreachable",
+        (false, 3, 2) => "protocol unreachable",
+        (false, 3, 3) | (true, 1, 4) => "port unreachable",
+        (false, 3, 4) => "fragmentation needed",
+        (false, 3, 9 | 10 | 13) | (true, 1, 1) => "administratively prohibited",
+        (false, 11, 0) | (true, 3, 0) => "time exceeded",
+        (_, 11, 1) | (true, 3, 1) => "reassembly time exceeded",
+        (true, 1, 0) => "no route",
+        (true, 1, 3) => "address unreachable",
+        (true, 2, _) => "packet too big",
+        _ => return format!("ICMP type {kind} code {code}"),
+    };
+    format!("ICMP {name} (type {kind} code {code})")
+}
+
+/// The rule or the function that decided.
+fn decider(who: &Who) -> Option<String> {
+    let text = who.to_string();
+    (*who != Who::Unknown).then(|| text.trim_matches(['[', ']']).to_owned())
+}
+
+impl Said<'_> {
+    /// `NO_SOCKET in __udp4_lib_rcv, dev veth0`
+    fn place(&self) -> String {
+        let Some(dropped) = self.dropped else {
+            return String::new();
+        };
+        let mut text = match &*dropped.reason {
+            "" => String::new(),
+            reason => format!("{reason} "),
+        };
+        text += &format!("in {}", dropped.place.function);
+        let device = dropped
+            .meta
+            .as_ref()
+            .map(|m| crate::text::escape::escaped(&m.ifname));
+        if let Some(device) = device.filter(|d| !d.is_empty()) {
+            text += &format!(", dev {device}");
+        }
+        text
+    }
+
+    /// What to do: what a proof names, else what the rule says.
+    fn changes(&self) -> Vec<String> {
+        let named: Vec<String> = self
+            .proofs
+            .iter()
+            .filter_map(|p| p.change.clone())
+            .collect();
+        let rule = self
+            .group
+            .verdict
+            .meaning
+            .as_ref()
+            .map(|m| m.change.clone());
+        match named.is_empty() {
+            true => rule.into_iter().filter(|c| !c.is_empty()).collect(),
+            false => named,
+        }
+    }
+
+    fn answer(&self) -> Option<String> {
+        let leg = self.group.journey.legs.get(&self.group.verdict.leg)?;
+        answer(leg, self.dropped?)
+    }
+}
+
+#[derive(Serialize)]
+struct Sum<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    packets: u64,
+    flows: usize,
+    ends: &'a std::collections::BTreeMap<End, u64>,
+    missed: bool,
+}
+
+#[derive(Serialize)]
+struct ProcessRow<'a> {
+    pid: u32,
+    comm: &'a str,
+}
+
+fn process(p: &Option<Process>) -> Option<ProcessRow<'_>> {
+    p.as_ref().map(|p| ProcessRow {
+        pid: p.pid,
+        comm: &p.comm,
+    })
+}
+
+#[derive(Serialize)]
+struct StepRow<'a> {
+    us: f64,
+    stage: &'a str,
+    device: &'a str,
+    netns: u32,
+    fact: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nft: Option<&'a Nft>,
+}
+
+#[derive(Serialize)]
+struct DropRow<'a> {
+    rule: &'a str,
+    class: &'a str,
+    what: &'a str,
+    /// the kernel's; empty where it gives none
+    reason: &'a str,
+    place: &'a str,
+    offset: u64,
+    device: String,
+    netns: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rejected_with: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nft: Option<&'a Nft>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    netfilter: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hook: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Row<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    packet: String,
+    proto: Option<u8>,
+    source: Option<String>,
+    destination: Option<String>,
+    sport: Option<u16>,
+    dport: Option<u16>,
+    netns: u32,
+    netns_name: &'a str,
+    end: End,
+    what: &'a str,
+    count: u64,
+    seconds: Vec<f64>,
+    longest_us: f64,
+    sender: Option<ProcessRow<'a>>,
+    receiver: Option<ProcessRow<'a>>,
+    stages: Vec<StepRow<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    drop: Option<DropRow<'a>>,
+    proof: &'a [Proof],
+    change: Vec<String>,
+}
+
+impl Presenter {
+    fn row<'a>(&self, said: &'a Said<'_>) -> Row<'a> {
+        let Group {
+            journey, verdict, ..
+        } = said.group;
+        let tuple = journey.tuple;
+        let ports = tuple.filter(|t| t.has_ports());
+        let us = |ns: u64| ns as f64 / 1000.0;
+        let step = |s: &'a Step| StepRow {
+            us: us(s.at.saturating_sub(journey.first)),
+            stage: s.stage,
+            device: &s.device,
+            netns: s.netns,
+            fact: &s.fact,
+            nft: s.nft.as_ref(),
+        };
+        let start = self.start;
+        Row {
+            kind: "packet",
+            packet: journey.line(),
+            proto: tuple.map(|t| t.proto),
+            source: tuple.map(|t| t.saddr.to_string()),
+            destination: tuple.map(|t| t.daddr.to_string()),
+            sport: ports.map(|t| t.sport),
+            dport: ports.map(|t| t.dport),
+            netns: journey.netns,
+            netns_name: &said.netns,
+            end: verdict.end,
+            what: &verdict.what,
+            count: said.group.count,
+            seconds: said
+                .group
+                .times
+                .iter()
+                .map(|t| t.saturating_sub(start) as f64 / 1e9)
+                .collect(),
+            longest_us: us(said.group.longest),
+            sender: process(&journey.sender),
+            receiver: process(&journey.receiver),
+            stages: journey.steps.iter().map(step).collect(),
+            drop: said.dropped.and_then(|d| said.drop_row(d)),
+            proof: &said.proofs,
+            change: if verdict.end.is_good() {
+                Vec::new()
+            } else {
+                said.changes()
+            },
+        }
+    }
+}
+
+impl Said<'_> {
+    fn drop_row<'a>(&'a self, dropped: &'a Dropped) -> Option<DropRow<'a>> {
+        let meaning = self.group.verdict.meaning.as_ref()?;
+        let meta = dropped.meta.as_ref();
+        let nft = match &dropped.who {
+            Some(Who::Nft(nft)) => Some(nft),
+            _ => None,
+        };
+        let other = dropped.who.as_ref().filter(|_| nft.is_none());
+        Some(DropRow {
+            rule: meaning.rule(),
+            class: &meaning.class,
+            what: &meaning.what,
+            reason: &dropped.reason,
+            place: &dropped.place.function,
+            offset: dropped.place.offset,
+            device: meta.map_or_else(String::new, |m| crate::text::escape::escaped(&m.ifname)),
+            netns: meta.map_or(0, |m| m.netns),
+            rejected_with: self.answer(),
+            nft,
+            netfilter: other.and_then(decider),
+            hook: dropped.hook,
+        })
+    }
+}

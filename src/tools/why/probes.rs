@@ -1,0 +1,124 @@
+//! What `netprobe why` attaches: the programs of `netprobe skb` at the functions of its stages, with tracking, owners, drops and
+//! netfilter's decisions.
+
+use std::mem::MaybeUninit;
+
+use anyhow::{Context, Result};
+use libbpf_rs::OpenMapMut;
+use libbpf_rs::skel::OpenSkel;
+
+use crate::bpf::skb::{SkbSkel, SkbSkelBuilder};
+use crate::filter::Filters;
+use crate::kernel::btf::Btf;
+use crate::kernel::drop_reason::DropReasons;
+use crate::kernel::features::Features;
+use crate::kernel::pages::PageVariables;
+use crate::run::object;
+use crate::tools::skb::columns::facts::SECTION_FACTS;
+use crate::tools::skb::columns::nft;
+use crate::tools::skb::event as skb;
+use crate::tools::skb::probes::{Plan, Wants};
+
+use super::args::Args;
+use super::stages::Stages;
+
+/// Bytes of a packet that travel with its events: what a line shows.
+pub const SNAP_LEN: u32 = 96;
+
+/// What is to be attached, and the sections that events carry.
+pub struct Probes {
+    pub plan: Plan,
+    /// nft's decisions are seen
+    pub nft: bool,
+    receivers: bool,
+}
+
+impl Probes {
+    pub fn plan(args: &Args, btf: &Btf, features: &Features) -> Result<Self> {
+        let nft = nft::types(btf).is_ok();
+        let receivers = !features.drop_sock;
+        let wants = Wants {
+            track: true,
+            owner: true,
+            drops: true,
+            listens: true,
+            receivers,
+            nft,
+            icmp: true,
+            routes: !args.command.is_empty(),
+            ..Wants::default()
+        };
+        let stages = Stages::builtin();
+        let wanted = |name: &str| stages.role(name).is_some();
+        let plan = Plan::of_names(btf, features, args.backend, wanted, wants)?;
+        Ok(Self {
+            plan,
+            nft,
+            receivers,
+        })
+    }
+
+    fn sections(&self) -> u32 {
+        let nft = if self.nft { skb::SECTION_NFT } else { 0 };
+        skb::SECTION_META
+            | skb::SECTION_TUPLE
+            | skb::SECTION_PACKET
+            | skb::SECTION_OWNER
+            | skb::SECTION_DATA
+            | skb::SECTION_DROP
+            | SECTION_FACTS
+            | nft
+    }
+
+    /// Opens, configures and loads the programs. `who`: the cgroup whose packets are followed; 0: all.
+    pub fn load<'a>(
+        &self,
+        args: &Args,
+        features: &Features,
+        (filters, reasons): (&Filters, &DropReasons),
+        who: u64,
+        storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
+    ) -> Result<SkbSkel<'a>> {
+        let mut open = object::open(SkbSkelBuilder::default(), None, storage)?;
+        let rodata = open.maps.rodata_data.as_mut();
+        let rodata = rodata.context("the BPF object has no .rodata")?;
+        rodata.use_cast = u8::from(features.rdonly_cast);
+        rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
+        rodata.has_func_ip = u8::from(features.func_ip);
+        rodata.has_reasons = u8::from(features.drop_reasons);
+        rodata.sections = self.sections();
+        rodata.snap_len = SNAP_LEN;
+        let fields = features.skb_fields;
+        if filters.on(fields) != 0 {
+            let pages = PageVariables::find();
+            rodata.np_filter_on = filters.on(fields);
+            rodata.np_filter_vmemmap_base = pages.vmemmap_base;
+            rodata.np_filter_page_offset_base = pages.page_offset_base;
+        }
+        rodata.nf_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
+        rodata.nf_accepts = u8::from(self.nft);
+        rodata.track = 1;
+        rodata.listens = 1;
+        rodata.rx_watched = u8::from(self.receivers);
+        rodata.has_rx_sock = u8::from(features.drop_sock);
+        rodata.who_cgroup = who;
+        let size = |map: &mut OpenMapMut<'_>, entries: u32| {
+            map.set_max_entries(entries)
+                .context("failed to set the size of a map")
+        };
+        size(&mut open.maps.tracked, args.track_entries)?;
+        size(&mut open.maps.contexts, 4096)?;
+        size(&mut open.maps.owners, args.track_entries)?;
+        if who != 0 {
+            size(&mut open.maps.who_flows, args.track_entries)?;
+        }
+        if self.nft {
+            size(&mut open.maps.nf_ways, 4096)?;
+            size(&mut open.maps.nft_calls, 4096)?;
+        }
+        args.transport.prepare(&mut open.maps.rings)?;
+        self.plan.prepare(&mut open);
+        filters.prepare(open.open_object_mut(), features)?;
+        object::load(open)
+    }
+}

@@ -1,0 +1,171 @@
+//! What sockets say: queues and their limits, who reads, who listens.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::text::escape::escaped;
+
+use super::{Case, Proof};
+
+/// The receive queue when the packet was lost, and what its reader does now.
+pub fn queue(case: &Case<'_>) -> Vec<Proof> {
+    let facts = case.dropped.and_then(|d| d.facts.as_ref());
+    let mut proofs = Vec::new();
+    if let Some(s) = facts.and_then(|f| f.socket) {
+        let text = format!("the socket held {} of {} bytes", s.rmem, s.rcvbuf);
+        proofs.push(
+            Proof::then("socket-queue", text)
+                .with("rmem", s.rmem)
+                .with("rcvbuf", s.rcvbuf),
+        );
+    }
+    let process = case.dropped.and_then(|d| d.process.as_ref());
+    if let Some(process) = process.or(case.journey.receiver.as_ref()) {
+        let text = format!("{}[{}] {}", process.comm, process.pid, doing(process.pid));
+        proofs.push(
+            Proof::now("reader", text)
+                .with("pid", process.pid)
+                .with("comm", process.comm.clone()),
+        );
+    }
+    proofs
+}
+
+/// What a process does: its state, and where it waits in the kernel.
+fn doing(pid: u32) -> String {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return "has ended".to_owned();
+    };
+    // The name in parentheses may hold anything.
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().next());
+    let state = match state {
+        Some("R") => "runs",
+        Some("S") => "sleeps",
+        Some("D") => "sleeps without interruption",
+        Some("T" | "t") => "is stopped",
+        Some("Z") => "has ended and waits for its parent",
+        _ => "is in an unknown state",
+    };
+    let at = fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+    match at.trim() {
+        "" | "0" => state.to_owned(),
+        at => format!("{state} in {}", escaped(at.as_bytes())),
+    }
+}
+
+pub fn listen(case: &Case<'_>) -> Vec<Proof> {
+    let mut proofs = Vec::new();
+    if let Some(listen) = case.dropped.and_then(|d| d.listen) {
+        let text = format!(
+            "its queue held {} connections, its limit is {}",
+            listen.backlog, listen.limit
+        );
+        proofs.push(
+            Proof::then("listen-queue", text)
+                .with("backlog", listen.backlog)
+                .with("limit", listen.limit),
+        );
+    }
+    let process = case.dropped.and_then(|d| d.process.as_ref());
+    if let Some(process) = process.or(case.journey.receiver.as_ref()) {
+        let text = format!("{}[{}] {}", process.comm, process.pid, doing(process.pid));
+        proofs.push(
+            Proof::now("reader", text)
+                .with("pid", process.pid)
+                .with("comm", process.comm.clone()),
+        );
+    }
+    if let Some(somaxconn) = case.sysctl("net/core/somaxconn") {
+        proofs.push(
+            Proof::now("somaxconn", format!("net.core.somaxconn = {somaxconn}"))
+                .with("value", somaxconn),
+        );
+    }
+    proofs
+}
+
+/// Sockets that are bound to the packet's port now.
+pub fn listeners(case: &Case<'_>) -> Vec<Proof> {
+    let Some(tuple) = case.dropped.and_then(|d| d.tuple).filter(|t| t.has_ports()) else {
+        return Vec::new();
+    };
+    let (name, file) = match tuple.proto {
+        6 => ("TCP", "tcp"),
+        17 => ("UDP", "udp"),
+        _ => return Vec::new(),
+    };
+    let port = tuple.dport;
+    let tables = case.inside(|| {
+        [file.to_owned(), format!("{file}6")].map(|table| {
+            fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default()
+        })
+    });
+    let Some(tables) = tables else {
+        return Vec::new();
+    };
+    // TCP_LISTEN is 10; an unconnected UDP socket is in 7.
+    let state = if tuple.proto == 6 { 0x0a } else { 0x07 };
+    let bound: Vec<String> = tables
+        .iter()
+        .flat_map(|t| t.lines().skip(1).filter_map(|l| local(l, state)))
+        .filter(|(_, p)| *p == port)
+        .map(|(a, _)| a.to_string())
+        .collect();
+    let text = match bound.as_slice() {
+        [] => format!("no socket is bound to {name} port {port} in this namespace"),
+        at => format!(
+            "sockets at {name} port {port} in this namespace are bound to {} only",
+            at.join(", ")
+        ),
+    };
+    vec![Proof::now("listeners", text).with("bound", bound)]
+}
+
+/// Address and port of a line of /proc/net/tcp and its like, if its state is `state`.
+fn local(line: &str, state: u8) -> Option<(IpAddr, u16)> {
+    let mut fields = line.split_whitespace().skip(1);
+    let (address, port) = fields.next()?.split_once(':')?;
+    if u8::from_str_radix(fields.nth(1)?, 16).ok()? != state {
+        return None;
+    }
+    let word = |at: usize| {
+        let hex = address.get(at * 8..at * 8 + 8)?;
+        Some(u32::from_str_radix(hex, 16).ok()?.to_ne_bytes())
+    };
+    let address = match address.len() {
+        8 => IpAddr::V4(Ipv4Addr::from(word(0)?)),
+        _ => {
+            let bytes: Vec<u8> = (0..4).map(word).collect::<Option<Vec<_>>>()?.concat();
+            IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?))
+        }
+    };
+    Some((address, u16::from_str_radix(port, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_proc() {
+        let v4 = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000";
+        assert_eq!(local(v4, 10), Some(("127.0.0.1".parse().unwrap(), 8080)));
+        assert_eq!(local(v4, 7), None);
+        let v6 =
+            "  0: 00000000000000000000000001000000:0050 00000000000000000000000000000000:0000 0A 0";
+        assert_eq!(local(v6, 10), Some(("::1".parse().unwrap(), 80)));
+        assert_eq!(local("junk", 10), None);
+    }
+
+    #[test]
+    fn what_we_do() {
+        let text = doing(std::process::id());
+        assert!(
+            text.starts_with("runs") || text.starts_with("sleeps"),
+            "{text}"
+        );
+        assert_eq!(doing(u32::MAX), "has ended");
+    }
+}
