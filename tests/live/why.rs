@@ -493,7 +493,9 @@ fn devices() -> Result<()> {
         let row = row(&rows, port)?;
         ensure!(row["end"] == "lost", "port {port}: {row:#}");
         // Kernels without reasons drop here at a place that others share.
-        let nameless = row["drop"]["reason"] == "" && row["drop"]["class"] == "unknown";
+        let drop = &row["drop"];
+        let shared = drop["class"] == "unknown" || drop["rule"] == "QDISC_OR_TC";
+        let nameless = drop["reason"] == "" && shared;
         ensure!(
             nameless || row["drop"]["class"] == class,
             "port {port}: {row:#}"
