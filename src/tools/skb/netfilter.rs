@@ -282,7 +282,7 @@ impl fmt::Display for Who {
             Who::Nft(nft) => {
                 write!(f, "[nft {} {}", nft.family, nft.table)?;
                 let Some(chain) = &nft.chain else {
-                    return f.write_str(", chain and rule unknown]");
+                    return f.write_str(", chain and rule unknown: what decided was not seen]");
                 };
                 write!(f, " {chain}")?;
                 match nft.handle {
@@ -300,7 +300,7 @@ impl fmt::Display for Who {
                 } = legacy;
                 write!(
                     f,
-                    "[iptables {family} {table}, hook {hook}, chain and rule unknown]"
+                    "[iptables {family} {table}, hook {hook}, chain and rule unknown: legacy tables do not show them]"
                 )
             }
             Who::Hook(hook) => {
@@ -311,7 +311,7 @@ impl fmt::Display for Who {
                 }
                 f.write_char(']')
             }
-            Who::Unknown => f.write_str("[netfilter, hook unknown]"),
+            Who::Unknown => f.write_str("[netfilter, hook unknown: its function was not seen]"),
         }
     }
 }
@@ -380,7 +380,10 @@ mod tests {
         let place = Some("nft_do_chain");
         let who = |known| decision(known).who(place, &KernelSymbols::default(), &later);
         let said = |known| who(known).map_or_else(String::new, |who| who.to_string());
-        assert_eq!(said(POLICY), "[nft ip t, chain and rule unknown]");
+        assert_eq!(
+            said(POLICY),
+            "[nft ip t, chain and rule unknown: what decided was not seen]"
+        );
         assert_eq!(said(RULE), "[nft ip t c handle 7]");
     }
 
@@ -391,7 +394,7 @@ mod tests {
         assert_eq!(said(&decision(POLICY), place), "[nft ip t c policy]");
         assert_eq!(
             said(&decision(NFT), place),
-            "[nft ip t, chain and rule unknown]"
+            "[nft ip t, chain and rule unknown: what decided was not seen]"
         );
         let long = Decision {
             handle: None,
@@ -420,7 +423,7 @@ mod tests {
         };
         assert_eq!(
             said(&hook, Some("nf_hook_slow")),
-            "[netfilter, hook unknown]"
+            "[netfilter, hook unknown: its function was not seen]"
         );
     }
 }

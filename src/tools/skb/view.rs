@@ -105,9 +105,11 @@ impl View {
     }
 
     pub fn reason_number(&self, event: &Event) -> Option<u32> {
-        let at = self.symbols.get(event.func).map_or("?", |s| &s.name);
-        let own = event.drop.as_ref().and_then(|d| d.qdisc(at));
-        own.or(event.reason)
+        let of_qdisc = event.drop.as_ref().and_then(|drop| {
+            let at = self.symbols.get(event.func);
+            drop.qdisc(at.map_or("?", |symbol| &symbol.name))
+        });
+        of_qdisc.or(event.reason)
     }
 
     /// Why a packet is freed: in the kernel's words, or in ours where it has none.

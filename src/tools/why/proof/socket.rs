@@ -19,16 +19,20 @@ pub fn queue(case: &Case<'_>) -> Vec<Proof> {
                 .with("rcvbuf", s.rcvbuf),
         );
     }
-    let process = case.dropped.and_then(|d| d.process.as_ref());
-    if let Some(process) = process.or(case.journey.receiver.as_ref()) {
-        let text = format!("{}[{}] {}", process.comm, process.pid, doing(process.pid));
-        proofs.push(
-            Proof::now("reader", text)
-                .with("pid", process.pid)
-                .with("comm", process.comm.clone()),
-        );
-    }
+    proofs.extend(reader(case));
     proofs
+}
+
+/// The process that should read, and what it does now.
+fn reader(case: &Case<'_>) -> Option<Proof> {
+    let process = case.dropped.and_then(|d| d.process.as_ref());
+    let process = process.or(case.journey.receiver.as_ref())?;
+    let text = format!("{}[{}] {}", process.comm, process.pid, doing(process.pid));
+    Some(
+        Proof::now("reader", text)
+            .with("pid", process.pid)
+            .with("comm", process.comm.clone()),
+    )
 }
 
 /// What a process does: its state, and where it waits in the kernel.
@@ -68,15 +72,7 @@ pub fn listen(case: &Case<'_>) -> Vec<Proof> {
                 .with("limit", listen.limit),
         );
     }
-    let process = case.dropped.and_then(|d| d.process.as_ref());
-    if let Some(process) = process.or(case.journey.receiver.as_ref()) {
-        let text = format!("{}[{}] {}", process.comm, process.pid, doing(process.pid));
-        proofs.push(
-            Proof::now("reader", text)
-                .with("pid", process.pid)
-                .with("comm", process.comm.clone()),
-        );
-    }
+    proofs.extend(reader(case));
     if let Some(somaxconn) = case.sysctl("net/core/somaxconn") {
         proofs.push(
             Proof::now("somaxconn", format!("net.core.somaxconn = {somaxconn}"))
