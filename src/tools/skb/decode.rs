@@ -15,52 +15,58 @@ const KIND_LEAVE: u16 = skb_kind::SKB_KIND_LEAVE.0 as u16;
 const KIND_ICMP: u16 = skb_kind::SKB_KIND_ICMP.0 as u16;
 const KIND_NO_ROUTE: u16 = skb_kind::SKB_KIND_NO_ROUTE.0 as u16;
 
-/// Decodes one event, without the padding that perf adds. `snap_len`: bytes of each packet that events carry.
-pub fn decode(bytes: &[u8], snap_len: usize) -> Option<Event> {
+/// Sections that most events have, and no others.
+const USUAL: u32 = SECTION_META | SECTION_TUPLE;
+
+/// Decodes one event, without the padding that perf adds, into one that may have been used before: a new one, of half a kilobyte,
+/// would be moved twice. `snap_len`: bytes of each packet that events carry.
+pub fn decode(event: &mut Event, bytes: &[u8], snap_len: usize) -> Option<()> {
     let (e, mut rest) = read::<skb_event>(bytes)?;
-    let mut event = fixed(&e);
-    // By name, which the compiler can inline: most events have these two and no others.
+    if event.sections & !USUAL != 0 {
+        *event = Event::default();
+    }
+    fixed(event, &e);
+    // By name, which the compiler can inline.
+    (event.meta, event.tuple) = (None, None);
     if e.sections & SECTION_META != 0 {
-        rest = meta::decode(&mut event, rest, snap_len)?;
+        rest = meta::decode(event, rest, snap_len)?;
     }
     if e.sections & SECTION_TUPLE != 0 {
-        rest = tuple::decode(&mut event, rest, snap_len)?;
+        rest = tuple::decode(event, rest, snap_len)?;
     }
-    let mut left = e.sections & !(SECTION_META | SECTION_TUPLE);
+    let mut left = e.sections & !USUAL;
     while left != 0 {
         let section = 1 << left.trailing_zeros();
-        rest = (columns::of(section)?.decode)(&mut event, rest, snap_len)?;
+        rest = (columns::of(section)?.decode)(event, rest, snap_len)?;
         left &= !section;
     }
-    Some(event)
+    event.like = event.like();
+    Some(())
 }
 
 /// The part that all events have.
-fn fixed(e: &skb_event) -> Event {
-    Event {
-        head: Head {
-            ts: e.head.ts,
-            kind: e.head.kind,
-            cpu: e.head.cpu,
-            tgid: e.head.tgid,
-            pid: e.head.pid,
-            comm: e.head.comm,
-        },
-        skb: e.skb,
-        func: e.func,
-        sections: e.sections,
-        dropped: e.head.kind == KIND_DROPPED,
-        reason: matches!(e.head.kind, KIND_DROP | KIND_DROPPED).then_some(e.reason),
-        retval: (e.head.kind == KIND_RETURN).then_some(e.reason as i32),
-        program: match e.head.kind {
-            KIND_ENTER => Some(Point::Enter),
-            KIND_LEAVE => Some(Point::Leave(e.reason as i32)),
-            _ => None,
-        },
-        icmp: (e.head.kind == KIND_ICMP).then_some(((e.reason >> 8) as u8, e.reason as u8)),
-        no_route: (e.head.kind == KIND_NO_ROUTE).then_some(e.reason as i32),
-        ..Event::default()
-    }
+fn fixed(event: &mut Event, e: &skb_event) {
+    event.head = Head {
+        ts: e.head.ts,
+        kind: e.head.kind,
+        cpu: e.head.cpu,
+        tgid: e.head.tgid,
+        pid: e.head.pid,
+        comm: e.head.comm,
+    };
+    event.skb = e.skb;
+    event.func = e.func;
+    event.sections = e.sections;
+    event.dropped = e.head.kind == KIND_DROPPED;
+    event.reason = matches!(e.head.kind, KIND_DROP | KIND_DROPPED).then_some(e.reason);
+    event.retval = (e.head.kind == KIND_RETURN).then_some(e.reason as i32);
+    event.program = match e.head.kind {
+        KIND_ENTER => Some(Point::Enter),
+        KIND_LEAVE => Some(Point::Leave(e.reason as i32)),
+        _ => None,
+    };
+    event.icmp = (e.head.kind == KIND_ICMP).then_some(((e.reason >> 8) as u8, e.reason as u8));
+    event.no_route = (e.head.kind == KIND_NO_ROUTE).then_some(e.reason as i32);
 }
 
 #[cfg(test)]
@@ -105,24 +111,33 @@ mod tests {
         b.extend_from_slice(bytes(&t));
         b.extend_from_slice(&7u64.to_ne_bytes());
         b.extend_from_slice(&8u64.to_ne_bytes());
-        let got = decode(&b, 0).unwrap();
+        let mut got = Event::default();
+        decode(&mut got, &b, 0).unwrap();
         assert_eq!(got.reason, Some(5));
-        assert_eq!(got.meta.unwrap().netns, 4_026_531_840);
+        assert_eq!(got.meta.as_ref().unwrap().netns, 4_026_531_840);
         assert_eq!(
             got.tuple.unwrap().unwrap().to_string(),
             "10.0.0.1:1234->10.0.0.2:80(tcp)"
         );
-        assert_eq!(got.stack.unwrap(), [7, 8]);
+        assert_eq!(got.stack.as_ref().unwrap(), &[7, 8]);
         // Cut anywhere in the fixed sections: refused, not misread.
         for cut in 0..b.len() - 16 {
-            assert_eq!(decode(&b[..cut], 0), None, "{cut}");
+            assert_eq!(decode(&mut got, &b[..cut], 0), None, "{cut}");
         }
+        // Nothing of an event is left in the next one.
+        e.sections = 0;
+        e.head.kind = KIND_RETURN;
+        decode(&mut got, bytes(&e), 0).unwrap();
+        let mut new = Event::default();
+        decode(&mut new, bytes(&e), 0).unwrap();
+        assert_eq!(got, new);
+        assert_eq!((got.reason, got.retval), (None, Some(5)));
     }
 
     proptest! {
         #[test]
         fn odd_bytes_never_panic(b in prop::collection::vec(any::<u8>(), 0..400)) {
-            let _ = decode(&b, 64);
+            let _ = decode(&mut Event::default(), &b, 64);
         }
     }
 }

@@ -29,7 +29,7 @@ pub const SECTION_LIFE: u32 = skb_section::SKB_SECTION_LIFE.0;
 pub const SECTION_DROP: u32 = skb_section::SKB_SECTION_DROP.0;
 pub const SECTION_STACK: u32 = skb_section::SKB_SECTION_STACK.0;
 
-/// A function was entered with this skb.
+/// A function was entered with this skb. What few events have stands in boxes, as large events cost time.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Event {
     pub head: Head,
@@ -57,29 +57,31 @@ pub struct Event {
     pub caller: Option<u64>,
     /// outer: the section is there; inner: there is a packet inside
     pub tunnel: Option<Option<Tuple>>,
-    pub cb: Option<[u8; 48]>,
+    pub cb: Option<Box<[u8; 48]>>,
     /// bytes of the struct sk_buff; empty where they could not be read
     pub skb_copy: Option<Vec<u8>>,
     /// the same of the struct skb_shared_info
     pub shared_info: Option<Vec<u8>>,
     pub data: Option<Data>,
     /// bytes as they were read, `None` where they could not be: `members` knows what they are
-    pub members: Option<[Option<u64>; 4]>,
+    pub members: Option<Box<[Option<u64>; 4]>>,
     /// who in netfilter dropped the packet
-    pub nft: Option<Decision>,
-    pub map: Option<MapCall>,
+    pub nft: Option<Box<Decision>>,
+    pub map: Option<Box<MapCall>>,
     /// number of the sk_buff's life, from its first event to its free
     pub life: Option<u64>,
     /// with --drops: what is known beyond the kernel's reason
-    pub drop: Option<Drop>,
+    pub drop: Option<Box<Drop>>,
     /// what decides beside the packet
-    pub facts: Option<Facts>,
+    pub facts: Option<Box<Facts>>,
     /// type and code of an ICMP error that this kernel sends for the packet
     pub icmp: Option<(u8, u8)>,
     /// errno of a route that a process looked for in vain
     pub no_route: Option<i32>,
     /// addresses, innermost first
     pub stack: Option<Vec<u64>>,
+    /// 8 bits that are the same of events with the same CPU, meta and tuple, and mostly not of others
+    pub like: u64,
     /// sections that only their own columns understand, as they came
     pub(super) kept: Vec<(u32, Box<[u8]>)>,
 }
@@ -98,8 +100,8 @@ impl Event {
         Some(read(bytes)?.0)
     }
 
-    /// 8 bits that are the same of events with the same CPU, meta and tuple, and mostly not of others.
-    pub fn like(&self) -> u64 {
+    /// What [`Event::like`] is to be.
+    pub(super) fn like(&self) -> u64 {
         let meta = self.meta.as_ref().map_or(0, |m| {
             let device = u64::from(m.netns) << 20 ^ u64::from(m.ifindex) << 16;
             device ^ u64::from(m.len) ^ u64::from(m.protocol) << 40

@@ -41,7 +41,7 @@ fn is_plain(event: &Event) -> bool {
 impl Tails {
     /// The tail of the event, where it is known.
     pub fn of(&self, event: &Event) -> Option<&Tail> {
-        let tail = self.0.get(event.like() as usize % SLOTS)?.as_ref()?;
+        let tail = self.0.get(event.like as usize % SLOTS)?.as_ref()?;
         let same = tail.meta == event.meta
             && tail.tuple == event.tuple
             && (tail.tgid, tail.pid) == (event.head.tgid, event.head.pid)
@@ -55,7 +55,7 @@ impl Tails {
         if is_plain(event) {
             if let Some((text, func)) = cut(line) {
                 self.0.resize_with(SLOTS, || None);
-                self.0[event.like() as usize % SLOTS] = Some(Tail {
+                self.0[event.like as usize % SLOTS] = Some(Tail {
                     tgid: event.head.tgid,
                     pid: event.head.pid,
                     comm: event.head.comm,

@@ -53,7 +53,7 @@ use args::Args;
 use attached::Attached;
 use capture::Capture;
 use columns::Types;
-use event::{SECTION_NFT, SECTION_OWNER};
+use event::{Event, SECTION_NFT, SECTION_OWNER};
 use helpers::Helpers;
 use members::Members;
 use present::Presenter;
@@ -181,6 +181,7 @@ pub fn run(args: &Args) -> Result<()> {
             snap_len: args.snap_len() as usize,
             programs,
             undecodable: 0,
+            event: Event::default(),
         },
         config,
         attached,
@@ -310,18 +311,21 @@ struct Lines<'a, 'p> {
     snap_len: usize,
     programs: Option<Programs<'p>>,
     undecodable: u64,
+    /// the one that is shown
+    event: Event,
 }
 
 impl Consumer for Lines<'_, '_> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
-        let Some(event) = decode::decode(record.bytes, self.snap_len) else {
+        let event = &mut self.event;
+        if decode::decode(event, record.bytes, self.snap_len).is_none() {
             self.undecodable += 1;
             return Ok(Flow::Continue);
-        };
-        let flow = self.presenter.event(self.out, &event, record.late)?;
+        }
+        let flow = self.presenter.event(self.out, event, record.late)?;
         if let Some(capture) = &mut self.capture {
-            let comment = self.presenter.comment(&event);
-            capture.packet(&event, &comment)?;
+            let comment = self.presenter.comment(event);
+            capture.packet(event, &comment)?;
         }
         Ok(flow)
     }

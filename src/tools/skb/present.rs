@@ -218,7 +218,7 @@ impl Presenter {
         number(line, event.head.cpu.into(), 3);
         let (head, width) = (&event.head, &mut self.process_width);
         let key = (head.comm, head.tgid);
-        (self.last_process).push(line, event.like(), key, width, |line, width| {
+        (self.last_process).push(line, event.like, key, width, |line, width| {
             let start = line.len();
             head.push_process(line);
             pad(line, start, width);

@@ -57,6 +57,7 @@ impl Replay {
             snap_len: self.snap_len,
             programs: None,
             undecodable: 0,
+            event: super::event::Event::default(),
         };
         let mut merge = Merge::new(1);
         batch.watermark = u64::MAX;

@@ -88,7 +88,7 @@ impl View {
 
     /// The members that were read, and whether they are of an XDP packet.
     pub fn members(&self, event: &Event) -> Option<(MemberValues<'_>, bool)> {
-        let read = event.members?;
+        let read = *event.members.as_deref()?;
         let program = self.programs.get(&event.func);
         let xdp = event.program.is_some() && program.is_some_and(|p| p.kind == Kind::Xdp);
         let values = self.members[usize::from(xdp)].values(read);
@@ -123,7 +123,7 @@ impl View {
     /// Where a packet was dropped: not in a function that frees for others.
     pub fn drop_place(&self, event: &Event) -> u64 {
         let place = |d: &Drop| d.place(event.func, &self.symbols);
-        event.drop.as_ref().map_or(event.func, place)
+        event.drop.as_deref().map_or(event.func, place)
     }
 
     pub fn place_name(&self, event: &Event) -> &str {

@@ -379,7 +379,7 @@ impl Journey {
         }
         leg.device = device;
         leg.netns = netns;
-        leg.facts = event.facts.clone();
+        leg.facts = event.facts.as_deref().cloned();
         leg.last = event.head.ts;
         for step in steps {
             self.push(step);
@@ -433,7 +433,7 @@ impl Journey {
             who,
             meta: event.meta.clone(),
             tuple: event.tuple.flatten(),
-            facts: event.facts.clone(),
+            facts: event.facts.as_deref().cloned(),
             frame: data.and_then(frame_of).map(|(frame, _)| frame),
             listen: drop.and_then(|d| d.listen()),
             copy,
@@ -478,7 +478,7 @@ fn change(before: &Tuple, now: &Tuple) -> Option<(&'static str, String)> {
 
 /// The fact that matters at a stage.
 fn fact(stage: &Stage, event: &Event, device: &str) -> String {
-    let facts = event.facts.as_ref();
+    let facts = event.facts.as_deref();
     match stage.shows {
         Some(Shows::Route) => facts.map_or_else(String::new, route),
         Some(Shows::Device) if !device.is_empty() => format!("dev {device}"),

@@ -36,6 +36,7 @@ use crate::run::{log, signals};
 use crate::tools::rules;
 use crate::tools::skb::attached::Attached;
 use crate::tools::skb::decode;
+use crate::tools::skb::event::Event;
 use crate::tools::skb::track::Sweeper;
 use crate::usage::Unexpected;
 
@@ -206,10 +207,11 @@ impl<M: MapCore> Why<'_, M> {
 
 impl<M: MapCore> Consumer for Why<'_, M> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
-        let Some(event) = decode::decode(record.bytes, probes::SNAP_LEN as usize) else {
+        let mut event = Event::default();
+        if decode::decode(&mut event, record.bytes, probes::SNAP_LEN as usize).is_none() {
             self.undecodable += 1;
             return Ok(Flow::Continue);
-        };
+        }
         if let Some(errno) = event.no_route {
             let journey = Journey::without_route(&event, errno);
             self.over(vec![journey], event.head.ts);

@@ -15,10 +15,10 @@ pub const CB: Column = Column {
             line.extend_from_slice(cb_words(cb).join(" ").as_bytes());
         }
     }),
-    json: Some(|_, event, object| object.some("cb", event.cb.as_ref().map(cb_words).as_ref())),
+    json: Some(|_, event, object| object.some("cb", event.cb.as_deref().map(cb_words).as_ref())),
     ..Column::new(SECTION_CB, |event, bytes, _| {
         let (cb, rest) = bytes.split_first_chunk()?;
-        event.cb = Some(*cb);
+        event.cb = Some(Box::new(*cb));
         Some(rest)
     })
 };

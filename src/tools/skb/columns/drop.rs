@@ -18,7 +18,7 @@ pub const DROP: Column = Column {
     json: Some(json),
     ..Column::new(SECTION_DROP, |event, bytes, _| {
         let (d, rest) = read::<skb_drop>(bytes)?;
-        event.drop = Some(Drop::new(&d));
+        event.drop = Some(Box::new(Drop::new(&d)));
         Some(rest)
     })
 };

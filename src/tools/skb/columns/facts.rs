@@ -16,7 +16,7 @@ const FACT_PROMISCUOUS: u8 = skb_fact::SKB_FACT_PROMISCUOUS.0 as u8;
 
 pub const FACTS: Column = Column::new(SECTION_FACTS, |event, bytes, _| {
     let (f, rest) = read::<skb_facts>(bytes)?;
-    event.facts = Some(Facts::new(&f));
+    event.facts = Some(Box::new(Facts::new(&f)));
     Some(rest)
 });
 

@@ -22,7 +22,7 @@ pub const MAP: Column = Column {
         }
     }),
     json: Some(|_, event, object| {
-        object.some("map", event.map.as_ref().map(MapRow::new).as_ref());
+        object.some("map", event.map.as_deref().map(MapRow::new).as_ref());
     }),
     ..Column::new(SECTION_MAP, decode)
 };
@@ -33,14 +33,14 @@ fn decode<'b>(event: &mut Event, bytes: &'b [u8], _: usize) -> Option<&'b [u8]> 
         let len = bytes.len().min(size as usize);
         (m.known & known != 0).then(|| bytes[..len].to_vec())
     };
-    event.map = Some(MapCall {
+    event.map = Some(Box::new(MapCall {
         id: m.id,
         name: m.name,
         key: part(KEY, &m.key, m.key_size),
         value: part(VALUE, &m.value, m.value_size),
         key_size: m.key_size,
         value_size: m.value_size,
-    });
+    }));
     Some(rest)
 }
 

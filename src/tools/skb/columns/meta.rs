@@ -65,7 +65,7 @@ fn text(view: &mut View, event: &Event, line: &mut Vec<u8>) {
         Some(name) => push(line, m, Some(name), widths),
         None => {
             let make = |line: &mut _, widths: &mut _| push(line, m, None, widths);
-            (view.last_meta).push(line, event.like(), m.clone(), widths, make);
+            (view.last_meta).push(line, event.like, m.clone(), widths, make);
         }
     }
 }

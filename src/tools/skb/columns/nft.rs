@@ -29,7 +29,7 @@ pub const NFT: Column = Column {
     json: Some(json),
     ..Column::new(SECTION_NFT, |event, bytes, _| {
         let (n, rest) = read::<nf_decision>(bytes)?;
-        event.nft = Decision::new(&n);
+        event.nft = Decision::new(&n).map(Box::new);
         Some(rest)
     })
 };

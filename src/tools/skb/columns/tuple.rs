@@ -88,7 +88,7 @@ pub fn tuple(t: &np_tuple) -> Option<Tuple> {
 fn text(view: &mut View, event: &Event, line: &mut Vec<u8>) {
     let tuple = event.tuple.flatten();
     let (flags, width) = (view.tcp_flags, &mut view.widths[TUPLE.bit()][0]);
-    (view.last_tuple).push(line, event.like(), tuple, width, |line, width| {
+    (view.last_tuple).push(line, event.like, tuple, width, |line, width| {
         let start = line.len();
         push(line, tuple.as_ref(), flags);
         pad(line, start, width);
