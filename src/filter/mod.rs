@@ -62,6 +62,20 @@ const BY_CAST: u32 = np_filter_bit::NP_FILTER_BY_CAST.0;
 const BY_COPY: u32 = np_filter_bit::NP_FILTER_BY_COPY.0;
 const VLAN: u32 = np_filter_bit::NP_FILTER_VLAN.0;
 
+/// Sets the filters' variables in the `.rodata` of an object with filter.bpf.h: `$on` is [`Filters::on`] or [`Filters::on_xdp`]. A macro,
+/// since each skeleton has a type of its own for its `.rodata`.
+macro_rules! set_filter {
+    ($rodata:expr, $on:expr) => {
+        $rodata.np_filter_on = $on;
+        if $rodata.np_filter_on != 0 {
+            let pages = $crate::kernel::pages::PageVariables::find();
+            $rodata.np_filter_vmemmap_base = pages.vmemmap_base;
+            $rodata.np_filter_page_offset_base = pages.page_offset_base;
+        }
+    };
+}
+pub(crate) use set_filter;
+
 /// The stub of [`Filters::members`].
 const MEMBERS_STUB: &str = "np_filter_members";
 /// The stub of the expression for packets with a VLAN tag beside them.

@@ -6,6 +6,7 @@ pub mod btf;
 pub mod btf_core;
 mod btf_data;
 pub mod btf_dump;
+pub mod btf_functions;
 pub mod cgroup;
 pub mod clock;
 pub mod drop_reason;

@@ -7,12 +7,11 @@ use libbpf_rs::OpenObject;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 
 use crate::bpf::filter_probe::{FilterProbeSkelBuilder, OpenFilterProbeSkel};
-use crate::filter::Filters;
 use crate::filter::expr::Compiled;
 use crate::filter::members::Condition;
+use crate::filter::{Filters, set_filter};
 use crate::kernel::btf::Btf;
 use crate::kernel::features::{Features, SkbFields};
-use crate::kernel::pages::PageVariables;
 
 /// The object with these filters in it, not loaded yet.
 fn prepared<'o>(
@@ -22,11 +21,8 @@ fn prepared<'o>(
 ) -> Result<OpenFilterProbeSkel<'o>> {
     let mut open = FilterProbeSkelBuilder::default().open(storage)?;
     let rodata = open.maps.rodata_data.as_mut().unwrap();
-    let pages = PageVariables::find();
     rodata.use_cast = u8::from(fields.is_some());
-    rodata.np_filter_on = filters.on(fields);
-    rodata.np_filter_vmemmap_base = pages.vmemmap_base;
-    rodata.np_filter_page_offset_base = pages.page_offset_base;
+    set_filter!(rodata, filters.on(fields));
     let features = Features {
         skb_fields: fields,
         ..Features::detect()

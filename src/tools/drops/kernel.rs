@@ -11,13 +11,12 @@ use libbpf_rs::{Link, MapCore, MapFlags, OpenObject};
 use crate::bpf::drops::types::{drop_count, drop_example, drop_key};
 use crate::bpf::drops::{DropsSkel, DropsSkelBuilder};
 use crate::bpf::read;
-use crate::filter::Filters;
+use crate::filter::{Filters, set_filter};
 use crate::kernel::bpf_object;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 use crate::kernel::frees::only_frees;
 use crate::kernel::functions;
-use crate::kernel::pages::PageVariables;
 use crate::run::object;
 
 use super::args::Args;
@@ -60,13 +59,7 @@ impl<'a> Programs<'a> {
             rodata.frees_end[i] = *end;
             rodata.frees_count = i as u32 + 1;
         }
-        let fields = features.skb_fields;
-        if filters.on(fields) != 0 {
-            let pages = PageVariables::find();
-            rodata.np_filter_on = filters.on(fields);
-            rodata.np_filter_vmemmap_base = pages.vmemmap_base;
-            rodata.np_filter_page_offset_base = pages.page_offset_base;
-        }
+        set_filter!(rodata, filters.on(features.skb_fields));
         if !features.kprobe {
             open.progs.drops_listen.set_autoload(false);
             open.progs.drops_time_wait.set_autoload(false);

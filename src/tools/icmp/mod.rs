@@ -23,12 +23,11 @@ use crate::bpf;
 use crate::bpf::icmp::{IcmpSkel, IcmpSkelBuilder};
 use crate::engine::drain::Drain;
 use crate::engine::merge::Record;
-use crate::filter::Filters;
+use crate::filter::{Filters, set_filter};
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
-use crate::kernel::pages::PageVariables;
 use crate::run::Flow;
 use crate::run::config::Config;
 use crate::run::loss::Loss;
@@ -149,13 +148,7 @@ fn load<'a>(
     rodata.gap_min_ns = args.gap_ns();
     rodata.want_id = args.filter.filter_id.map_or(-1, i32::from);
     rodata.want_cpu = args.filter.filter_cpu.map_or(-1, i32::from);
-    let fields = features.skb_fields;
-    if filters.on(fields) != 0 {
-        let pages = PageVariables::find();
-        rodata.np_filter_on = filters.on(fields);
-        rodata.np_filter_vmemmap_base = pages.vmemmap_base;
-        rodata.np_filter_page_offset_base = pages.page_offset_base;
-    }
+    set_filter!(rodata, filters.on(features.skb_fields));
     args.transport.prepare(&mut open.maps.rings)?;
     probes::prepare(&mut open, args)?;
     filters.prepare(open.open_object_mut(), features)?;

@@ -6,20 +6,21 @@ mod capture;
 pub(super) mod columns;
 pub(super) mod decode;
 pub(super) mod drops;
+mod dump;
 pub(super) mod event;
-mod extras;
 mod helpers;
 mod hooks;
 mod json;
 mod json_tails;
 mod members;
 pub(super) mod netfilter;
+mod netns_names;
 mod present;
 pub(super) mod probes;
-mod program;
 mod programs;
 pub mod replay;
 mod since;
+mod traced_program;
 pub(super) mod track;
 mod view;
 
@@ -34,12 +35,11 @@ use crate::bpf;
 use crate::bpf::skb::{SkbSkel, SkbSkelBuilder};
 use crate::engine::drain::Drain;
 use crate::engine::merge::Record;
-use crate::filter::Filters;
+use crate::filter::{Filters, set_filter};
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
-use crate::kernel::pages::PageVariables;
 use crate::run::Flow;
 use crate::run::config::Config;
 use crate::run::loss::Loss;
@@ -254,13 +254,7 @@ fn load<'a>(
     rodata.has_reasons = u8::from(features.drop_reasons);
     rodata.sections = args.sections();
     rodata.snap_len = args.snap_len();
-    let fields = features.skb_fields;
-    if filters.on(fields) != 0 {
-        let pages = PageVariables::find();
-        rodata.np_filter_on = filters.on(fields);
-        rodata.np_filter_vmemmap_base = pages.vmemmap_base;
-        rodata.np_filter_page_offset_base = pages.page_offset_base;
-    }
+    set_filter!(rodata, filters.on(features.skb_fields));
     rodata.np_path_count = members.paths().len() as u32;
     for (to, from) in rodata.np_paths.iter_mut().zip(members.paths()) {
         *to = from;

@@ -18,16 +18,17 @@ use crate::text::format::{self, push_hex};
 use super::args::{Args, Timestamp};
 use super::columns::packet::packet_name;
 use super::columns::{self, Column};
+use super::dump::Dump;
 use super::event::{
     Event, SECTION_CALLER, SECTION_DROP, SECTION_NFT, SECTION_OWNER, SECTION_SHINFO, SECTION_SKB,
 };
-use super::extras::{Dump, NetnsNames};
 use super::json::{self, When};
 use super::json_tails::Tails;
 use super::members::Members;
 use super::netfilter::Hooks;
-use super::program::{Kind, TracedProgram};
+use super::netns_names::NetnsNames;
 use super::since::LastSeen;
+use super::traced_program::{Kind, TracedProgram};
 use super::view::{View, number};
 
 /// What stands behind the name of a function is a part of its place, too, in the comments of a capture file.

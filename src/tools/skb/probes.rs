@@ -11,7 +11,8 @@ use regex::Regex;
 
 use crate::bpf::skb::{OpenSkbSkel, SkbSkel};
 use crate::kernel::attach;
-use crate::kernel::btf::{self, Btf, Function};
+use crate::kernel::btf::{self, Btf};
+use crate::kernel::btf_functions::Function;
 use crate::kernel::features::Features;
 use crate::kernel::functions::{self, TraceableSet};
 use crate::run::progress::Progress;

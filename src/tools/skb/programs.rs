@@ -12,11 +12,10 @@ use libbpf_sys as sys;
 use crate::bpf::skb::SkbSkel;
 use crate::bpf::skb::types::skb_program;
 use crate::bpf::skb_prog::{OpenSkbProgSkel, SkbProgSkelBuilder};
-use crate::filter::Filters;
 use crate::filter::members::Condition;
+use crate::filter::{Filters, set_filter};
 use crate::kernel::bpf_object;
 use crate::kernel::features::Features;
-use crate::kernel::pages::PageVariables;
 use crate::kernel::program::{self, Function, Loaded};
 use crate::kernel::trampoline::{self, AttachPoint, Patch, Target, Watch};
 use crate::kernel::{attach, xdp};
@@ -28,7 +27,7 @@ use super::columns::{self, Of};
 use super::event::SECTION_MEMBERS;
 use super::helpers::Helpers;
 use super::members::Members;
-use super::program::{Kind, TracedProgram};
+use super::traced_program::{Kind, TracedProgram};
 
 /// What stands in the programs where the id of the watched one belongs.
 const PROGRAM_ID: i32 = skb_program::SKB_PROGRAM_ID.0 as i32;
@@ -247,15 +246,11 @@ impl<'a> Watcher<'a> {
         rodata.snap_len = args.snap_len();
         rodata.track = u8::from(args.track());
         rodata.track_stack = u8::from(args.track_stack());
-        rodata.np_filter_on = match kind {
+        let on = match kind {
             Kind::Tc => watched.filters.on(features.skb_fields),
             Kind::Xdp => watched.filters.on_xdp(watched.xdp_filter),
         };
-        if rodata.np_filter_on != 0 {
-            let pages = PageVariables::find();
-            rodata.np_filter_vmemmap_base = pages.vmemmap_base;
-            rodata.np_filter_page_offset_base = pages.page_offset_base;
-        }
+        set_filter!(rodata, on);
         share(&mut open, main)?;
         match args.transport.transport {
             Transport::Perf => open.maps.rings.set_autocreate(false),

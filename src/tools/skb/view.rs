@@ -17,11 +17,12 @@ use crate::text::escape::{escaped, push_escaped};
 use crate::text::format::{self, Hex, push_dec};
 
 use super::drops::Drop;
+use super::dump::Dump;
 use super::event::{Event, Meta, Owner};
-use super::extras::{Dump, NetnsNames};
 use super::members::Members;
 use super::netfilter::{Hooks, Who};
-use super::program::{Kind, ProgramRow, TracedProgram};
+use super::netns_names::NetnsNames;
+use super::traced_program::{Kind, ProgramRow, TracedProgram};
 
 /// The widths of a section's columns, as they have grown.
 pub type Widths = [usize; 6];

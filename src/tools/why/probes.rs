@@ -8,11 +8,10 @@ use libbpf_rs::OpenMapMut;
 use libbpf_rs::skel::OpenSkel;
 
 use crate::bpf::skb::{SkbSkel, SkbSkelBuilder};
-use crate::filter::Filters;
+use crate::filter::{Filters, set_filter};
 use crate::kernel::btf::Btf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
-use crate::kernel::pages::PageVariables;
 use crate::run::object;
 use crate::tools::skb::columns::facts::SECTION_FACTS;
 use crate::tools::skb::columns::nft;
@@ -88,13 +87,7 @@ impl Probes {
         rodata.has_reasons = u8::from(features.drop_reasons);
         rodata.sections = self.sections();
         rodata.snap_len = SNAP_LEN;
-        let fields = features.skb_fields;
-        if filters.on(fields) != 0 {
-            let pages = PageVariables::find();
-            rodata.np_filter_on = filters.on(fields);
-            rodata.np_filter_vmemmap_base = pages.vmemmap_base;
-            rodata.np_filter_page_offset_base = pages.page_offset_base;
-        }
+        set_filter!(rodata, filters.on(features.skb_fields));
         rodata.nf_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
         rodata.nf_accepts = u8::from(self.nft);
         rodata.track = 1;

@@ -19,7 +19,9 @@ pub const MEMBERS: Column = Column {
     ..Column::new(SECTION_MEMBERS, |event, bytes, _| {
         let (m, rest) = read::<np_members>(bytes)?;
         let known = |i: usize| m.known & (1 << i) != 0;
-        event.members = Some(Box::new(std::array::from_fn(|i| known(i).then(|| m.values[i]))));
+        event.members = Some(Box::new(std::array::from_fn(|i| {
+            known(i).then(|| m.values[i])
+        })));
         Some(rest)
     })
 };
