@@ -6,6 +6,7 @@ pub mod loss;
 pub mod object;
 pub mod output;
 pub mod pins;
+pub mod programs;
 pub mod progress;
 pub mod rotate;
 pub mod session;

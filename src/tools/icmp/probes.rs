@@ -1,15 +1,21 @@
 //! What `netprobe icmp` attaches: two kprobes, and the tracepoints that the run needs.
 
 use std::collections::BTreeSet;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 
-use anyhow::{Result, bail};
-use libbpf_rs::{Link, OpenProgramMut, ProgramMut};
+use anyhow::{Context, Result, bail};
+use libbpf_rs::skel::OpenSkel;
+use libbpf_rs::{Link, OpenObject, OpenProgramMut, ProgramMut};
 
-use crate::bpf::icmp::{IcmpSkel, OpenIcmpSkel};
+use crate::bpf::icmp::{IcmpSkel, IcmpSkelBuilder, OpenIcmpSkel};
+use crate::filter::{Filters, set_filter};
 use crate::kernel::attach;
 use crate::kernel::bpf_object;
+use crate::kernel::btf_core::CoreBtf;
+use crate::kernel::features::Features;
 use crate::os::online_cpus;
+use crate::run::{self, object};
 
 use super::args::Args;
 
@@ -180,7 +186,7 @@ fn wanted(part: Part, args: &Args) -> bool {
 }
 
 /// Tells the open object which programs to load, and which maps to make: those of the other side are not.
-pub fn prepare(open: &mut OpenIcmpSkel<'_>, args: &Args) -> Result<()> {
+fn prepare(open: &mut OpenIcmpSkel<'_>, args: &Args) -> Result<()> {
     for probe in PROBES {
         (probe.open)(open).set_autoload(wanted(probe.part, args));
     }
@@ -200,6 +206,35 @@ pub struct Attached {
     progs: BTreeSet<i32>,
     names: Vec<String>,
     tracepoints: usize,
+}
+
+/// Opens, configures and loads the programs that the run needs.
+pub fn load<'a>(
+    args: &Args,
+    features: &Features,
+    filters: &Filters,
+    core: &CoreBtf,
+    storage: &'a mut MaybeUninit<OpenObject>,
+) -> Result<IcmpSkel<'a>> {
+    let mut open = object::open(IcmpSkelBuilder::default(), Some(core.path()), storage)?;
+    let rodata = open
+        .maps
+        .rodata_data
+        .as_mut()
+        .context("the BPF object has no .rodata")?;
+    rodata.use_cast = u8::from(features.rdonly_cast);
+    rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
+    rodata.with_stages = u8::from(args.with_stages());
+    rodata.has_reason = u8::from(features.drop_reasons);
+    rodata.with_culprit = u8::from(args.culprit);
+    rodata.gap_min_ns = args.gap_ns();
+    rodata.want_id = args.filter.filter_id.map_or(-1, i32::from);
+    rodata.want_cpu = args.filter.filter_cpu.map_or(-1, i32::from);
+    set_filter!(rodata, filters.on(features.skb_fields));
+    args.transport.prepare(&mut open.maps.rings)?;
+    prepare(&mut open, args)?;
+    filters.prepare(open.open_object_mut(), features)?;
+    object::load(open)
 }
 
 /// Attaches everything. What this kernel does not have is told on stderr, with what is blank without it.
@@ -271,9 +306,10 @@ impl Attached {
         };
         format!("tracing {}{others}", self.names.join(", "))
     }
+}
 
-    /// Hits that the kernel skipped.
-    pub fn missed(&self) -> u64 {
+impl run::programs::Attached for Attached {
+    fn missed(&self) -> u64 {
         let by_link = |link: &Link| bpf_object::missed_by_link(link.as_fd().as_raw_fd());
         self.progs
             .iter()
