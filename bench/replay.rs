@@ -6,7 +6,10 @@ use std::fs::{self, File};
 use std::hint::black_box;
 use std::io::{Read, Write};
 
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main,
+};
 use netprobe::engine::batch::Batch;
 use netprobe::engine::perf::note_records;
 use netprobe::tools::skb::replay::Replay;
@@ -76,7 +79,28 @@ fn replay(c: &mut Criterion) {
             });
         });
     }
+    record(&mut group, &ring, batch);
     group.finish();
+}
+
+/// The same events into a recording.
+fn record(group: &mut BenchmarkGroup<'_, WallTime>, ring: &[u8], mut batch: Batch) {
+    let folder = tempfile::tempdir().expect("a folder for the output");
+    let (lines, path) = (folder.path().join("lines"), folder.path().join("recording"));
+    let new = || {
+        let replay = Replay::new(&[], &lines, NAMES).expect("flags of netprobe skb");
+        let replay = replay.record(&[], &path, false, u64::MAX);
+        replay.expect("a recording")
+    };
+    let mut all = |mut replay: Replay| {
+        let mut taken = std::mem::take(&mut batch);
+        consume(&mut taken, ring);
+        batch = replay.batch(taken).expect("events that can be decoded");
+        replay.close().expect("room for the recording");
+    };
+    group.bench_function("record", |b| {
+        b.iter_batched(new, &mut all, BatchSize::PerIteration)
+    });
 }
 
 criterion_group!(benches, replay);

@@ -29,6 +29,10 @@ enum Command {
     Skb(Box<tools::skb::args::Args>),
     /// Count what this machine loses, by cause, and balance it against the kernel's own counters
     Drops(Box<tools::drops::args::Args>),
+    /// Record a run of skb, to be shown anywhere by report
+    Record(Box<tools::record::Args>),
+    /// Show a recording, on any machine, without privilege
+    Report(Box<tools::report::args::Args>),
     /// Who answered a ping, on which core, and where the time went
     Icmp(Box<tools::icmp::args::Args>),
     /// Capture packets at XDP, before the stack
@@ -67,6 +71,8 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Why(args) => tools::why::run(&args),
         Command::Skb(args) => tools::skb::run(&args),
+        Command::Record(args) => tools::record::run(*args),
+        Command::Report(args) => tools::report::run(&args),
         Command::Drops(args) => tools::drops::run(&args),
         Command::Icmp(args) => tools::icmp::run(&args),
         Command::Xdpdump(args) => tools::xdpdump::run(&args),

@@ -13,6 +13,7 @@
 //! | `engine` | buffers, drain, merge: bytes in, order of time out |
 //! | `kernel` | what the running kernel has and knows: BTF, symbols, features, interfaces |
 //! | `bpf` | the skeletons and their plain types |
+//! | `recording` | recordings: blocks with events and with what is needed to show them |
 //! | `capture` | capture files |
 //! | `insn` | eBPF instructions |
 //! | `text` | bytes of lines: numbers, escapes, columns, JSON |
@@ -30,6 +31,7 @@ pub mod filter;
 pub mod insn;
 pub mod kernel;
 pub mod os;
+pub mod recording;
 pub mod run;
 pub mod text;
 pub mod tools;

@@ -10,14 +10,14 @@ use super::linktype::Linktype;
 /// Snap length that means "whole packets" to every reader of capture files.
 pub const MAX_SNAPLEN: u32 = 262_144;
 
-pub(super) const BLOCK_SHB: u32 = 0x0a0d_0d0a;
+pub const BLOCK_SHB: u32 = 0x0a0d_0d0a;
 pub(super) const BLOCK_IDB: u32 = 1;
 /// Obsolete: a packet, as older programs wrote it.
 pub(super) const BLOCK_PB: u32 = 2;
 pub(super) const BLOCK_SPB: u32 = 3;
 pub(super) const BLOCK_ISB: u32 = 5;
 pub(super) const BLOCK_EPB: u32 = 6;
-pub(super) const BYTE_ORDER: u32 = 0x1a2b_3c4d;
+pub const BYTE_ORDER: u32 = 0x1a2b_3c4d;
 const PCAP_MAGIC_NS: u32 = 0xa1b2_3c4d;
 
 pub(super) const OPT_END: u16 = 0;
@@ -352,6 +352,11 @@ impl<W: Write> Writer<W> {
     /// Bytes written so far, for rotation by size.
     pub fn written(&self) -> u64 {
         self.written
+    }
+
+    /// Where the file's bytes go.
+    pub fn target(&mut self) -> &mut W {
+        &mut self.out
     }
 
     pub fn flush(&mut self) -> io::Result<()> {

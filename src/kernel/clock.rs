@@ -14,20 +14,34 @@ const TRIES: u32 = 8;
 #[derive(Debug)]
 pub struct WallClock {
     offset: i64,
-    measured: Instant,
+    /// `None`: out of a recording
+    measured: Option<Instant>,
 }
 
 impl WallClock {
     pub fn new() -> Result<Self> {
         Ok(WallClock {
             offset: measure()?,
-            measured: Instant::now(),
+            measured: Some(Instant::now()),
         })
+    }
+
+    /// With this offset (wall clock minus monotonic clock, ns), whatever this machine's clocks say.
+    pub fn recorded(offset: i64) -> Self {
+        WallClock {
+            offset,
+            measured: None,
+        }
+    }
+
+    /// Wall clock minus monotonic clock, ns.
+    pub fn offset(&self) -> i64 {
+        self.offset
     }
 
     /// To be called now and then.
     pub fn refresh(&mut self) -> Result<()> {
-        if self.measured.elapsed() >= REFRESH {
+        if self.measured.is_some_and(|then| then.elapsed() >= REFRESH) {
             *self = Self::new()?;
         }
         Ok(())

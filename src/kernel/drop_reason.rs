@@ -24,6 +24,10 @@ pub struct DropReasons {
     /// modules, and vmlinux, whose enums are known
     looked_at: HashSet<String>,
     looked: Option<Instant>,
+    /// out of a recording: no kernel is asked
+    recorded: bool,
+    /// reasons were found since [`DropReasons::news`]
+    new: bool,
 }
 
 impl DropReasons {
@@ -34,6 +38,30 @@ impl DropReasons {
             subsystems: unsigned(btf.enum_values("skb_drop_reason_subsys")),
             ..Self::default()
         }
+    }
+
+    /// What a recording says; no kernel is asked.
+    pub fn recorded(names: Vec<(u32, String)>, subsystems: Vec<(u32, String)>) -> Self {
+        Self {
+            names: names.into_iter().collect(),
+            subsystems: subsystems.into_iter().collect(),
+            recorded: true,
+            ..Self::default()
+        }
+    }
+
+    /// Reasons were found since the last call.
+    pub fn news(&mut self) -> bool {
+        std::mem::take(&mut self.new)
+    }
+
+    /// All names: of reasons, of subsystems.
+    pub fn all(&self) -> [Vec<(u32, String)>; 2] {
+        [&self.names, &self.subsystems].map(|names| {
+            let mut all: Vec<_> = names.iter().map(|(n, name)| (*n, name.clone())).collect();
+            all.sort_unstable();
+            all
+        })
     }
 
     /// The kernel says reasons at all.
@@ -85,7 +113,7 @@ impl DropReasons {
 
     /// Takes the reasons of subsystems out of all BTF that was not looked at before.
     fn look(&mut self) {
-        if self.looked.is_some_and(|then| then.elapsed() < AGAIN) {
+        if self.recorded || self.looked.is_some_and(|then| then.elapsed() < AGAIN) {
             return;
         }
         self.looked = Some(Instant::now());
@@ -114,6 +142,7 @@ impl DropReasons {
             // Their enums begin with values of the core's.
             if value >> 16 != 0 {
                 self.names.entry(value).or_insert(name);
+                self.new = true;
             }
         }
     }

@@ -6,44 +6,79 @@ use anyhow::{Context, Result};
 use blazesym::MaybeDefault;
 use blazesym::symbolize::source::{Kernel, Source};
 use blazesym::symbolize::{Input, Symbolized, Symbolizer};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A name for an address.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Symbol {
     pub name: String,
     /// bytes from the start of the function
     pub offset: u64,
     /// the kernel module it is in
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
 }
 
 /// Symbolizes kernel addresses and remembers the answers. The first question reads kallsyms (some 90 ms).
 pub struct KernelSymbols {
-    symbolizer: Symbolizer,
-    source: Source<'static>,
+    /// `None`: nothing is asked of this kernel ([`KernelSymbols::recorded`])
+    kernel: Option<(Symbolizer, Source<'static>)>,
     cache: HashMap<u64, Option<Symbol>>,
+    /// addresses that were looked up since [`KernelSymbols::news`], where somebody asks for that
+    new: Option<Vec<u64>>,
 }
 
 impl Default for KernelSymbols {
     fn default() -> Self {
+        let symbolizer = Symbolizer::builder()
+            .enable_code_info(false)
+            .enable_inlined_fns(false)
+            .build();
+        let source = Source::Kernel(Kernel {
+            vmlinux: MaybeDefault::None,
+            debug_syms: false,
+            ..Kernel::default()
+        });
         Self {
-            symbolizer: Symbolizer::builder()
-                .enable_code_info(false)
-                .enable_inlined_fns(false)
-                .build(),
-            source: Source::Kernel(Kernel {
-                vmlinux: MaybeDefault::None,
-                debug_syms: false,
-                ..Kernel::default()
-            }),
+            kernel: Some((symbolizer, source)),
             cache: HashMap::new(),
+            new: None,
         }
     }
 }
 
 impl KernelSymbols {
+    /// Knows only what it is taught, and asks no kernel.
+    pub fn recorded() -> Self {
+        Self {
+            kernel: None,
+            cache: HashMap::new(),
+            new: None,
+        }
+    }
+
+    /// The name of an address, from a recording.
+    pub fn learn(&mut self, addr: u64, symbol: Option<Symbol>) {
+        self.cache.insert(addr, symbol);
+    }
+
+    /// Every answer so far. From now on [`KernelSymbols::news`] has the later ones.
+    pub fn all(&mut self) -> Vec<(u64, Option<Symbol>)> {
+        self.new = Some(Vec::new());
+        let answers = self.cache.iter();
+        answers.map(|(addr, s)| (*addr, s.clone())).collect()
+    }
+
+    /// The answers since the last call.
+    pub fn news(&mut self) -> Vec<(u64, Option<Symbol>)> {
+        let new = match &mut self.new {
+            Some(new) if !new.is_empty() => std::mem::take(new),
+            _ => return Vec::new(),
+        };
+        let answer = |addr: u64| (addr, self.get(addr).cloned());
+        new.into_iter().map(answer).collect()
+    }
+
     /// Looks up those of `addrs` that are not known yet, in one batch.
     pub fn resolve(&mut self, addrs: &[u64]) -> Result<()> {
         let mut new: Vec<u64> = addrs
@@ -51,14 +86,16 @@ impl KernelSymbols {
             .copied()
             .filter(|a| !self.cache.contains_key(a))
             .collect();
-        new.sort_unstable();
-        new.dedup();
         if new.is_empty() {
             return Ok(());
         }
-        let found = self
-            .symbolizer
-            .symbolize(&self.source, Input::AbsAddr(&new))
+        let Some((symbolizer, source)) = &self.kernel else {
+            return Ok(());
+        };
+        new.sort_unstable();
+        new.dedup();
+        let found = symbolizer
+            .symbolize(source, Input::AbsAddr(&new))
             .context("failed to symbolize kernel addresses")?;
         for (addr, symbolized) in new.iter().zip(found) {
             let symbol = match symbolized {
@@ -70,6 +107,9 @@ impl KernelSymbols {
                 Symbolized::Unknown(_) => None,
             };
             self.cache.insert(*addr, symbol);
+        }
+        if let Some(noted) = &mut self.new {
+            noted.extend(new);
         }
         Ok(())
     }

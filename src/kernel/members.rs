@@ -2,6 +2,7 @@
 //! unions without a name, arrays; and the constants of enums. Must not know what is done with them.
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
 use super::btf::{Btf, Member, Shape};
 
@@ -25,7 +26,7 @@ pub struct Access {
 }
 
 /// A number in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scalar {
     /// bytes to read: 1, 2, 4 or 8
     pub size: u32,
@@ -40,6 +41,14 @@ impl Scalar {
     /// How many bits its value has.
     pub fn width(&self) -> u32 {
         self.bits.map_or(8 * self.size, |(_, bits)| bits)
+    }
+
+    /// Can be read: sizes and bits that a number in memory can have.
+    pub fn is_sound(&self) -> bool {
+        let sized = matches!(self.size, 1 | 2 | 4 | 8);
+        let bits =
+            |(below, own): (u32, u32)| own > 0 && below <= 64 && own <= 64 && below + own <= 64;
+        sized && self.bits.is_none_or(bits)
     }
 
     /// The number in `raw`: its bytes as in memory, from the lowest on (little endian, as all kernels that we run on).

@@ -4,11 +4,16 @@ use std::collections::HashMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// A look at all of /proc takes some ms on a busy machine: not more often than this.
 const AGAIN: Duration = Duration::from_secs(1);
 
+/// Answers that are remembered to tell new ones.
+const TOLD: usize = 65_536;
+
 /// A process by number and name.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     pub pid: u32,
     pub comm: String,
@@ -18,7 +23,29 @@ pub struct Process {
 #[derive(Debug)]
 pub struct SocketHolders {
     by_inode: HashMap<u64, Process>,
-    looked: Instant,
+    /// `None`: out of a recording, no /proc is looked at
+    looked: Option<Instant>,
+    told: Option<Told>,
+}
+
+/// Answers that were given, for a recording.
+#[derive(Debug, Default)]
+struct Told {
+    last: HashMap<u64, Option<Process>>,
+    new: Vec<(u64, Option<Process>)>,
+}
+
+impl Told {
+    fn note(&mut self, inode: u64, answer: Option<&Process>) {
+        if self.last.get(&inode).map(Option::as_ref) == Some(answer) {
+            return;
+        }
+        if self.last.len() >= TOLD {
+            self.last.clear();
+        }
+        self.last.insert(inode, answer.cloned());
+        self.new.push((inode, answer.cloned()));
+    }
 }
 
 impl SocketHolders {
@@ -26,10 +53,39 @@ impl SocketHolders {
     pub fn look() -> Self {
         let mut holders = Self {
             by_inode: HashMap::new(),
-            looked: Instant::now(),
+            looked: Some(Instant::now()),
+            told: None,
         };
         holders.scan();
         holders
+    }
+
+    /// Knows only what it is taught.
+    pub fn recorded() -> Self {
+        Self {
+            by_inode: HashMap::new(),
+            looked: None,
+            told: None,
+        }
+    }
+
+    /// Who holds a socket, from a recording.
+    pub fn learn(&mut self, inode: u64, holder: Option<Process>) {
+        match holder {
+            Some(holder) => self.by_inode.insert(inode, holder),
+            None => self.by_inode.remove(&inode),
+        };
+    }
+
+    /// Every answer that was given is forgotten: [`SocketHolders::news`] has it again when it is given the next time.
+    pub fn tell_anew(&mut self) {
+        self.told = Some(Told::default());
+    }
+
+    /// New answers since the last call.
+    pub fn news(&mut self) -> Vec<(u64, Option<Process>)> {
+        let told = self.told.as_mut();
+        told.map_or_else(Vec::new, |told| std::mem::take(&mut told.new))
     }
 
     /// Who holds the socket `inode`.
@@ -37,10 +93,15 @@ impl SocketHolders {
         if inode == 0 {
             return None;
         }
-        if !self.by_inode.contains_key(&inode) && self.looked.elapsed() >= AGAIN {
+        let old = self.looked.is_some_and(|then| then.elapsed() >= AGAIN);
+        if old && !self.by_inode.contains_key(&inode) {
             self.scan();
         }
-        self.by_inode.get(&inode)
+        let holder = self.by_inode.get(&inode);
+        if let Some(told) = &mut self.told {
+            told.note(inode, holder);
+        }
+        holder
     }
 
     fn scan(&mut self) {
@@ -72,7 +133,7 @@ impl SocketHolders {
                 });
             }
         }
-        self.looked = Instant::now();
+        self.looked = Some(Instant::now());
     }
 }
 

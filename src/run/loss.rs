@@ -5,7 +5,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::output::Output;
 
@@ -35,7 +35,8 @@ struct Row<'a> {
 }
 
 /// Everything that a run can lose.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Loss {
     /// events that the BPF programs handed to the buffers
     pub sent: u64,

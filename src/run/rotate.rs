@@ -40,6 +40,16 @@ pub struct RotateArgs {
     pub output_file_compress: bool,
 }
 
+impl RotateArgs {
+    /// No file is put aside by itself ([`Rotating::rotate`] does it), and all stay.
+    pub fn never() -> Self {
+        Self {
+            output_file_max_size: u64::MAX / 1_000_000,
+            ..Self::default()
+        }
+    }
+}
+
 /// The writer.
 pub struct Rotating {
     path: PathBuf,
@@ -73,7 +83,8 @@ impl Rotating {
         })
     }
 
-    fn rotate(&mut self) -> io::Result<()> {
+    /// Puts the file aside, and begins it anew.
+    pub fn rotate(&mut self) -> io::Result<()> {
         let aside = self.free_name();
         fs::rename(&self.path, &aside)?;
         self.file = Stream::create(&self.path)?;

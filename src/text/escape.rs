@@ -33,6 +33,12 @@ pub fn escaped(bytes: &[u8]) -> String {
     String::from_utf8(out).unwrap_or_default()
 }
 
+/// A text that may be escaped already, without control characters and those that hide or reorder: each becomes `?`.
+pub fn printable(text: &str) -> String {
+    let hidden = |c: char| c.is_control() || is_invisible(c);
+    text.replace(hidden, "?")
+}
+
 /// The same as a string in JSON, without a copy where nothing is to be escaped.
 #[derive(Debug, Clone, Copy)]
 pub struct Escaped<'a>(pub &'a [u8]);

@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+use serde::de::DeserializeOwned;
 use serde::ser::{self, Serialize};
 
 use super::format::{push_dec, push_signed};
@@ -11,6 +12,11 @@ use super::format::{push_dec, push_signed};
 /// Appends `value` as JSON.
 pub fn push<T: Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) -> Result<(), Error> {
     value.serialize(Json(out))
+}
+
+/// A value from JSON, which may be anything.
+pub fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(bytes).map_err(|e| Error(e.to_string()))
 }
 
 /// What a type's own `Serialize` says is wrong.

@@ -7,6 +7,8 @@ pub mod features;
 pub mod fields;
 pub mod filter;
 pub mod icmp;
+pub mod record;
+pub mod report;
 pub mod rules;
 pub mod skb;
 pub mod tcpconnect;

@@ -5,7 +5,7 @@
 use serde_json::{Map, Value};
 
 /// Each subcommand that prints JSON, and its schema.
-pub const SCHEMAS: [(&str, &str); 8] = [
+pub const SCHEMAS: [(&str, &str); 10] = [
     ("why", include_str!("../../docs/json/why.json")),
     ("skb", include_str!("../../docs/json/skb.json")),
     (
@@ -15,6 +15,8 @@ pub const SCHEMAS: [(&str, &str); 8] = [
     ("icmp", include_str!("../../docs/json/icmp.json")),
     ("xdpdump", include_str!("../../docs/json/xdpdump.json")),
     ("xdpchain", include_str!("../../docs/json/xdpchain.json")),
+    ("record", include_str!("../../docs/json/skb.json")),
+    ("report", include_str!("../../docs/json/report.json")),
     ("drops", include_str!("../../docs/json/drops.json")),
     ("features", include_str!("../../docs/json/features.json")),
 ];

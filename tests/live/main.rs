@@ -15,6 +15,7 @@ mod icmp;
 mod icmp_culprit;
 mod icmp_identity;
 mod icmp_sent;
+mod record;
 mod run_ends;
 mod skb;
 mod skb_ct;
@@ -52,6 +53,7 @@ fn main() {
     cases.extend(icmp_identity::cases());
     cases.extend(skb_owner::cases());
     cases.extend(files::cases());
+    cases.extend(record::cases());
     cases.extend(tunnels::cases());
     cases.extend(skb_headers::cases());
     cases.extend(filter::cases());

@@ -18,6 +18,7 @@ use super::columns::{self, ColumnArgs, Types};
 use super::event::{
     SECTION_DATA, SECTION_DROP, SECTION_LIFE, SECTION_MAP, SECTION_MEMBERS, SECTION_PACKET,
 };
+use super::style::{Style, Timestamp};
 
 /// How functions are attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -26,19 +27,6 @@ pub enum Backend {
     Kprobe,
     /// many at once; kernels from 5.18 with CONFIG_FPROBE
     KprobeMulti,
-}
-
-/// What a time stamp counts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Timestamp {
-    /// no time stamp
-    None,
-    /// the kernel's monotonic clock, seconds
-    Current,
-    /// since the last event of the same skb (with tracking: of the same packet), microseconds
-    Relative,
-    /// wall clock, UTC
-    Absolute,
 }
 
 /// Follow packets through the kernel, function by function.
@@ -175,11 +163,17 @@ pub struct Args {
     pub output_netns_names: bool,
 
     /// Write each event's packet to FILE as pcapng, with function, reason, skb and process as its comment (beside the lines)
-    #[arg(short = 'w', long, value_name = "FILE", help_heading = "Output")]
+    #[arg(
+        short = 'w',
+        long,
+        value_name = "FILE",
+        group = "packets",
+        help_heading = "Output"
+    )]
     pub write: Option<PathBuf>,
 
     /// Bytes of each packet that --write takes at most
-    #[arg(short = 's', long, value_name = "N", default_value_t = 256, requires = "write", value_parser = clap::value_parser!(u32).range(16..=1536), help_heading = "Output")]
+    #[arg(short = 's', long, value_name = "N", default_value_t = 256, requires = "packets", value_parser = clap::value_parser!(u32).range(16..=1536), help_heading = "Output")]
     pub snaplen: u32,
 
     /// Show a time stamp
@@ -198,6 +192,10 @@ pub struct Args {
 
     #[command(flatten)]
     pub transport: TransportArgs,
+
+    /// The events are recorded (`netprobe record`), with the packets' bytes and the numbers of sk_buffs' lives.
+    #[arg(skip)]
+    pub recorded: bool,
 }
 
 impl Args {
@@ -205,7 +203,7 @@ impl Args {
     pub fn sections(&self) -> u32 {
         let others = [
             (self.track(), SECTION_PACKET),
-            (self.write.is_some(), SECTION_DATA),
+            (self.takes_packets(), SECTION_DATA),
             (!self.output_skb_metadata.is_empty(), SECTION_MEMBERS),
             (self.lives(), SECTION_LIFE),
             (self.drops, SECTION_DROP),
@@ -264,7 +262,25 @@ impl Args {
 
     /// The lives of sk_buffs are numbered: time counts from the last event of the same life.
     pub fn lives(&self) -> bool {
-        self.timestamp() == Timestamp::Relative && !self.track() && !self.drops
+        let wanted = self.recorded || self.timestamp() == Timestamp::Relative;
+        wanted && !self.track() && !self.drops
+    }
+
+    /// Events carry the packets' bytes.
+    fn takes_packets(&self) -> bool {
+        self.write.is_some() || self.recorded
+    }
+
+    /// How events are shown.
+    pub fn style(&self) -> Style {
+        Style {
+            shown: self.shown_sections(),
+            snap_len: self.snap_len(),
+            timestamp: self.timestamp(),
+            drops: self.drops,
+            tcp_flags: self.output_tcp_flags,
+            netns_names: self.output_netns_names,
+        }
     }
 
     /// Packets are followed by the stack too.
@@ -276,7 +292,7 @@ impl Args {
 
     /// Bytes of a packet that travel with its event: a multiple of 8 keeps what follows aligned.
     pub fn snap_len(&self) -> u32 {
-        if self.write.is_some() {
+        if self.takes_packets() {
             self.snaplen.next_multiple_of(8)
         } else {
             0

@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::io::BufWriter;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -14,7 +14,6 @@ use anyhow::{Context, Result};
 use crate::capture::linktype::Linktype;
 use crate::capture::pcapng::{Counters, Format, Interface, Packet, Section, Writer};
 use crate::event::link;
-use crate::kernel::clock::WallClock;
 use crate::run::stream::Stream;
 use crate::text::escape::escaped;
 
@@ -28,16 +27,16 @@ struct Place {
 }
 
 /// A packet as an Ethernet frame.
-struct Frame<'d> {
-    bytes: Cow<'d, [u8]>,
+pub struct Frame<'d> {
+    pub bytes: Cow<'d, [u8]>,
     /// Of the whole frame.
-    len: u32,
+    pub len: u32,
     made_up: bool,
 }
 
 impl<'d> Frame<'d> {
     /// The first `most` bytes, with the tag beside the packet. No bytes where the packet is neither Ethernet nor IP.
-    fn of(data: &'d Data, most: usize) -> Self {
+    pub fn of(data: &'d Data, most: usize) -> Self {
         let bytes = data.bytes.get(..most).unwrap_or(&data.bytes);
         if let (true, Some((kind, tag)), Some((macs, rest))) =
             (data.ethernet, data.vlan, bytes.split_at_checked(12))
@@ -69,20 +68,26 @@ impl<'d> Frame<'d> {
 }
 
 /// A capture file that is being written.
-pub struct Capture {
-    writer: Writer<BufWriter<Stream>>,
+pub struct Capture<W: Write> {
+    writer: Writer<W>,
     name: String,
     snaplen: u32,
     places: HashMap<Place, (u32, u64)>,
-    clock: WallClock,
     start: u64,
     last: u64,
 }
 
-impl Capture {
+impl Capture<BufWriter<Stream>> {
     pub fn create(path: &Path, snaplen: u32) -> Result<Self> {
         let name = path.display().to_string();
         let file = Stream::create(path).with_context(|| format!("failed to create {name}"))?;
+        Self::begin(BufWriter::new(file), name, snaplen)
+    }
+}
+
+impl<W: Write> Capture<W> {
+    /// `name`: of what `out` writes to.
+    pub fn begin(out: W, name: String, snaplen: u32) -> Result<Self> {
         let section = Section {
             os: nix::sys::utsname::uname()
                 .ok()
@@ -90,7 +95,6 @@ impl Capture {
             application: Some(format!("netprobe {}", env!("CARGO_PKG_VERSION"))),
             ..Section::default()
         };
-        let out = BufWriter::new(file);
         let writer = Writer::new(out, Format::Pcapng, &section, snaplen, Linktype::ETHERNET)
             .with_context(|| format!("failed to write to {name}"))?;
         Ok(Self {
@@ -98,14 +102,18 @@ impl Capture {
             name,
             snaplen,
             places: HashMap::new(),
-            clock: WallClock::new()?,
             start: 0,
             last: 0,
         })
     }
 
-    /// Writes the event's packet. An event without bytes of IP or Ethernet is there too, with its comment and no bytes.
-    pub fn packet(&mut self, event: &Event, comment: &str) -> Result<()> {
+    /// Where the bytes go.
+    pub fn target(&mut self) -> &mut W {
+        self.writer.target()
+    }
+
+    /// Writes the event's packet; `wall`: its time. An event without bytes of IP or Ethernet is there too, with its comment and no bytes.
+    pub fn packet(&mut self, event: &Event, wall: u64, comment: &str) -> Result<()> {
         let Some(data) = &event.data else {
             return Ok(());
         };
@@ -124,7 +132,7 @@ impl Capture {
             true => &format!("{comment} ({})", link::MADE_UP),
             false => comment,
         };
-        self.last = self.clock.wall(event.head.ts);
+        self.last = wall;
         if self.start == 0 {
             self.start = self.last;
         }
@@ -162,13 +170,18 @@ impl Capture {
     }
 
     pub fn flush(&mut self) -> Result<()> {
-        self.clock.refresh()?;
         let flushed = self.writer.flush();
         flushed.with_context(|| format!("failed to write to {}", self.name))
     }
 
-    /// The statistics of each interface. Nobody knows which one a lost event was of: `lost` stands with the first.
+    /// The end of the file.
     pub fn finish(mut self, lost: u64) -> Result<()> {
+        self.statistics(lost)?;
+        self.flush()
+    }
+
+    /// The statistics of each interface. Nobody knows which one a lost event was of: `lost` stands with the first.
+    pub fn statistics(&mut self, lost: u64) -> Result<()> {
         let mut places: Vec<(u32, u64)> = self.places.values().copied().collect();
         places.sort_unstable();
         for (index, delivered) in places {
@@ -182,7 +195,7 @@ impl Capture {
             let written = self.writer.statistics(index, &counters);
             written.with_context(|| format!("failed to write to {}", self.name))?;
         }
-        self.flush()
+        Ok(())
     }
 }
 
@@ -207,12 +220,12 @@ mod tests {
             }),
             ..Event::default()
         };
-        capture.packet(&event, "dev_queue_xmit skb 0x1").unwrap();
+        capture.packet(&event, 1, "dev_queue_xmit skb 0x1").unwrap();
         let data = event.data.as_mut().unwrap();
         (data.ethernet, data.bytes[0]) = (false, 0x60);
-        capture.packet(&event, "ip6_output skb 0x1").unwrap();
+        capture.packet(&event, 1, "ip6_output skb 0x1").unwrap();
         event.data.as_mut().unwrap().bytes[0] = 0;
-        capture.packet(&event, "arp_rcv skb 0x1").unwrap();
+        capture.packet(&event, 1, "arp_rcv skb 0x1").unwrap();
         assert_eq!(capture.places.len(), 1);
         capture.finish(3).unwrap();
         let mut reader = crate::capture::savefile::Reader::open(file.path()).unwrap();
@@ -275,7 +288,7 @@ mod tests {
                 }),
                 ..Event::default()
             };
-            capture.packet(&event, comment).unwrap();
+            capture.packet(&event, 1, comment).unwrap();
         }
         capture.finish(5).unwrap();
         let run = |fields: &[&str]| {

@@ -9,6 +9,8 @@ use crate::kernel::btf_dump::Dumper;
 #[derive(Default)]
 pub struct Dump {
     dumper: Option<Dumper>,
+    /// out of a recording: `shown` is what that says
+    recorded: bool,
     /// of the event at hand
     pub shown: Option<String>,
 }
@@ -19,12 +21,21 @@ impl Dump {
         let dumper = Some(Dumper::new(btf, name)?);
         Ok(Self {
             dumper,
-            shown: None,
+            ..Self::default()
         })
+    }
+
+    /// What a recording says of the events from now on.
+    pub fn learn(&mut self, shown: Option<String>) {
+        self.recorded = true;
+        self.shown = shown;
     }
 
     /// Makes the text of these bytes; there is none where they could not be read.
     pub fn show(&mut self, bytes: Option<&[u8]>) -> Result<()> {
+        if self.recorded {
+            return Ok(());
+        }
         self.shown = match (&mut self.dumper, bytes) {
             (Some(dumper), Some(bytes)) if !bytes.is_empty() => Some(dumper.text(bytes)?),
             _ => None,

@@ -6,7 +6,8 @@ use anyhow::{Result, ensure};
 use crate::bpf::skb::types::{np_path, np_path_limit};
 use crate::filter::members::path;
 use crate::kernel::btf::Btf;
-use crate::kernel::members::Access;
+use crate::kernel::members::{Access, Scalar};
+use crate::text::escape::printable;
 
 /// NP_PATHS
 pub const MOST: usize = np_path_limit::NP_PATHS.0 as usize;
@@ -15,7 +16,32 @@ pub const MOST: usize = np_path_limit::NP_PATHS.0 as usize;
 #[derive(Debug, Clone, Default)]
 pub struct Members(Vec<(String, Access)>);
 
+/// What shows members: paths, and what kind of numbers they are.
+pub type Shown = Vec<(String, Scalar)>;
+
 impl Members {
+    /// For a recording.
+    pub fn shown(&self) -> Shown {
+        let shown = |(path, access): &(String, Access)| (path.clone(), access.scalar);
+        self.0.iter().map(shown).collect()
+    }
+
+    /// From a recording: they can be shown, not read.
+    pub fn recorded(shown: Shown) -> Result<Self> {
+        ensure!(shown.len() <= MOST, "more than {MOST} members");
+        let member = |(path, scalar): (String, Scalar)| {
+            ensure!(scalar.is_sound(), "a member of an unknown kind");
+            let access = Access {
+                pointers: Vec::new(),
+                offset: 0,
+                scalar,
+            };
+            Ok((printable(&path), access))
+        };
+        let members = shown.into_iter().map(member);
+        Ok(Self(members.collect::<Result<_>>()?))
+    }
+
     /// `root`: the name that paths begin with, and the struct that it points to.
     pub fn parse(paths: &[String], root: (&str, &str), btf: &Btf) -> Result<Self> {
         ensure!(paths.len() <= MOST, "{MOST} members at most");

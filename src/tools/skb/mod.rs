@@ -2,7 +2,7 @@
 
 pub mod args;
 pub(super) mod attached;
-mod capture;
+pub(super) mod capture;
 pub(super) mod columns;
 pub(super) mod decode;
 pub(super) mod drops;
@@ -15,15 +15,20 @@ mod json_tails;
 mod members;
 pub(super) mod netfilter;
 mod netns_names;
+mod news;
 mod present;
 pub(super) mod probes;
 mod programs;
+pub(super) mod record;
+pub(super) mod recorded;
 pub mod replay;
 mod since;
+pub mod style;
 mod traced_program;
 pub(super) mod track;
 mod view;
 
+use std::io::BufWriter;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 
@@ -46,6 +51,7 @@ use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
 use crate::run::pins::Pins;
 use crate::run::session::{self, Consumer, Tool};
+use crate::run::stream::Stream;
 use crate::run::{log, object, signals};
 use crate::usage::usage;
 
@@ -59,9 +65,15 @@ use members::Members;
 use present::Presenter;
 use probes::{Plan, Wants};
 use programs::{Programs, Storage, Watched};
+use record::{Head, MakeSink, Recorder};
 use track::Sweeper;
 
 pub fn run(args: &Args) -> Result<()> {
+    run_recorded(args, None)
+}
+
+/// A run whose events go into a recording, too: `record` makes its file, once everything that can be wrong has been looked at.
+pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
     let config = args.fields.config()?;
     args.transport.check(&args.engine)?;
@@ -120,6 +132,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
+    let sink = record.map(MakeSink::make).transpose()?;
     let capture = args.write.as_deref();
     let capture = capture
         .map(|path| Capture::create(path, args.snaplen))
@@ -164,13 +177,27 @@ pub fn run(args: &Args) -> Result<()> {
         None => None,
     };
     let mut programs = Programs::prepare(args, &features, watched, &skel, helpers, &mut kinds)?;
+    let head = sink
+        .as_ref()
+        .map(|_| Head::new(args.style(), [&members, &xdp_shown]));
     let names = attached.names().clone();
     let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
     presenter.hooks(attached.netfilter_hooks());
     if let Some(programs) = &mut programs {
         presenter.programs(programs.start()?);
     }
-    presenter.header(&mut out)?;
+    let options = record::Options {
+        snaplen: args.snaplen,
+        lines: args.output.output_file.is_some(),
+        limit: args.output.output_limit_lines,
+    };
+    let recorder = match sink.zip(head) {
+        Some((sink, head)) => Some(Recorder::new(sink, head, &mut presenter, &options)?),
+        None => None,
+    };
+    if recorder.is_none() || options.lines {
+        presenter.header(&mut out)?;
+    }
     output::ready(args.output.ready_file.as_deref())?;
     let mut run = Skb {
         lines: Lines {
@@ -183,6 +210,7 @@ pub fn run(args: &Args) -> Result<()> {
             undecodable: 0,
             event: Event::default(),
         },
+        recorder,
         config,
         attached,
         stats: &skel.maps.stats,
@@ -194,6 +222,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// The run: what it does with events, and what its end needs.
 struct Skb<'a, 'p, M> {
     lines: Lines<'a, 'p>,
+    recorder: Option<Recorder>,
     config: Config<'a, M>,
     attached: Attached,
     stats: &'a M,
@@ -202,10 +231,16 @@ struct Skb<'a, 'p, M> {
 
 impl<M: MapCore> Consumer for Skb<'_, '_, M> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
-        self.lines.event(record)
+        match &mut self.recorder {
+            None => self.lines.event(record),
+            Some(recorder) => recorder.event(record, &mut self.lines),
+        }
     }
 
     fn tick(&mut self) -> Result<Flow> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.tick(self.lines.presenter)?;
+        }
         self.lines.tick()
     }
 }
@@ -224,7 +259,10 @@ impl<M: MapCore> Tool for Skb<'_, '_, M> {
 
     fn close(&mut self, loss: &Loss) -> Result<()> {
         let capture = self.lines.capture.take();
-        capture.map_or(Ok(()), |capture| capture.finish(loss.lost))
+        let recorder = self.recorder.as_mut();
+        let closed = recorder.map_or(Ok(()), |r| r.close(self.lines.presenter, loss));
+        let captured = capture.map_or(Ok(()), |capture| capture.finish(loss.lost));
+        closed.and(captured)
     }
 
     fn report(&mut self, loss: &Loss) -> Result<()> {
@@ -299,7 +337,7 @@ fn load<'a>(
 /// Events to lines.
 struct Lines<'a, 'p> {
     presenter: &'a mut Presenter,
-    capture: Option<Capture>,
+    capture: Option<Capture<BufWriter<Stream>>>,
     out: &'a mut Output,
     sweeper: Option<Sweeper<'a>>,
     snap_len: usize,
@@ -309,19 +347,26 @@ struct Lines<'a, 'p> {
     event: Event,
 }
 
+impl Lines<'_, '_> {
+    /// The line of the event, and its packet in a capture file.
+    fn shown(&mut self, late: bool) -> Result<Flow> {
+        let event = &self.event;
+        let flow = self.presenter.event(self.out, event, late)?;
+        if let Some(capture) = &mut self.capture {
+            let comment = self.presenter.comment(event);
+            capture.packet(event, self.presenter.wall(event.head.ts), &comment)?;
+        }
+        Ok(flow)
+    }
+}
+
 impl Consumer for Lines<'_, '_> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
-        let event = &mut self.event;
-        if decode::decode(event, record.bytes, self.snap_len).is_none() {
+        if decode::decode(&mut self.event, record.bytes, self.snap_len).is_none() {
             self.undecodable += 1;
             return Ok(Flow::Continue);
         }
-        let flow = self.presenter.event(self.out, event, record.late)?;
-        if let Some(capture) = &mut self.capture {
-            let comment = self.presenter.comment(event);
-            capture.packet(event, &comment)?;
-        }
-        Ok(flow)
+        self.shown(record.late)
     }
 
     fn tick(&mut self) -> Result<Flow> {

@@ -166,6 +166,8 @@ pub struct Hooks {
     modules: HashSet<String>,
     /// Whether there are others now, and when that was asked.
     more: Cell<(bool, Option<Instant>)>,
+    /// out of a recording: no kernel is asked
+    recorded: bool,
 }
 
 /// The kernel's list of modules is read again when this old: events come later than that.
@@ -177,13 +179,36 @@ impl Hooks {
             probed,
             modules: modules(),
             more: Cell::default(),
+            recorded: false,
         }
+    }
+
+    /// What a recording says: `more` as [`Hooks::has_more_modules`].
+    pub fn recorded(probed: HashSet<String>, more: bool) -> Self {
+        Self {
+            probed,
+            modules: HashSet::new(),
+            more: Cell::new((more, None)),
+            recorded: true,
+        }
+    }
+
+    /// Functions whose entries are seen, and whether there were more modules when that was asked last.
+    pub fn known(&self) -> (Vec<String>, bool) {
+        let mut probed: Vec<_> = self.probed.iter().cloned().collect();
+        probed.sort_unstable();
+        (probed, self.more.get().0)
+    }
+
+    /// [`Hooks::known`] is so, without the list.
+    pub fn has_more(&self) -> bool {
+        self.more.get().0
     }
 
     /// Whether a module of netfilter was loaded since: its functions are not probed.
     fn has_more_modules(&self) -> bool {
         let (more, asked) = self.more.get();
-        if more || asked.is_some_and(|then| then.elapsed() < FRESH) {
+        if more || self.recorded || asked.is_some_and(|then| then.elapsed() < FRESH) {
             return more;
         }
         let more = !modules().is_subset(&self.modules);

@@ -15,7 +15,7 @@ use crate::run::output::Output;
 use crate::text::columns::{TextCache, pad, push_time_of_day};
 use crate::text::format::{self, push_hex};
 
-use super::args::{Args, Timestamp};
+use super::args::Args;
 use super::columns::packet::packet_name;
 use super::columns::{self, Column};
 use super::dump::Dump;
@@ -28,6 +28,7 @@ use super::members::Members;
 use super::netfilter::Hooks;
 use super::netns_names::NetnsNames;
 use super::since::LastSeen;
+use super::style::{Style, Timestamp};
 use super::traced_program::{Kind, TracedProgram};
 use super::view::{View, number};
 
@@ -45,9 +46,9 @@ pub struct Presenter {
     /// sections that something must be looked up for, or that have lines below
     prepared: u32,
     timestamp: Timestamp,
-    clock: WallClock,
+    pub(super) clock: WallClock,
     drops: bool,
-    view: View,
+    pub(super) view: View,
     last_seen: LastSeen,
     process_width: usize,
     last_process: TextCache<([u8; 16], u32), usize>,
@@ -61,30 +62,39 @@ impl Presenter {
         reasons: DropReasons,
         members: [Members; 2],
     ) -> Result<Self> {
-        let shown = args.shown_sections();
+        let dump = |section: u32, name| match args.asks(section) {
+            true => Dump::new(&Btf::vmlinux(args.kernel_btf.as_deref())?, name),
+            false => Ok(Dump::default()),
+        };
+        let style = args.style();
+        let view = View {
+            names,
+            reasons,
+            skb: dump(SECTION_SKB, "sk_buff")?,
+            shared_info: dump(SECTION_SHINFO, "skb_shared_info")?,
+            netns: match args.output_netns_names || args.recorded {
+                true => NetnsNames::look(style.netns_names),
+                false => NetnsNames::default(),
+            },
+            members,
+            holders: args.asks(SECTION_OWNER).then(SocketHolders::look),
+            ..View::default()
+        };
+        Ok(Self::with(&style, view, WallClock::new()?))
+    }
+
+    /// With what is known already.
+    pub fn with(style: &Style, view: View, clock: WallClock) -> Self {
+        let shown = style.shown;
         let of = |which: fn(&Column) -> bool| -> Vec<&'static Column> {
             let all = columns::ALL.iter();
             all.filter(|c| shown & c.section != 0 && which(c)).collect()
         };
         let mut behind = of(|c| c.behind.is_some());
         behind.sort_by_key(|c| c.behind.map(|(rank, _)| rank));
-        let dump = |section: u32, name| match args.asks(section) {
-            true => Dump::new(&Btf::vmlinux(args.kernel_btf.as_deref())?, name),
-            false => Ok(Dump::default()),
-        };
         let view = View {
-            names,
-            reasons,
-            tcp_flags: args.output_tcp_flags,
-            skb: dump(SECTION_SKB, "sk_buff")?,
-            shared_info: dump(SECTION_SHINFO, "skb_shared_info")?,
-            netns: match args.output_netns_names {
-                true => NetnsNames::look(),
-                false => NetnsNames::default(),
-            },
-            members,
-            holders: args.asks(SECTION_OWNER).then(SocketHolders::look),
-            ..View::default()
+            tcp_flags: style.tcp_flags,
+            ..view
         };
         let mut presenter = Self {
             columns: of(|_| true),
@@ -92,9 +102,9 @@ impl Presenter {
             behind,
             below: of(|c| c.below.is_some()),
             prepared: columns::sections(|c| c.prepare.is_some() || c.below.is_some()),
-            timestamp: args.timestamp(),
-            clock: WallClock::new()?,
-            drops: args.drops,
+            timestamp: style.timestamp,
+            clock,
+            drops: style.drops,
             view,
             last_seen: LastSeen::default(),
             process_width: 16,
@@ -108,7 +118,12 @@ impl Presenter {
                 *width = *least;
             }
         }
-        Ok(presenter)
+        presenter
+    }
+
+    /// ns since 1970 of a time stamp.
+    pub fn wall(&self, ts: u64) -> u64 {
+        self.clock.wall(ts)
     }
 
     /// To be called now and then.
@@ -159,8 +174,8 @@ impl Presenter {
         out.flush()
     }
 
-    /// One event.
-    pub fn event(&mut self, out: &mut Output, event: &Event, late: bool) -> Result<Flow> {
+    /// Looks up what lines of the event show.
+    pub fn prepare(&mut self, event: &Event) -> Result<()> {
         if event.sections & self.prepared != 0 {
             for column in &self.columns {
                 if let (true, Some(prepare)) =
@@ -170,7 +185,12 @@ impl Presenter {
                 }
             }
         }
-        self.view.find_name(event)?;
+        self.view.find_name(event)
+    }
+
+    /// One event.
+    pub fn event(&mut self, out: &mut Output, event: &Event, late: bool) -> Result<Flow> {
+        self.prepare(event)?;
         let since = self.since_last(event);
         if out.json() {
             return self.json(out, event, late, since);

@@ -1,7 +1,9 @@
 //! Recorded perf buffers through everything that happens to events in user space, for bench/replay.rs and the tests: merge, decoding,
 //! presentation, output. No kernel is asked for anything.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
 use clap::Parser;
@@ -9,12 +11,15 @@ use clap::Parser;
 use crate::engine::batch::Batch;
 use crate::engine::merge::Merge;
 use crate::kernel::drop_reason::DropReasons;
+use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::session::Consumer;
 
 use super::Lines;
 use super::args::Args;
+use super::members::Members;
 use super::present::Presenter;
+use super::record::{Head, Options, Recorder, Sink};
 
 #[derive(Debug, Parser)]
 struct CommandLine {
@@ -22,11 +27,45 @@ struct CommandLine {
     args: Args,
 }
 
-/// A `netprobe skb` without its kernel side.
+/// A `netprobe skb` without its kernel side, or, with [`Replay::record`], a `netprobe record`.
 pub struct Replay {
     presenter: Presenter,
     out: Output,
     snap_len: usize,
+    recorder: Option<Recorder>,
+    late: u64,
+}
+
+/// One file, or one after the other: the next is begun at a size, by `FILE.1` and so on.
+struct Files {
+    path: PathBuf,
+    file: File,
+    written: u64,
+    most: u64,
+    number: u32,
+}
+
+impl Sink for Files {
+    fn write(&mut self, blocks: &[u8]) -> Result<()> {
+        self.written += blocks.len() as u64;
+        Ok(self.file.write_all(blocks)?)
+    }
+
+    fn is_full(&self) -> bool {
+        self.written >= self.most
+    }
+
+    fn begin_anew(&mut self) -> Result<()> {
+        self.number += 1;
+        let name = format!("{}.{}", self.path.display(), self.number);
+        self.file = File::create(name)?;
+        self.written = 0;
+        Ok(())
+    }
+
+    fn is_over(&self) -> bool {
+        false
+    }
 }
 
 impl Replay {
@@ -44,7 +83,47 @@ impl Replay {
             presenter: Presenter::new(&args, names, DropReasons::default(), Default::default())?,
             out: Output::open(&args.output)?,
             snap_len: args.snap_len() as usize,
+            recorder: None,
+            late: 0,
         })
+    }
+
+    /// Records, too: the lines go beside it, if `lines`; a new file begins at `most` bytes. Only flags without further sections: the
+    /// events have what they have.
+    pub fn record(mut self, flags: &[&str], path: &Path, lines: bool, most: u64) -> Result<Self> {
+        let args = CommandLine::try_parse_from(["replay"].iter().chain(flags))?.args;
+        let files = Files {
+            path: path.to_path_buf(),
+            file: File::create(path)?,
+            written: 0,
+            most,
+            number: 0,
+        };
+        let none = Members::default();
+        let head = Head::new(args.style(), [&none, &none]);
+        let options = Options {
+            snaplen: args.snaplen,
+            lines,
+            limit: 0,
+        };
+        if lines {
+            self.presenter.header(&mut self.out)?;
+        }
+        let to = Box::new(files);
+        self.recorder = Some(Recorder::new(to, head, &mut self.presenter, &options)?);
+        Ok(self)
+    }
+
+    /// The end of a recording.
+    pub fn close(&mut self) -> Result<()> {
+        let loss = Loss {
+            late: self.late,
+            ..Loss::default()
+        };
+        match &mut self.recorder {
+            Some(recorder) => recorder.close(&mut self.presenter, &loss),
+            None => Ok(()),
+        }
     }
 
     /// Takes all events of a batch, which is given back.
@@ -62,9 +141,14 @@ impl Replay {
         let mut merge = Merge::new(1);
         batch.watermark = u64::MAX;
         merge.push(batch);
-        merge.drain(|record| lines.event(record).map(|_| ()))?;
+        let recorder = &mut self.recorder;
+        merge.drain(|record| match recorder {
+            Some(recorder) => recorder.event(record, &mut lines).map(|_| ()),
+            None => lines.event(record).map(|_| ()),
+        })?;
         lines.tick()?;
         let undecodable = lines.undecodable;
+        self.late += merge.late;
         let batch = merge.spent().next();
         batch
             .filter(|b| undecodable + b.short == 0)
@@ -74,9 +158,8 @@ impl Replay {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
-    use std::io::{Read, Write};
-    use std::path::PathBuf;
+    use std::fs;
+    use std::io::Read;
 
     use flate2::Compression;
     use flate2::read::GzDecoder;

@@ -1,11 +1,11 @@
 //! A watched tc or XDP program, as lines show it.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::event::Point;
 
 /// What a program works on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     Tc,
     Xdp,
@@ -58,7 +58,7 @@ impl Kind {
 }
 
 /// A watched program, as lines show it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TracedProgram {
     pub id: u32,
     /// of its main function, escaped

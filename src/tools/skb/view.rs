@@ -70,6 +70,18 @@ impl View {
         self.names.get(&func).map_or("?", String::as_str)
     }
 
+    /// Asks for all that any line of the event may need, shown now or not.
+    pub fn ask(&mut self, event: &Event) {
+        self.reason(event);
+        if let Some(meta) = &event.meta {
+            self.netns.find(meta.netns);
+        }
+        if let Some(Some(owner)) = &event.owner {
+            self.process(owner);
+        }
+        self.who(event);
+    }
+
     /// Looks up the name of the event's function or the place of its drop.
     pub fn find_name(&mut self, event: &Event) -> Result<()> {
         if event.dropped {

@@ -1,0 +1,419 @@
+//! `netprobe record`: a run of `netprobe skb` whose events go into a recording, as they came, with the news that their lines need.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustc_hash::FxHashSet;
+use serde::{Deserialize, Serialize};
+
+use crate::bpf::skb::types::{
+    nf_decision, np_members, np_tuple, skb_copy, skb_ct, skb_drop, skb_event, skb_facts, skb_map,
+    skb_meta, skb_owner, skb_section,
+};
+use crate::engine::merge::Record;
+use crate::recording::block::{Kind, Packer};
+use crate::recording::chunk::Chunk;
+use crate::run::Flow;
+use crate::run::loss::Loss;
+use crate::text::json;
+
+use super::capture::Capture;
+use super::event::{Event, Point};
+use super::members::{Members, Shown};
+use super::news::{News, Teller};
+use super::present::Presenter;
+use super::style::Style;
+use super::{Lines, decode};
+
+/// A chunk is closed so long after its first event, at the latest: what a crash costs.
+const CLOSE: Duration = Duration::from_secs(1);
+/// Packets whose first event has been seen.
+const SEEN: usize = 65_536;
+
+/// Where the blocks of a recording go.
+pub trait Sink {
+    /// Appends whole blocks.
+    fn write(&mut self, blocks: &[u8]) -> Result<()>;
+    /// The file is full: another one is to be begun.
+    fn is_full(&self) -> bool;
+    /// Begins another file.
+    fn begin_anew(&mut self) -> Result<()>;
+    /// The recording is as large as it may be.
+    fn is_over(&self) -> bool;
+}
+
+/// Makes a [`Sink`]: a file is created when nothing else can be wrong any more.
+pub trait MakeSink {
+    fn make(&self) -> Result<Box<dyn Sink>>;
+}
+
+/// What a recording begins with.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Head {
+    /// `skb`
+    pub tool: String,
+    /// version of the netprobe that recorded
+    pub netprobe: String,
+    pub kernel: String,
+    pub machine: String,
+    /// the command line
+    pub command: Vec<String>,
+    /// section and its bytes, of those that events may have; 0: the part that all events have
+    pub layout: Vec<(u32, u32)>,
+    pub style: Style,
+    /// of sk_buffs, of XDP packets
+    pub members: [Shown; 2],
+}
+
+/// What a recording ends with.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct End {
+    /// It goes on in another file.
+    pub goes_on: bool,
+    pub loss: Loss,
+}
+
+impl Head {
+    pub fn new(style: Style, members: [&Members; 2]) -> Self {
+        let uname = nix::sys::utsname::uname().ok();
+        let word = |of: fn(&nix::sys::utsname::UtsName) -> &std::ffi::OsStr| {
+            let word = uname.as_ref().map(|u| of(u).to_string_lossy().into_owned());
+            word.unwrap_or_default()
+        };
+        Self {
+            tool: "skb".to_owned(),
+            netprobe: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: word(|u| u.release()),
+            machine: word(|u| u.machine()),
+            command: std::env::args().collect(),
+            layout: layout(style.shown),
+            style,
+            members: members.map(Members::shown),
+        }
+    }
+}
+
+/// Bytes of each of these sections, but for those without a fixed size: the packet's bytes, the stack.
+pub fn layout(sections: u32) -> Vec<(u32, u32)> {
+    let all = [
+        (skb_section::SKB_SECTION_META.0, size_of::<skb_meta>()),
+        (skb_section::SKB_SECTION_TUPLE.0, size_of::<np_tuple>()),
+        (skb_section::SKB_SECTION_PACKET.0, 8),
+        (skb_section::SKB_SECTION_OWNER.0, size_of::<skb_owner>()),
+        (skb_section::SKB_SECTION_CALLER.0, 8),
+        (skb_section::SKB_SECTION_TUNNEL.0, size_of::<np_tuple>()),
+        (skb_section::SKB_SECTION_CB.0, 48),
+        (skb_section::SKB_SECTION_SKB.0, size_of::<skb_copy>()),
+        (skb_section::SKB_SECTION_SHINFO.0, size_of::<skb_copy>()),
+        (skb_section::SKB_SECTION_MEMBERS.0, size_of::<np_members>()),
+        (skb_section::SKB_SECTION_NFT.0, size_of::<nf_decision>()),
+        (skb_section::SKB_SECTION_MAP.0, size_of::<skb_map>()),
+        (skb_section::SKB_SECTION_LIFE.0, 8),
+        (skb_section::SKB_SECTION_DROP.0, size_of::<skb_drop>()),
+        (skb_section::SKB_SECTION_CT.0, size_of::<skb_ct>()),
+        (skb_section::SKB_SECTION_FACTS.0, size_of::<skb_facts>()),
+    ];
+    let used = all
+        .into_iter()
+        .filter(|(section, _)| sections & section != 0);
+    std::iter::once((0, size_of::<skb_event>()))
+        .chain(used)
+        .map(|(section, size)| (section, size as u32))
+        .collect()
+}
+
+/// Which packet an event is of, by identity; `None`: no other event is of the same, or nobody knows.
+pub fn identity(event: &Event) -> Option<u64> {
+    match (event.packet, event.life) {
+        (Some(packet), _) => Some(packet.number << 16 | u64::from(packet.cpu)),
+        (None, life) => life,
+    }
+}
+
+/// Packets whose first event was seen; the oldest are forgotten.
+#[derive(Default)]
+struct Seen {
+    set: FxHashSet<u64>,
+    order: VecDeque<u64>,
+}
+
+impl Seen {
+    /// It is the first event of its packet.
+    fn is_first(&mut self, event: &Event) -> bool {
+        let Some(packet) = identity(event) else {
+            // Drops, and XDP packets, of which the entry is the first event.
+            return event.dropped || event.program == Some(Point::Enter);
+        };
+        if !self.set.insert(packet) {
+            return false;
+        }
+        self.order.push_back(packet);
+        if self.order.len() > SEEN {
+            if let Some(oldest) = self.order.pop_front() {
+                self.set.remove(&oldest);
+            }
+        }
+        true
+    }
+}
+
+/// Writes the recording.
+pub struct Recorder {
+    to: Box<dyn Sink>,
+    head: Head,
+    snaplen: u32,
+    packer: Packer,
+    chunk: Chunk,
+    /// when the chunk got its first event
+    since: Option<Instant>,
+    /// blocks of packets, for other programs
+    packets: Capture<Vec<u8>>,
+    seen: Seen,
+    teller: Teller,
+    scratch: Vec<u8>,
+    /// lines are printed, too
+    lines: bool,
+    /// the most events, and how many there were
+    limit: u64,
+    events: u64,
+    /// a write has failed: what comes is counted
+    failed: bool,
+    unwritten: u64,
+}
+
+/// What of a run's flags decides about its recording.
+pub struct Options {
+    pub snaplen: u32,
+    pub lines: bool,
+    pub limit: u64,
+}
+
+impl Recorder {
+    pub fn new(
+        to: Box<dyn Sink>,
+        head: Head,
+        presenter: &mut Presenter,
+        options: &Options,
+    ) -> Result<Self> {
+        let mut recorder = Self {
+            to,
+            head,
+            snaplen: options.snaplen,
+            packer: Packer::new().context("failed to start zstd")?,
+            chunk: Chunk::default(),
+            since: None,
+            packets: packets(options.snaplen)?,
+            seen: Seen::default(),
+            teller: Teller::default(),
+            scratch: Vec::new(),
+            lines: options.lines,
+            limit: options.limit,
+            events: 0,
+            failed: false,
+            unwritten: 0,
+        };
+        recorder.begin(presenter)?;
+        Ok(recorder)
+    }
+
+    /// The head, and all that is known, at the begin of a file.
+    fn begin(&mut self, presenter: &mut Presenter) -> Result<()> {
+        let mut blocks = std::mem::take(self.packets.target());
+        self.scratch.clear();
+        json::push(&mut self.scratch, &self.head)?;
+        self.packer
+            .push(&mut blocks, Kind::Head, (0, (0, 0)), &self.scratch)?;
+        for news in self.teller.all(presenter, &self.head.style) {
+            self.news(&news)?;
+            if self.chunk.is_full() {
+                self.pack(&mut blocks)?;
+            }
+        }
+        self.pack(&mut blocks)?;
+        self.to.write(&blocks)
+    }
+
+    fn news(&mut self, news: &News) -> Result<()> {
+        self.scratch.clear();
+        json::push(&mut self.scratch, news)?;
+        self.chunk.news(&self.scratch);
+        Ok(())
+    }
+
+    fn pack(&mut self, blocks: &mut Vec<u8>) -> Result<()> {
+        let about = (self.chunk.events, self.chunk.times);
+        self.packer
+            .push(blocks, Kind::Events, about, &self.chunk.contents)
+            .context("failed to compress")?;
+        self.chunk.clear();
+        self.since = None;
+        Ok(())
+    }
+
+    /// One event: its line, where there are lines, then the recording.
+    pub(super) fn event(&mut self, record: Record<'_>, lines: &mut Lines<'_, '_>) -> Result<Flow> {
+        let mut flow = Flow::Continue;
+        if decode::decode(&mut lines.event, record.bytes, lines.snap_len).is_some() {
+            if self.limit > 0 && self.events >= self.limit {
+                return Ok(Flow::Stop);
+            }
+            flow = self.look(record.late, lines)?;
+        } else {
+            lines.undecodable += 1;
+        }
+        for news in self.teller.news(lines.presenter) {
+            self.news(&news)?;
+        }
+        (self.chunk).event(record.ts, record.cpu, record.late, record.bytes);
+        if self.chunk.is_full() {
+            self.flush(lines.presenter)?;
+        }
+        match self.to.is_over() {
+            true => Ok(Flow::Stop),
+            false => Ok(flow),
+        }
+    }
+
+    /// Asks for all that lines of the event need, and shows it.
+    fn look(&mut self, late: bool, lines: &mut Lines<'_, '_>) -> Result<Flow> {
+        lines.presenter.prepare(&lines.event)?;
+        lines.presenter.view.ask(&lines.event);
+        let mut flow = Flow::Continue;
+        if self.lines {
+            flow = lines.shown(late)?;
+        }
+        self.events += 1;
+        if self.limit > 0 && self.events >= self.limit {
+            flow = Flow::Stop;
+        }
+        let event = &lines.event;
+        if self.seen.is_first(event) {
+            let comment = lines.presenter.comment(event);
+            let wall = lines.presenter.wall(event.head.ts);
+            self.packets.packet(event, wall, &comment)?;
+        }
+        Ok(flow)
+    }
+
+    /// Writes what has waited for a second.
+    pub fn tick(&mut self, presenter: &mut Presenter) -> Result<()> {
+        if self.chunk.is_empty() {
+            return Ok(());
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        match since.elapsed() >= CLOSE {
+            true => self.flush(presenter),
+            false => Ok(()),
+        }
+    }
+
+    fn flush(&mut self, presenter: &mut Presenter) -> Result<()> {
+        let events = u64::from(self.chunk.events);
+        // Packets first: the others find them where the events are.
+        let mut blocks = std::mem::take(self.packets.target());
+        self.pack(&mut blocks)?;
+        if self.failed {
+            self.unwritten += events;
+            return Ok(());
+        }
+        let written = self.write(&blocks, presenter);
+        if written.is_err() {
+            self.failed = true;
+            self.unwritten += events;
+        }
+        blocks.clear();
+        if self.packets.target().is_empty() {
+            *self.packets.target() = blocks;
+        }
+        written
+    }
+
+    fn write(&mut self, blocks: &[u8], presenter: &mut Presenter) -> Result<()> {
+        self.to.write(blocks)?;
+        if !self.to.is_full() || self.to.is_over() {
+            return Ok(());
+        }
+        let end = End {
+            goes_on: true,
+            ..End::default()
+        };
+        self.finish(&end)?;
+        self.to.begin_anew()?;
+        self.packer.restart();
+        self.packets = packets(self.snaplen)?;
+        self.begin(presenter)
+    }
+
+    /// The end of a file.
+    fn finish(&mut self, end: &End) -> Result<()> {
+        self.packets.statistics(end.loss.lost)?;
+        let mut blocks = std::mem::take(self.packets.target());
+        self.scratch.clear();
+        json::push(&mut self.scratch, end)?;
+        self.packer
+            .push(&mut blocks, Kind::End, (0, (0, 0)), &self.scratch)?;
+        self.to.write(&blocks)
+    }
+
+    /// The end of the recording.
+    pub fn close(&mut self, presenter: &mut Presenter, loss: &Loss) -> Result<()> {
+        let flushed = match self.chunk.is_empty() {
+            true => Ok(()),
+            false => self.flush(presenter),
+        };
+        if self.unwritten > 0 {
+            eprintln!("netprobe: {} events were not recorded", self.unwritten);
+        }
+        flushed?;
+        if self.failed {
+            return Ok(());
+        }
+        let end = End {
+            goes_on: false,
+            loss: loss.clone(),
+        };
+        self.finish(&end)
+    }
+}
+
+fn packets(snaplen: u32) -> Result<Capture<Vec<u8>>> {
+    Capture::begin(Vec::new(), "the recording".to_owned(), snaplen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tools::skb::columns;
+    use crate::tools::skb::event::{SECTION_DATA, SECTION_STACK};
+
+    /// A section that is new, or of another size, is in the layout: an older recording is refused, and not misread.
+    #[test]
+    fn the_layout_has_each_section() {
+        let bytes = [0; 4096];
+        for column in &columns::ALL {
+            if column.section & (SECTION_DATA | SECTION_STACK) != 0 {
+                continue;
+            }
+            let mut event = Event::default();
+            let rest = (column.decode)(&mut event, &bytes, 0).unwrap();
+            let size = (bytes.len() - rest.len()) as u32;
+            let layout = layout(column.section);
+            assert_eq!(layout[1..], [(column.section, size)]);
+        }
+    }
+
+    #[test]
+    fn a_packet_is_new_once() {
+        let mut seen = Seen::default();
+        let of = |life| Event {
+            life: Some(life),
+            ..Event::default()
+        };
+        assert!(seen.is_first(&of(1)) && !seen.is_first(&of(1)));
+        for life in 2..=SEEN as u64 + 1 {
+            assert!(seen.is_first(&of(life)));
+        }
+        assert_eq!(seen.set.len(), SEEN);
+    }
+}
