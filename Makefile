@@ -10,7 +10,7 @@ C_FILES = $(wildcard src/bpf/*/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static deps test check fmt unit live fuzz-filter demo bench clean reference documents
+.PHONY: build release static deps test check fmt unit live fuzz fuzz-filter demo bench clean reference documents
 
 build: deps ## debug build
 	cargo build --locked
@@ -60,6 +60,9 @@ unit: ## unit, command line and live tests on this machine; what it cannot do is
 
 live: ## the live tests in a virtual machine for each kernel
 	tests/vm/live all
+
+fuzz: ## changed recordings through report for SECONDS (default: an hour)
+	NETPROBE_FUZZ_SECONDS=$(or $(SECONDS),3600) cargo test --locked --release --test recording changed_files -- --nocapture
 
 # Round after round with a new seed, each with so many comparisons in each of its two parts; a difference ends it and shows
 # the program and the packet. FUZZ_FILTER_ROUNDS=N: so many rounds.

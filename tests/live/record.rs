@@ -346,31 +346,44 @@ fn killed() -> Result<()> {
 
 fn kills(folder: &Path, times: u64) -> Result<()> {
     let (mut events, mut seed) = (0, 0x1234_5678_u64);
-    for i in 0..times {
-        let file = folder.join(format!("{i}.pcapng"));
-        let probe = Netprobe::new("record")
-            .arg("-o")
-            .arg(&file)
-            .args(["--filter-func", "udp_rcv|ip_rcv|__dev_queue_xmit"])
-            .start()?;
-        // Some at once, some in the midst of the second or third block, by the size that the file has reached.
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let size = match i {
-            0 => 0,
-            _ => 1000 + (seed >> 33) % 60_000,
-        };
-        wait_for("bytes in the file", || {
-            Ok((fs::metadata(&file)?.len() >= size).then_some(()))
-        })?;
-        probe.kill9()?;
-        let done = good(report(&file).args(["--stats", "--output-json"]))?;
-        ensure!(done.stderr.contains("has no end"), "{done}");
-        let row = &done.json()?[0];
-        ensure!(row["loss"].is_null(), "{done}");
-        events += row["events"].as_u64().context("no events")?;
+    // Some run beside each other, which takes less time than one after the other.
+    for batch in 0..times.div_ceil(5) {
+        let mut running = Vec::new();
+        for i in batch * 5..times.min(batch * 5 + 5) {
+            let file = folder.join(format!("{i}.pcapng"));
+            let probe = Netprobe::new("record")
+                .arg("-o")
+                .arg(&file)
+                .args(["--filter-func", "udp_rcv"])
+                .start()?;
+            // One at once, others in the midst of a later block, by the size that the file has reached.
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let size = match i % 5 {
+                0 => 0,
+                _ => 4000 + (seed >> 33) % 12_000,
+            };
+            running.push((size, file, probe));
+        }
+        for (size, file, probe) in running {
+            wait_for("bytes in the file", || {
+                Ok((fs::metadata(&file)?.len() >= size).then_some(()))
+            })?;
+            probe.kill9()?;
+            events += read_of_killed(&file)?;
+        }
     }
-    ensure!(events > 1000, "{events} events in all");
+    ensure!(events > 500, "{events} events in all");
     Ok(())
+}
+
+/// The events of a file whose recorder was killed.
+fn read_of_killed(file: &Path) -> Result<u64> {
+    let done = good(report(file).args(["--stats", "--output-json"]))?;
+    ensure!(done.stderr.contains("has no end"), "{done}");
+    ensure!(!done.stderr.contains("damaged"), "{done}");
+    let row = &done.json()?[0];
+    ensure!(row["loss"].is_null(), "{done}");
+    row["events"].as_u64().context("no events")
 }
 
 /// Files of a size, of which each stands for itself; the end of all by their size.
@@ -381,8 +394,8 @@ fn sizes() -> Result<()> {
     let probe = Netprobe::new("record")
         .arg("-o")
         .arg(&file)
-        .args(["--filter-func", "udp_rcv", "-s", "1536", "--max-size", "4"])
-        .args(["--rotate-size", "1", "--rotate-keep", "2"])
+        .args(["--filter-func", "udp_rcv", "-s", "1536", "--max-size", "3"])
+        .args(["--rotate-size", "1", "--rotate-keep", "1"])
         .start()?;
     // Nothing that can be compressed.
     let mut seed = 1u64;
@@ -401,7 +414,7 @@ fn sizes() -> Result<()> {
         .map(|entry| Ok(entry?.path()))
         .collect::<Result<_>>()?;
     files.sort();
-    ensure!(files.len() == 3, "{files:?}");
+    ensure!(files.len() == 2, "{files:?}");
     let mut sum = 0;
     for file in &files {
         let done = good(report(file))?;

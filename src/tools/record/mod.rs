@@ -13,6 +13,7 @@ use files::Files;
 
 /// Record a run of skb, to be shown anywhere by netprobe report.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 #[command(mut_arg("write", |arg| arg.hide(true)))]
 pub struct Args {
     /// Write the recording to FILE: pcapng, with each packet once for Wireshark and tcpdump, and all events for netprobe report
