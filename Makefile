@@ -4,13 +4,14 @@
 # Debian packages: to build, to check, to run the live tests here and in virtual machines.
 PACKAGES = clang llvm gcc make pkg-config libelf-dev zlib1g-dev libpcap-dev bpftool clang-format \
 	iproute2 iptables nftables iputils-ping tcpdump tshark \
-	xdp-tools \
+	xdp-tools lintian mmdebstrap rpm \
 	qemu-system-x86 busybox-static kmod cpio xz-utils zstd lz4 python3
 C_FILES = $(wildcard src/bpf/*/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static deps test check fmt unit live fuzz fuzz-filter demo bench clean reference documents
+.PHONY: build release static install deb rpm packages deps test check fmt unit live fuzz fuzz-filter demo bench clean reference \
+	documents
 
 build: deps ## debug build
 	cargo build --locked
@@ -23,6 +24,16 @@ release: deps ## release build: target/release/netprobe (glibc stays dynamic)
 static: deps ## one file that runs anywhere: target/ARCH-unknown-linux-gnu/release/netprobe
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(STATIC_TARGET)
 	@file -L target/$(STATIC_TARGET)/release/netprobe 2>/dev/null || true
+
+PREFIX ?= /usr/local
+install: release ## puts netprobe, its manual pages and completions below $(DESTDIR)$(PREFIX)
+	packaging/stage target/release/netprobe "$(DESTDIR)" "$(PREFIX)"
+
+deb: static ## target/packages/netprobe_VERSION_ARCH.deb: the static binary, manual pages, completions, a systemd unit
+	packaging/deb target/$(STATIC_TARGET)/release/netprobe target/packages
+
+rpm: static ## target/packages/netprobe-VERSION-1.ARCH.rpm
+	packaging/rpm target/$(STATIC_TARGET)/release/netprobe target/packages
 
 # Installs what is missing, and nothing the next time.
 deps: ## the Debian packages that everything here needs
@@ -42,7 +53,7 @@ deps: ## the Debian packages that everything here needs
 	fi; \
 	rm -f "$$log"
 
-test: deps check unit live ## everything: checks, unit tests, live tests here and on four kernels
+test: deps check unit live packages ## everything: checks, unit tests, live tests here and on four kernels
 
 check: ## formatting and lints, warnings denied
 	cargo fmt --check
@@ -63,6 +74,10 @@ live: ## the live tests in a virtual machine for each kernel
 
 fuzz: ## changed recordings through report for SECONDS (default: an hour)
 	NETPROBE_FUZZ_SECONDS=$(or $(SECONDS),3600) cargo test --locked --release --test recording changed_files -- --nocapture
+
+packages: ## the Debian package: built twice, installed in a new Debian root, used, purged
+	cargo build --locked --release
+	packaging/test target/release/netprobe
 
 # Round after round with a new seed, each with so many comparisons in each of its two parts; a difference ends it and shows
 # the program and the packet. FUZZ_FILTER_ROUNDS=N: so many rounds.

@@ -7,7 +7,7 @@ use std::io;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::run::signals;
 use crate::tools;
@@ -47,10 +47,17 @@ enum Command {
     Tcpconnect(Box<tools::tcpconnect::args::Args>),
     /// Say what this kernel can do, and what that means for each subcommand
     Features(tools::features::Args),
+    /// Print the script by which a shell completes netprobe's command line
+    Completions(tools::completions::Args),
+    /// Write manual pages into a folder
+    Man(tools::man::Args),
 }
 
 /// Runs the program.
 pub fn main() -> ExitCode {
+    if tools::completions::answer(Cli::command) {
+        return ExitCode::SUCCESS;
+    }
     let cli = Cli::parse();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -81,6 +88,8 @@ fn run(command: Command) -> Result<()> {
         Command::Ctl(args) => tools::ctl::run(&args),
         Command::Tcpconnect(args) => tools::tcpconnect::run(&args),
         Command::Features(args) => tools::features::run(&args),
+        Command::Completions(args) => tools::completions::run(&args),
+        Command::Man(args) => tools::man::run(&args, Cli::command()),
     }
 }
 
@@ -96,7 +105,6 @@ fn is_closed_pipe(e: &anyhow::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -293,7 +293,7 @@ fn reference(command: clap::Command) -> String {
     page
 }
 
-/// Every subcommand has a section with an example in README, and a page in docs/reference that README's table links to.
+/// Every subcommand but those of the installation has a section with an example in README, and a page in docs/reference that README's table links to.
 #[test]
 fn readme_shows_every_subcommand() {
     let readme = include_str!("../README.md");
@@ -304,13 +304,54 @@ fn readme_shows_every_subcommand() {
     for sub in Cli::command().get_subcommands() {
         let name = sub.get_name();
         assert!(
-            readme.contains(&format!("# netprobe {name}")),
+            ["completions", "man"].contains(&name)
+                || readme.contains(&format!("# netprobe {name}")),
             "README.md has no example of {name}"
         );
         assert!(
             readme.contains(&format!("docs/reference/{name}.md")),
             "README.md has no link to docs/reference/{name}.md"
         );
+    }
+}
+
+/// Each subcommand's manual page has examples, and the program understands them.
+#[test]
+fn the_examples_of_manual_pages_parse() {
+    let examples = netprobe::tools::man::EXAMPLES;
+    for sub in Cli::command().get_subcommands() {
+        let mut of = examples.iter().map(|(of, ..)| *of);
+        assert!(of.any(|of| of == sub.get_name()), "{}", sub.get_name());
+    }
+    for (_, line, _) in examples {
+        if let Err(e) = Cli::try_parse_from(split(line)) {
+            panic!("{line}\n{e}");
+        }
+    }
+}
+
+/// A shell's script gets candidates of any depth, also those that only a look at this machine gives.
+#[test]
+fn completions_are_answered() {
+    let ask = |words: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_netprobe"))
+            .env("NETPROBE_COMPLETE", "bash")
+            .env("_CLAP_COMPLETE_INDEX", (words.len() - 1).to_string())
+            .env("_CLAP_COMPLETE_COMP_TYPE", "9")
+            .args([&["--"][..], words].concat())
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(ask(&["netprobe", "xdpd"]).contains("xdpdump"));
+    assert!(ask(&["netprobe", "skb", "--filter-n"]).contains("--filter-netns"));
+    assert!(ask(&["netprobe", "xdpdump", "--iface", ""]).contains("lo"));
+    assert!(ask(&["netprobe", "why", "--explain", "IP_RP"]).contains("IP_RPFILTER"));
+    for shell in ["bash", "zsh", "fish"] {
+        let output = netprobe(&["completions", shell]);
+        let script = String::from_utf8(output.stdout).unwrap();
+        assert!(script.contains("NETPROBE_COMPLETE"), "{shell}: {script}");
     }
 }
 

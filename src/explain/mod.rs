@@ -231,6 +231,11 @@ impl Rules {
             .map_or(&[], Vec::as_slice)
     }
 
+    /// Names of all reasons that have a rule.
+    pub fn reasons(&self) -> impl Iterator<Item = &str> {
+        self.reason.keys().map(String::as_str)
+    }
+
     /// The rule of a reason, by its name without SKB_DROP_REASON_.
     pub fn reason(&self, name: &str) -> Option<&Meaning> {
         self.reason.get(name)

@@ -1,5 +1,6 @@
 //! One folder or file per subcommand: `args` (its flags), `probes` (what it attaches), `decode` (its events), `present` (its lines).
 
+pub mod completions;
 pub mod ctl;
 pub mod drops;
 pub mod expression;
@@ -7,6 +8,7 @@ pub mod features;
 pub mod fields;
 pub mod filter;
 pub mod icmp;
+pub mod man;
 pub mod record;
 pub mod report;
 pub mod rules;
