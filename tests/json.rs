@@ -33,6 +33,20 @@ fn each_subcommand_with_json_has_a_schema() {
     }
 }
 
+/// The lines of report are those of skb, and one of its own.
+#[test]
+fn report_has_the_lines_of_skb() {
+    let defs = |tool: &str| {
+        let (_, text) = SCHEMAS.iter().find(|(name, _)| *name == tool).unwrap();
+        let schema: Value = serde_json::from_str(text).unwrap();
+        schema["$defs"].as_object().unwrap().clone()
+    };
+    let report = defs("report");
+    for (name, schema) in defs("skb") {
+        assert_eq!(report.get(&name), Some(&schema), "{name}");
+    }
+}
+
 /// The lines of a recording (bench/data).
 fn recorded() -> String {
     let gz: &[u8] = include_bytes!("../bench/data/skb-6.12.json.gz");

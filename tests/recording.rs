@@ -201,6 +201,64 @@ fn others_read_it() {
     );
 }
 
+/// The page: what comes from names is text in it, and neither code nor markup; it works in a browser, without a network.
+#[test]
+fn the_page_stands_for_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let evil = "</script><img src=x onerror=document.title='evil'>";
+    let first = NAMES.lines().next().unwrap();
+    let mut names = format!("{} {evil}\n", first.split(' ').next().unwrap());
+    names.extend(NAMES.lines().skip(1).map(|line| format!("{line}\n")));
+    let (file, lines) = (folder.path().join("r.pcapng"), folder.path().join("lines"));
+    let flags = ["-s", "64", "-w", "/dev/null"];
+    let replay = Replay::new(&flags, &lines, &names).unwrap();
+    let mut replay = replay.record(&flags, &file, false, u64::MAX).unwrap();
+    replay.batch(with_packets()).unwrap();
+    replay.close().unwrap();
+    let page = folder.path().join("page.html");
+    let to = page.to_string_lossy();
+    let done = netprobe(&["--format", "html", "--output-file", &to], &[&file]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    let text = fs::read_to_string(&page).unwrap();
+    assert!(text.contains("onerror=document"), "the name is in its data");
+    assert_eq!(
+        text.matches("</script>").count(),
+        3,
+        "two of data, one of code"
+    );
+    assert!(
+        !text.contains("https://") && !text.contains("src=\""),
+        "no network"
+    );
+    let Ok(dom) = Command::new("chromium")
+        .args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=3000",
+        ])
+        .args(["--dump-dom", &format!("file://{to}")])
+        .output()
+    else {
+        eprintln!("chromium is not installed");
+        return;
+    };
+    let dom = stdout(&dom);
+    assert!(
+        dom.contains("data-ready=\""),
+        "its code has run to its end: {dom:.2000}"
+    );
+    assert!(
+        dom.contains("<title>netprobe report</title>"),
+        "no name is code"
+    );
+    let (_, rows) = dom.split_once("id=\"rows\"").unwrap();
+    assert!(
+        rows.contains("class=\"row picked\"") && rows.contains("<svg"),
+        "{rows:.2000}"
+    );
+}
+
 /// Foreign files, files of others, and what is no file: one line that says what is wrong.
 #[test]
 fn what_is_no_recording_is_refused() {
@@ -275,7 +333,8 @@ fn show(file: &Path, form: &[&str], to: &Path) {
     let _ = report::run_until(&args, &never());
 }
 
-const FORMS: [&[&str]; 8] = [
+const FORMS: [&[&str]; 9] = [
+    &["--format", "html"],
     &[],
     &["--output-json"],
     &["--sort", "packet"],

@@ -35,7 +35,6 @@ mod tcpconnect_outcome;
 mod tcpconnect_stack;
 mod tunnels;
 mod why;
-mod why_reasons;
 mod xdp;
 mod xdpchain;
 mod xdpdump;
@@ -73,7 +72,6 @@ fn main() {
     cases.extend(skb_ends::cases());
     cases.extend(run_ends::cases());
     cases.extend(why::cases());
-    cases.extend(why_reasons::cases());
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_dns::cases());

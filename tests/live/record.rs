@@ -12,9 +12,17 @@ use crate::common::{Case, Finished, Netprobe, Pair, case, wait_for};
 pub fn cases() -> Vec<Case> {
     vec![
         case("record_text_as_live", text_as_live).trace(),
-        case("record_json_as_live", json_as_live)
+        case("record_json_as_live", || drops_as_live(&["--output-json"]))
             .trace()
             .program("nft"),
+        case("record_netfilter", || drops_as_live(&["--output-nft"]))
+            .trace()
+            .program("nft")
+            .kernel(5, 17),
+        case("record_flood", flood)
+            .trace()
+            .kprobe_multi()
+            .program("ping"),
         case("record_structs_and_tracking", structs_and_tracking).trace(),
         case("record_views", views).trace().program("tcpdump"),
         case("record_killed", killed).trace(),
@@ -98,34 +106,36 @@ fn same(live: &str, shown: &str) -> Result<()> {
     Ok(())
 }
 
-/// JSON lines of drops, with the rule that dropped, and the loss at the end.
-fn json_as_live() -> Result<()> {
+/// Lines of drops, as JSON or with the rule that dropped.
+fn drops_as_live(flags: &[&str]) -> Result<()> {
     let net = Pair::new()?;
     net.server.nft("add table ip t; add chain ip t in { type filter hook input priority 0; }; add rule ip t in udp dport 9 drop")?;
     let folder = tempfile::tempdir()?;
     let (file, lines) = (folder.path().join("r.pcapng"), folder.path().join("lines"));
-    let drops = Netprobe::new("features")
-        .run()?
-        .stdout
-        .contains("kfree_skb");
     let probe = Netprobe::new("record")
         .arg("--to")
         .arg(&file)
         .arg("--output-file")
         .arg(&lines)
-        .args(["--drops", "--output-json", "--output-owner", "-s", "64"])
+        .args(["--drops", "--output-owner", "-s", "64"])
+        .args(flags)
         .args(["--filter-src-ip", "10.77.0.0/16"])
         .start()?;
     traffic(&net, 3)?;
     wait_for("lines", || {
         let text = fs::read_to_string(&lines)?;
         Ok((text.lines().count() >= 3).then_some(()))
-    })
-    .with_context(|| format!("drops in features: {drops}"))?;
+    })?;
     probe.stop()?.expect_success()?;
     let live = fs::read_to_string(&lines)?;
-    let shown = good(report(&file).arg("--output-json"))?;
+    let json = flags.contains(&"--output-json");
+    let form = if json { "json" } else { "text" };
+    let shown = good(report(&file).args(["--format", form]))?;
     same(&live, &shown.stdout)?;
+    if !json {
+        ensure!(live.contains("[nft ip t in handle "), "{live}");
+        return Ok(());
+    }
     let stats = good(report(&file).args(["--stats", "--output-json"]))?;
     let rows = stats.json()?;
     let counted: u64 = rows[0]["drops"]
@@ -273,7 +283,13 @@ fn views() -> Result<()> {
             .args(["--format", "perfetto", "--output-file"])
             .arg(&trace),
     )?;
-    perfetto(&fs::read(&trace)?)
+    perfetto(&fs::read(&trace)?)?;
+    let page = good(report(&file).args(["--format", "html"]))?;
+    ensure!(
+        page.stdout.ends_with("</html>\n\n") && page.stdout.contains("\"udp_rcv\""),
+        "{page}"
+    );
+    Ok(())
 }
 
 /// tcpdump reads the recording, and the capture files that are made of it.
@@ -321,6 +337,28 @@ fn perfetto(bytes: &[u8]) -> Result<()> {
         }
     }
     ensure!(open.is_empty() && instants == 60, "{open:?} {instants}");
+    Ok(())
+}
+
+/// A ping flood takes at most 24 bytes an event on disk, with its packets' first bytes.
+fn flood() -> Result<()> {
+    let net = Pair::new()?;
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("r.pcapng");
+    let probe = Netprobe::new("record")
+        .arg("-o")
+        .arg(&file)
+        .args(["--filter-src-ip", "10.77.0.0/16"])
+        .start()?;
+    net.client.cmd("ping -q -f -c 300 10.77.0.2")?;
+    probe.stop()?.expect_success()?;
+    let stats = good(report(&file).args(["--stats", "--output-json"]))?;
+    let events = stats.json()?[0]["events"].as_u64().unwrap_or(0);
+    let size = fs::metadata(&file)?.len();
+    ensure!(
+        events > 5000 && size <= 24 * events,
+        "{size} bytes, {events} events"
+    );
     Ok(())
 }
 

@@ -19,6 +19,8 @@ pub enum Format {
     Pcapng,
     /// a capture file with each packet once
     Packets,
+    /// one page that needs no network: what was lost, and packets' journeys to be searched, looked at and compared
+    Html,
     /// Chrome's trace format, for ui.perfetto.dev: packets' journeys, and events by namespace, device and CPU
     Perfetto,
 }

@@ -2,6 +2,7 @@
 
 pub mod args;
 mod filter;
+mod html;
 mod input;
 mod perfetto;
 mod show;
@@ -24,6 +25,7 @@ use crate::usage::usage;
 
 use args::{Args, Format, Sort};
 use filter::Filter;
+use html::Html;
 use input::View;
 use perfetto::Perfetto;
 use show::{Lines, Packets, Show};
@@ -36,11 +38,15 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// The same, until `stop` has a message.
 pub fn run_until(args: &Args, stop: &Receiver<Signal>) -> Result<()> {
+    if args.output_limit_lines > 0 && matches!(args.format(), Format::Perfetto | Format::Html) {
+        return Err(usage("--output-limit-lines: this format has no lines"));
+    }
     if args.stats && !matches!(args.format(), Format::Text | Format::Json) {
         return Err(usage("--stats: as text or as JSON"));
     }
-    if args.format() == Format::Perfetto && args.sort.is_some() {
-        return Err(usage("--sort: Perfetto has an order of its own"));
+    let by_packet = matches!(args.format(), Format::Perfetto | Format::Html);
+    if by_packet && args.sort.is_some() {
+        return Err(usage("--sort: this format has an order of its own"));
     }
     let filter = Filter::new(&args.filter)?;
     let limit = args.output_limit_lines;
@@ -49,11 +55,12 @@ pub fn run_until(args: &Args, stop: &Receiver<Signal>) -> Result<()> {
         Format::Text | Format::Json => Box::new(Lines(Output::open(&args.output())?)),
         Format::Pcapng => Box::new(Packets::new(args.output_file.as_deref(), limit, false)?),
         Format::Packets => Box::new(Packets::new(args.output_file.as_deref(), limit, true)?),
+        Format::Html => Box::new(Html::new(Output::open(&args.output())?)?),
         Format::Perfetto => Box::new(Perfetto::new(Output::open(&args.output())?)),
     };
-    let sort = match args.format() {
-        Format::Perfetto => Some(Sort::Packet),
-        _ => args.sort,
+    let sort = match by_packet {
+        true => Some(Sort::Packet),
+        false => args.sort,
     };
     let mut report = Report {
         args,

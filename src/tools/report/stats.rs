@@ -112,7 +112,7 @@ impl Stats {
             Some(_) => vec!["nothing was lost".to_owned()],
         });
         if !row.drops.is_empty() {
-            lines.push(format!("\n{:>10} {:<32} AT", "DROPS", "REASON"));
+            lines.push(format!("\n{:>10} {:<32} AT", "EVENTS", "DROP REASON"));
         }
         for d in &row.drops {
             let reason = d.drop.reason.as_deref().unwrap_or("-");
@@ -136,6 +136,12 @@ fn sorted<K: Ord>(counts: &BTreeMap<K, u64>) -> Vec<(&K, u64)> {
     let mut all: Vec<_> = counts.iter().map(|(key, n)| (key, *n)).collect();
     all.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     all
+}
+
+/// The event says that its packet is lost here: a drop, or a function that frees it for a reason that is one.
+pub fn is_loss(event: &Event, reason: Option<&str>) -> bool {
+    let is_one = |reason: &str| !matches!(reason, "SKB_CONSUMED" | "SKB_NOT_DROPPED_YET");
+    event.dropped || reason.is_some_and(is_one)
 }
 
 /// Counts one more; of kinds that are too many, none is added.
@@ -181,12 +187,10 @@ impl Show for Stats {
             let at = function;
             count(&mut c.drops, Drop { reason, at });
         } else {
-            if let Some(reason) = of.reason(event) {
-                let kind = Drop {
-                    reason: Some(reason),
-                    at: function.clone(),
-                };
-                count(&mut c.drops, kind);
+            let reason = of.reason(event);
+            if is_loss(event, reason.as_deref()) {
+                let at = function.clone();
+                count(&mut c.drops, Drop { reason, at });
             }
             count(&mut c.functions, function);
         }
