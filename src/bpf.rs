@@ -160,6 +160,10 @@ unsafe impl Plain for skb::types::np_tuple {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_config {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::who_flow {}
+// SAFETY: see above.
+unsafe impl Plain for skb::types::who_end {}
+// SAFETY: see above.
 unsafe impl Plain for icmp::types::np_head {}
 // SAFETY: see above.
 unsafe impl Plain for icmp::types::icmp_event {}
@@ -207,6 +211,20 @@ const _: () = {
     assert!(std::mem::offset_of!(xdpdump::types::np_xdp_packet, ts) == 0);
     assert!(std::mem::offset_of!(xdpdump::types::np_xdp_packet, len) == 8);
 };
+
+impl PartialEq for skb::types::who_end {
+    fn eq(&self, other: &Self) -> bool {
+        bytes_of(self) == bytes_of(other)
+    }
+}
+
+impl Eq for skb::types::who_end {}
+
+impl std::hash::Hash for skb::types::who_end {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        state.write(bytes_of(self));
+    }
+}
 
 impl PartialEq for drops::types::drop_key {
     fn eq(&self, other: &Self) -> bool {

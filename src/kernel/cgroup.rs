@@ -2,20 +2,31 @@
 //!
 //! The id that BPF programs see is the inode number of the cgroup's folder (kernfs, kernels from 5.5).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::usage::usage;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 /// Where cgroup v2 is mounted: alone, or beside v1.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
 /// The id of the cgroup at a path, whole or from the mount on.
 pub fn id(text: &str) -> Result<u64> {
+    let path = folder(text)?;
+    id_of(&path).with_context(|| format!("failed to look at the cgroup {text}"))
+}
+
+/// The id of the cgroup with this folder.
+pub fn id_of(folder: &Path) -> std::io::Result<u64> {
+    fs::metadata(folder).map(|meta| meta.ino())
+}
+
+/// The folder of a cgroup, by its path, whole or from the mount on.
+pub fn folder(text: &str) -> Result<PathBuf> {
     let root = mount().ok_or_else(|| {
         usage(format!(
             "cgroup {text}: cgroup v2 is not mounted at {}",
@@ -39,9 +50,31 @@ pub fn id(text: &str) -> Result<u64> {
     if !path.starts_with(root) || !path.is_dir() {
         return Err(bad(format!("{} is none", path.display())));
     }
-    fs::metadata(&path)
-        .map(|meta| meta.ino())
-        .map_err(|e| bad(e.to_string()))
+    Ok(path)
+}
+
+/// The folders at and below `folder`, each before those below it.
+pub fn below(folder: &Path) -> Vec<PathBuf> {
+    let mut all = vec![folder.to_path_buf()];
+    let mut at = 0;
+    while let Some(dir) = all.get(at) {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        let dirs = entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+        let dirs: Vec<PathBuf> = dirs.map(|e| e.path()).collect();
+        all.extend(dirs);
+        at += 1;
+    }
+    all
+}
+
+/// The processes in a cgroup and below it.
+pub fn members(folder: &Path) -> HashSet<u32> {
+    let mut pids = HashSet::new();
+    for dir in below(folder) {
+        let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        pids.extend(text.lines().filter_map(|l| l.parse::<u32>().ok()));
+    }
+    pids
 }
 
 /// Where cgroup v2 is mounted.
@@ -63,21 +96,17 @@ impl CgroupNames {
     pub fn get(&mut self, id: u64) -> Option<&str> {
         if !self.names.contains_key(&id) {
             if let Some(root) = mount() {
-                self.scan(root, root);
+                self.scan(root);
             }
             self.names.entry(id).or_insert(None);
         }
         self.names.get(&id)?.as_deref()
     }
 
-    fn scan(&mut self, root: &Path, dir: &Path) {
-        if let (Ok(meta), Ok(below)) = (fs::metadata(dir), dir.strip_prefix(root)) {
-            self.names
-                .insert(meta.ino(), Some(format!("/{}", below.display())));
-        }
-        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-            if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                self.scan(root, &entry.path());
+    fn scan(&mut self, root: &Path) {
+        for dir in below(root) {
+            if let (Ok(id), Ok(path)) = (id_of(&dir), dir.strip_prefix(root)) {
+                self.names.insert(id, Some(format!("/{}", path.display())));
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Which process holds a socket, from /proc: for sockets that are older than a trace.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,23 @@ const AGAIN: Duration = Duration::from_secs(1);
 const TOLD: usize = 65_536;
 
 /// A process by number and name.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     pub pid: u32,
     pub comm: String,
+    /// the container that it is in, where that is asked for
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+}
+
+impl std::fmt::Display for Process {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}[{}]", self.comm, self.pid)?;
+        match &self.container {
+            Some(container) => write!(f, " (container {container})"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Sockets' inodes and the (first) process that holds each open.
@@ -106,35 +119,43 @@ impl SocketHolders {
 
     fn scan(&mut self) {
         self.by_inode.clear();
-        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-                continue;
-            };
-            let path = entry.path();
+        for pid in all() {
             let mut comm = None;
-            for fd in fs::read_dir(path.join("fd"))
-                .into_iter()
-                .flatten()
-                .flatten()
-            {
-                let Some(inode) = fs::read_link(fd.path())
-                    .ok()
-                    .and_then(|l| socket_inode(l.to_str()?))
-                else {
-                    continue;
-                };
+            for inode in sockets(pid) {
                 let comm = comm.get_or_insert_with(|| {
-                    let text = fs::read_to_string(path.join("comm")).unwrap_or_default();
+                    let text = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
                     text.trim_end().to_string()
                 });
                 self.by_inode.entry(inode).or_insert_with(|| Process {
                     pid,
                     comm: comm.clone(),
+                    container: None,
                 });
             }
         }
         self.looked = Some(Instant::now());
     }
+}
+
+/// Every process.
+pub fn all() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.parse().ok())
+}
+
+/// The inodes of the sockets that a process holds open.
+fn sockets(pid: u32) -> impl Iterator<Item = u64> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"));
+    let links = entries.into_iter().flatten().flatten();
+    links.filter_map(|fd| socket_inode(fs::read_link(fd.path()).ok()?.to_str()?))
+}
+
+/// The inodes of the sockets of all processes that `is_wanted`.
+pub fn sockets_of(is_wanted: impl Fn(u32) -> bool) -> HashSet<u64> {
+    all()
+        .filter(|pid| is_wanted(*pid))
+        .flat_map(sockets)
+        .collect()
 }
 
 /// `socket:[12345]`

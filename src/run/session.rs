@@ -28,6 +28,10 @@ pub trait Consumer {
 pub trait Tool: Consumer {
     /// Keeps the programs from sending more. Called once, before the last events are taken out of the buffers.
     fn pause(&mut self) -> Result<()>;
+    /// What it was started for has ended. Asked by [`run_periodic`] at least every 100 ms.
+    fn is_over(&mut self) -> bool {
+        false
+    }
     /// Adds what programs, links and maps have counted to `loss`, which has what the loop counted.
     fn count(&mut self, loss: &mut Loss) -> Result<()>;
     /// Ends capture files.
@@ -88,7 +92,13 @@ pub fn run_periodic(stop: &Receiver<Signal>, period: Duration, tool: &mut dyn To
         let wait = next.saturating_duration_since(Instant::now());
         select! {
             recv(stop) -> _ => break Ok(()),
-            default(wait) => {}
+            default(wait.min(TICK)) => {}
+        }
+        if tool.is_over() {
+            break Ok(());
+        }
+        if Instant::now() < next {
+            continue;
         }
         match tool.tick() {
             Ok(Flow::Continue) => next += period,

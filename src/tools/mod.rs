@@ -14,6 +14,7 @@ pub mod report;
 pub mod rules;
 pub mod skb;
 pub mod tcpconnect;
+pub mod who;
 pub mod why;
 pub mod xdpchain;
 pub mod xdpdump;

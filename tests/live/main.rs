@@ -34,6 +34,7 @@ mod tcpconnect_loss;
 mod tcpconnect_outcome;
 mod tcpconnect_stack;
 mod tunnels;
+mod who;
 mod why;
 mod xdp;
 mod xdpchain;
@@ -41,6 +42,9 @@ mod xdpdump;
 mod xdpdump_trace;
 
 fn main() {
+    if let Ok(address) = std::env::var(who::HELPER) {
+        who::help(&address);
+    }
     // Whoever starts the tests may ignore it (nohup); netprobe would inherit that.
     // SAFETY: the default action runs no code of ours.
     unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
@@ -72,6 +76,7 @@ fn main() {
     cases.extend(skb_ends::cases());
     cases.extend(run_ends::cases());
     cases.extend(why::cases());
+    cases.extend(who::cases());
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_dns::cases());

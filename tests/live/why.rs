@@ -580,6 +580,36 @@ fn command() -> Result<()> {
     done.expect_stdout("1 lost (firewall rule 1)")?;
     let done = why(&["--expect", "delivered"], &ping)?;
     done.expect_code(3)?;
+    // The same as a test's result: with a limit, and what ping prints aside.
+    let done = why(
+        &[
+            "--duration",
+            "60",
+            "--expect",
+            "delivered",
+            "--expect-format",
+            "tap",
+        ],
+        &ping,
+    )?;
+    done.expect_code(3)?;
+    let what = format!("not ok 1 - {}: delivered\n# ", ping.join(" "));
+    let begins = format!("TAP version 13\n1..1\n{what}");
+    ensure!(
+        done.stdout.starts_with(&begins) && !done.stdout.contains("PING"),
+        "{done}"
+    );
+    done.expect_stdout("# 1 packet in 1 flow: 1 lost (firewall rule 1).")?;
+    let expect = [
+        "--expect",
+        "lost:NETFILTER_DROP",
+        "--expect-format",
+        "junit",
+    ];
+    let done = why(&expect, &ping)?;
+    done.expect_success()?;
+    done.expect_stdout("tests=\"1\" failures=\"0\"")?;
+    done.expect_stdout("</testsuites>")?;
     let done = why(&[], &["/no/such/program"])?;
     done.expect_code(1)?;
     done.expect_stderr("failed to run /no/such/program")

@@ -14,11 +14,13 @@
 #include "common/compat.bpf.h"
 #include "common/event.h"
 #include "common/config.bpf.h"
+#include "common/stats.bpf.h"
 #include "common/packet.h"
 #include "common/packet.bpf.h"
 #include "common/fields.bpf.h"
 #include "filter/filter.bpf.h"
 #include "common/listen.bpf.h"
+#include "common/who.bpf.h"
 #include "drops/drops.h"
 
 /* For the skeleton's types. */
@@ -307,7 +309,7 @@ static __always_inline int dropped(void *ctx, __u64 skb, __u64 to, __u64 place,
 				   __u32 reason)
 {
 	if ((np_config_get()->fields & NP_PAUSED) ||
-	    !np_filter_skb((void *)skb))
+	    !np_filter_skb((void *)skb) || (who_on && !who_matches(skb, to)))
 		return 0;
 	return count_drop(ctx, skb, to, place, reason);
 }

@@ -43,7 +43,7 @@ static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
 	hit.func = func_addr(ctx);
 	if (returns_on)
 		return_expect(ctx, hit.func, skb_ptr, hit.packet);
-	if (who_cgroup)
+	if (who_on)
 		who_note(skb, sk, tuple);
 	if (sections & (SKB_SECTION_CALLER | SKB_SECTION_NFT))
 		hit.caller = caller_addr(ctx);
@@ -70,7 +70,7 @@ static __noinline __u64 handle_tracked(struct pt_regs *ctx, __u64 skb_ptr,
 	const struct np_config *cfg = np_config_get();
 
 	if (passes_gates(cfg, (void *)skb_ptr, (void *)sk_ptr) &&
-	    (!who_cgroup || who_matches(skb_ptr, sk_ptr)))
+	    (!who_on || who_matches(skb_ptr, sk_ptr)))
 		how |= HOW_MATCHED;
 	else if (cfg->fields & NP_PAUSED)
 		return 0;
@@ -87,6 +87,7 @@ static __always_inline bool handle(struct pt_regs *ctx, __u64 skb_ptr,
 	if (track)
 		return handle_tracked(ctx, skb_ptr, sk_ptr, reason, how);
 	return passes_gates(np_config_get(), (void *)skb_ptr, (void *)sk_ptr) &&
+	       (!who_on || who_matches(skb_ptr, sk_ptr)) &&
 	       passed(ctx, skb_ptr, sk_ptr, reason, how | HOW_MATCHED);
 }
 
@@ -231,7 +232,7 @@ static __always_inline bool drop_wanted(const struct np_config *cfg, __u64 skb,
 		return true;
 	if (!passes_gates(cfg, (void *)skb, (void *)sk))
 		return false;
-	return !who_cgroup || who_matches(skb, sk);
+	return !who_on || who_matches(skb, sk);
 }
 
 /*

@@ -163,7 +163,7 @@ static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 /* The tuple is needed for the filter or for the event. */
 static __always_inline bool wants_tuple(const struct np_config *cfg)
 {
-	return (cfg->fields & NP_FIELDS_PACKET) ||
+	return (cfg->fields & NP_FIELDS_PACKET) || who_on ||
 	       (sections & (SKB_SECTION_TUPLE | SKB_SECTION_TUNNEL));
 }
 

@@ -4,19 +4,13 @@
  * socket lives. The process that happens to be current when a packet is
  * handled (a softirq, a retransmit timer) is another.
  *
- * Needs compat.bpf.h and event.bpf.h before it.
+ * Needs compat.bpf.h, event.bpf.h and packet.bpf.h before it.
  */
 #ifndef NETPROBE_SKB_OWNER_BPF_H
 #define NETPROBE_SKB_OWNER_BPF_H
 
+#include "common/who.bpf.h"
 #include "skb/skb.h"
-
-/* Values of sock_common.skc_state, include/net/tcp_states.h */
-#define NP_TCP_TIME_WAIT 6
-#define NP_TCP_NEW_SYN_RECV 12
-#define NP_AF_INET 2
-#define NP_AF_INET6 10
-#define NP_AF_PACKET 17
 
 struct skb_process {
 	__u32 pid;
@@ -57,6 +51,7 @@ static __always_inline void owner_read(struct sk_buff *skb, struct sock *to,
 {
 	struct sock *sk = NP_READ(skb, sk);
 	struct skb_process *p;
+	struct cgroup *cgroup;
 	struct socket *sock;
 	struct inode *inode;
 	__u8 state;
@@ -77,8 +72,9 @@ static __always_inline void owner_read(struct sk_buff *skb, struct sock *to,
 	o->sock = (__u64)sk;
 	o->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
 	o->uid = BPF_CORE_READ(sk, sk_uid.val);
-	if (bpf_core_field_exists(sk->sk_cgrp_data.cgroup))
-		o->cgroup = BPF_CORE_READ(sk, sk_cgrp_data.cgroup, kn, id);
+	cgroup = who_cgroup_of(sk);
+	if (cgroup)
+		o->cgroup = BPF_CORE_READ(cgroup, kn, id);
 	sock = BPF_CORE_READ(sk, sk_socket);
 	if (sock) {
 		inode = &((struct socket_alloc *)sock)->vfs_inode;

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * netprobe why: whose packets are followed (those of one cgroup, and those to its
- * sockets), what decides beside the packet (socket, route), and the ICMP errors
+ * netprobe why: what decides beside the packet (socket, route), and the ICMP errors
  * that this kernel sends for a packet.
  *
  * Needs skb_track.bpf.h, skb_owner.bpf.h and packet.bpf.h before it.
@@ -11,161 +10,8 @@
 
 #include "skb/skb.h"
 
-/* Only packets of sockets in this cgroup (v2) and those to them; 0: all. */
-const volatile __u64 who_cgroup = 0;
-
 struct skb_facts skb_facts_type;
 enum skb_fact skb_fact_type;
-
-/* Packets that come back, by their namespace and tuple. */
-struct who_flow {
-	__u64 saddr[2];
-	__u64 daddr[2];
-	__u16 sport;
-	__u16 dport;
-	__u32 netns;
-	__u32 l4_proto;
-	__u32 pad;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1);
-	__type(key, struct who_flow);
-	__type(value, __u8);
-} who_flows SEC(".maps");
-
-/* Too much for the stack. */
-struct who_scratch {
-	struct np_tuple tuple;
-	struct np_tuple quoted;
-	struct who_flow key;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct who_scratch);
-} who_scratches SEC(".maps");
-
-/* The socket's cgroup; kernels before 5.13 keep other things in its place, too. */
-struct sock_cgroup_data___np {
-	__u64 val;
-} __attribute__((preserve_access_index));
-
-static __always_inline __u64 who_cgroup_of(struct sock *sk)
-{
-	struct sock_cgroup_data___np *old = (void *)&sk->sk_cgrp_data;
-	struct cgroup *cgroup;
-	__u64 val;
-
-	if (bpf_core_field_exists(sk->sk_cgrp_data.cgroup))
-		return BPF_CORE_READ(sk, sk_cgrp_data.cgroup, kn, id);
-	if (!bpf_core_field_exists(struct sock_cgroup_data___np, val))
-		return 0;
-	val = BPF_CORE_READ(old, val);
-	if (val & 1)
-		return 0;
-	cgroup = (void *)(val & ~3ULL);
-	return BPF_CORE_READ(cgroup, kn, id);
-}
-
-/* A full socket: one that is made for a handshake stands for its listener; NULL in TIME-WAIT. */
-static __always_inline struct sock *who_full(struct sock *sk)
-{
-	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
-
-	if (state == NP_TCP_NEW_SYN_RECV)
-		return BPF_CORE_READ((struct request_sock *)sk,
-				     __req_common.skc_listener);
-	return state == NP_TCP_TIME_WAIT ? NULL : sk;
-}
-
-static __always_inline void who_key(const struct np_tuple *t, __u32 netns,
-				    bool back, struct who_flow *key)
-{
-	__builtin_memset(key, 0, sizeof(*key));
-	key->saddr[0] = back ? t->daddr[0] : t->saddr[0];
-	key->saddr[1] = back ? t->daddr[1] : t->saddr[1];
-	key->daddr[0] = back ? t->saddr[0] : t->daddr[0];
-	key->daddr[1] = back ? t->saddr[1] : t->daddr[1];
-	key->sport = back ? t->dport : t->sport;
-	key->dport = back ? t->sport : t->dport;
-	key->netns = netns;
-	key->l4_proto = t->l4_proto;
-}
-
-/* An ICMP error quotes the packet that it is about. */
-static __always_inline bool who_is_error(const struct np_tuple *t)
-{
-	if (t->l4_proto == IPPROTO_ICMP)
-		return t->icmp_type == 3 || t->icmp_type == 11 ||
-		       t->icmp_type == 12;
-	return t->l4_proto == 58 && t->icmp_type < 128;
-}
-
-/* Does a packet without a socket come back to the cgroup's sockets? */
-static __noinline __u64 who_comes_back(__u64 skb_ptr, __u32 netns)
-{
-	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
-	struct who_scratch *s;
-	__u32 zero = 0;
-	__u8 first = 0;
-	__u64 l3;
-
-	s = bpf_map_lookup_elem(&who_scratches, &zero);
-	if (!s)
-		return 0;
-	__builtin_memset(&s->tuple, 0, sizeof(s->tuple));
-	np_read_tuple(skb, &s->tuple);
-	if (!s->tuple.l3_version)
-		return 0;
-	who_key(&s->tuple, netns, false, &s->key);
-	if (bpf_map_lookup_elem(&who_flows, &s->key))
-		return 1;
-	if (!who_is_error(&s->tuple))
-		return 0;
-	l3 = np_l3_sound(skb);
-	bpf_probe_read_kernel(&first, 1, (void *)l3);
-	l3 += s->tuple.l3_version == 4 ? (first & 0xf) * 4 : 40;
-	__builtin_memset(&s->quoted, 0, sizeof(s->quoted));
-	np_read_l3((const __u8 *)l3 + 8, &s->quoted);
-	who_key(&s->quoted, netns, true, &s->key);
-	return bpf_map_lookup_elem(&who_flows, &s->key) != NULL;
-}
-
-/* Is it one of the cgroup's packets? `to`: the function's own socket, or 0. */
-static __noinline __attribute__((unused)) __u64 who_matches(__u64 skb_ptr,
-							    __u64 to)
-{
-	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
-	__u64 sk = (__u64)BPF_CORE_READ(skb, sk);
-
-	if (!sk)
-		sk = to;
-	if (sk)
-		sk = (__u64)who_full((struct sock *)sk);
-	if (sk && who_cgroup_of((struct sock *)sk) == who_cgroup)
-		return 1;
-	return who_comes_back(
-		skb_ptr, np_read_netns(skb, to ? NP_CAST(sock, to) : NULL));
-}
-
-/* This packet is followed: what comes back belongs to it. */
-static __always_inline void who_note(struct sk_buff *skb, struct sock *sk,
-				     const struct np_tuple *t)
-{
-	struct who_scratch *s;
-	__u32 zero = 0;
-	__u8 one = 1;
-
-	s = bpf_map_lookup_elem(&who_scratches, &zero);
-	if (!s || !t->l3_version)
-		return;
-	who_key(t, np_read_netns(skb, sk), true, &s->key);
-	bpf_map_update_elem(&who_flows, &s->key, &one, BPF_ANY);
-}
 
 /* The socket: what it holds, and how much it may. */
 static __always_inline void facts_of_sock(struct sock *sk, struct skb_facts *f)
@@ -308,7 +154,7 @@ struct {
 	__type(value, struct why_flow_call);
 } why_flows SEC(".maps");
 
-/* ip_route_output_key_hash_rcu(net, flow, ...), asked by a process of the cgroup */
+/* ip_route_output_key_hash_rcu(net, flow, ...), asked by a process whose packets are followed */
 SEC("kprobe/why_route")
 int why_route(struct pt_regs *ctx)
 {
@@ -318,7 +164,7 @@ int why_route(struct pt_regs *ctx)
 		.flow = PT_REGS_PARM2(ctx),
 	};
 
-	if (bpf_get_current_cgroup_id() == who_cgroup)
+	if (who_current())
 		bpf_map_update_elem(&why_flows, &key, &call, BPF_ANY);
 	return 0;
 }

@@ -8,6 +8,7 @@ use crate::bpf::drops::types::drop_by;
 use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
+use crate::tools::who::WhoArgs;
 
 /// What a row is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -88,6 +89,10 @@ pub struct Args {
     /// Show libbpf's log
     #[arg(long)]
     pub verbose: bool,
+
+    // Last: its COMMAND comes behind the expression.
+    #[command(flatten)]
+    pub who: WhoArgs,
 }
 
 impl Args {
@@ -114,5 +119,6 @@ impl Args {
             && self.expression.filter_tunnel_pcap_l2.is_none()
             && self.expression.filter_tunnel_pcap_l3.is_none()
             && self.fields.is_empty()
+            && self.who.is_empty()
     }
 }

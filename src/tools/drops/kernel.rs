@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{Context, Result};
-use libbpf_rs::skel::OpenSkel;
+use libbpf_rs::skel::{OpenSkel, Skel};
 use libbpf_rs::{Link, MapCore, MapFlags, OpenObject};
 
 use crate::bpf::drops::types::{drop_count, drop_example, drop_key};
@@ -18,6 +18,8 @@ use crate::kernel::features::Features;
 use crate::kernel::frees::only_frees;
 use crate::kernel::functions;
 use crate::run::object;
+use crate::tools::skb::hooks::{ENDS, Hook, WHO, WHO_PROCESSES};
+use crate::tools::who::{FORKS, Who, WhoWants};
 
 use super::args::Args;
 
@@ -39,7 +41,7 @@ impl<'a> Programs<'a> {
     pub fn begin(
         args: &Args,
         features: &Features,
-        filters: &Filters,
+        (filters, who): (&Filters, &Who),
         core: &CoreBtf,
         storage: &'a mut MaybeUninit<OpenObject>,
     ) -> Result<Self> {
@@ -60,18 +62,43 @@ impl<'a> Programs<'a> {
             rodata.frees_count = i as u32 + 1;
         }
         set_filter!(rodata, filters.on(features.skb_fields));
+        rodata.who_on = who.on;
+        rodata.who_uid = who.uid;
+        rodata.who_cgroup = who.cgroup;
+        rodata.who_comm = who.comm;
         if !features.kprobe {
             open.progs.drops_listen.set_autoload(false);
             open.progs.drops_time_wait.set_autoload(false);
         }
+        let hooks = hooks(who.wants(), features);
+        for mut program in open.open_object_mut().progs_mut() {
+            let name = program.name().to_string_lossy().into_owned();
+            if name.starts_with("who_") {
+                program.set_autoload(hooks.iter().any(|(p, _)| *p == name));
+            }
+        }
+        let maps = &mut open.maps;
+        who.prepare(
+            [
+                &mut maps.who_ends,
+                &mut maps.who_inodes,
+                &mut maps.who_tgids,
+                &mut maps.who_socks,
+                &mut maps.who_binds,
+            ],
+            &mut maps.who_flows,
+            0,
+        )?;
         filters.prepare(open.open_object_mut(), features)?;
         let skel = object::load(open)?;
+        // Sockets first: a drop must not be seen before its socket can be known.
+        let mut links = attach(&skel, &hooks)?;
         let freed = skel
             .progs
             .drops_freed
             .attach_raw_tracepoint("kfree_skb")
             .context("failed to attach to the tracepoint skb:kfree_skb")?;
-        let mut links = vec![freed];
+        links.push(freed);
         let kprobes = [
             (
                 &skel.progs.drops_listen,
@@ -155,6 +182,52 @@ fn sum(per_cpu: Vec<Vec<u8>>) -> Count {
         }
     }
     sum
+}
+
+/// Programs of src/bpf/common/who.bpf.h, and what they are attached to. Without kprobes, what a socket gets during the run is not seen: stderr says
+/// so.
+fn hooks(wants: WhoWants, features: &Features) -> Vec<Hook> {
+    let mut hooks = Vec::new();
+    if wants.any && !features.kprobe {
+        eprintln!(
+            "netprobe: packets to sockets that are made during the run are not known before they reach them: this kernel has no kprobes"
+        );
+    } else if wants.any {
+        hooks.extend(WHO);
+        if wants.processes {
+            hooks.extend(WHO_PROCESSES);
+        }
+        let ends = ENDS
+            .iter()
+            .filter(|(begin, _)| WHO.iter().any(|(p, _)| p == begin));
+        let ends = ends.flat_map(|(begin, end)| {
+            let of = WHO.iter().filter(move |(p, _)| p == begin);
+            of.map(move |(_, function)| (*end, *function))
+        });
+        hooks.extend(ends);
+    }
+    if wants.forks {
+        hooks.extend(FORKS);
+    }
+    hooks
+}
+
+/// Attaches the programs of whose packets. A function that a kernel lacks is passed over.
+fn attach(skel: &DropsSkel<'_>, hooks: &[Hook]) -> Result<Vec<Link>> {
+    let mut links = Vec::new();
+    for (name, to) in hooks {
+        let mut programs = skel.object().progs_mut();
+        let program = programs.find(|p| p.name() == *name);
+        let program = program.with_context(|| format!("the BPF object has no program {name}"))?;
+        if FORKS.contains(&(name, to)) {
+            let link = program.attach_raw_tracepoint(to);
+            links.push(link.with_context(|| format!("failed to attach to the tracepoint {to}"))?);
+        } else if let Ok(link) = program.attach_kprobe(ENDS.iter().any(|(_, end)| end == name), to)
+        {
+            links.push(link);
+        }
+    }
+    Ok(links)
 }
 
 /// Where the functions begin and end that only free.

@@ -28,6 +28,7 @@ use crate::run::pins::Pins;
 use crate::run::session::{self, Consumer, Tool};
 use crate::run::{log, signals};
 use crate::tools::rules;
+use crate::tools::who::{self, command::Running};
 
 use args::Args;
 use kernel::{Count, Programs};
@@ -41,6 +42,7 @@ pub fn run(args: &Args) -> Result<()> {
         return rules::explain(&rules, reason, &args.output);
     }
     let config = args.fields.config()?;
+    let mut who = args.who.resolve()?;
     let filters = args.expression.filters(None)?;
     log::init(args.verbose);
     let btf = Btf::vmlinux(None);
@@ -56,16 +58,24 @@ pub fn run(args: &Args) -> Result<()> {
     let stop = signals::stop_channel()?;
     let out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
-    let mut programs = Programs::begin(args, &features, &filters, &core, &mut storage)?;
+    let mut programs = Programs::begin(args, &features, (&filters, &who), &core, &mut storage)?;
     drop(core);
     let pins = Pins::create("drops");
     if let Some(pins) = &pins {
         pins.pin(&mut programs.skel.maps.data_config, "config")?;
     }
     let config = Config::set(&programs.skel.maps.data_config, config)?;
+    let maps = who::Maps {
+        tgids: &programs.skel.maps.who_tgids,
+        inodes: &programs.skel.maps.who_inodes,
+        ends: &programs.skel.maps.who_ends,
+        flows: &programs.skel.maps.who_flows,
+    };
+    who.seed(&maps)?;
     // Read before the ledger: a drop between the two is in the programs' book alone.
     let start = programs.rows()?;
     let mut drops = Drops {
+        command: None,
         args,
         presenter: Presenter::new(args),
         names: Names::new(rules, reasons),
@@ -81,6 +91,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     eprintln!("netprobe: counting drops (Ctrl-C ends)");
     output::ready(args.output.ready_file.as_deref())?;
+    drops.command = who.start(&maps, false)?;
     let period = Duration::from_secs(args.interval);
     session::run_periodic(&stop, period, &mut drops)
 }
@@ -97,6 +108,7 @@ struct Drops<'a, M> {
     args: &'a Args,
     presenter: Presenter,
     names: Names,
+    command: Option<Running>,
     ledger: Option<Ledger>,
     /// counts at the last table, and at the start
     before: HashMap<drop_key, Count>,
@@ -155,7 +167,14 @@ impl<M: MapCore> Consumer for Drops<'_, M> {
 }
 
 impl<M: MapCore> Tool for Drops<'_, M> {
+    fn is_over(&mut self) -> bool {
+        self.command.as_mut().is_some_and(|c| c.is_over(true))
+    }
+
     fn pause(&mut self) -> Result<()> {
+        if let Some(command) = &mut self.command {
+            command.stop();
+        }
         // Drops after this are in neither book.
         if let Some(ledger) = &mut self.ledger {
             ledger.read();
@@ -166,7 +185,7 @@ impl<M: MapCore> Tool for Drops<'_, M> {
     fn count(&mut self, loss: &mut Loss) -> Result<()> {
         loss.map_full += self.programs.overflow()?.packets;
         loss.missed += self.programs.missed();
-        Ok(())
+        loss.add_stats(&self.programs.skel.maps.stats)
     }
 
     fn report(&mut self, loss: &Loss) -> Result<()> {

@@ -11,6 +11,7 @@ use crate::kernel::btf::Btf;
 use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
+use crate::tools::who::WhoArgs;
 use crate::tools::{EngineArgs, TransportArgs};
 use crate::usage::usage;
 
@@ -89,11 +90,11 @@ pub struct Args {
     pub filter_non_skb_funcs: Vec<String>,
 
     /// Show each run of a tc, tcx or netkit program, with its verdict. Programs that are loaded later are traced within 0.1 s
-    #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
+    #[arg(long, help_heading = "BPF programs", conflicts_with_all = ["drops", "pid", "comm", "uid", "cgroup", "container", "command"])]
     pub filter_trace_tc: bool,
 
     /// Show each run of an XDP program, with its verdict. Programs that are loaded later are traced within 0.1 s
-    #[arg(long, help_heading = "BPF programs", conflicts_with = "drops")]
+    #[arg(long, help_heading = "BPF programs", conflicts_with_all = ["drops", "pid", "comm", "uid", "cgroup", "container", "command"])]
     pub filter_trace_xdp: bool,
 
     /// A condition in C on members of an XDP packet's xdp_buff: 'xdp->rxq->queue_index == 3' (--filter-skb-expr does not apply to
@@ -196,6 +197,10 @@ pub struct Args {
     /// The events are recorded (`netprobe record`), with the packets' bytes and the numbers of sk_buffs' lives.
     #[arg(skip)]
     pub recorded: bool,
+
+    // Last: its COMMAND comes behind the expression.
+    #[command(flatten)]
+    pub who: WhoArgs,
 }
 
 impl Args {

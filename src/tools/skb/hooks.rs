@@ -145,14 +145,43 @@ pub const ICMP: [Hook; 4] = [
     ("why_pushed", "icmpv6_push_pending_frames"),
 ];
 
-/// netprobe why -- COMMAND
+/// netprobe why with a filter by process
 pub const ROUTES: [Hook; 1] = [("why_route", "ip_route_output_key_hash_rcu")];
+
+/// --pid, --comm, --uid, --cgroup, --container, -- COMMAND (src/bpf/common/who.bpf.h): ports and connections of sockets
+pub const WHO: [Hook; 9] = [
+    ("who_listens", "inet_hash"),
+    ("who_listens", "inet6_hash"),
+    ("who_binds_begin", "udp_lib_get_port"),
+    ("who_connects", "tcp_connect"),
+    ("who_child", "inet_csk_complete_hashdance"),
+    ("who_leaves", "inet_unhash"),
+    ("who_leaves", "udp_lib_unhash"),
+    ("who_gone", "inet_sock_destruct"),
+    ("who_gone", "packet_sock_destruct"),
+];
+
+/// Those of them that ask for processes: which sockets these make and use
+pub const WHO_PROCESSES: [Hook; 11] = [
+    ("who_made", "sock_init_data"),
+    ("who_uses", "tcp_v4_connect"),
+    ("who_uses", "tcp_v6_connect"),
+    ("who_uses", "tcp_sendmsg"),
+    ("who_uses", "tcp_recvmsg"),
+    ("who_uses", "udp_sendmsg"),
+    ("who_uses", "udpv6_sendmsg"),
+    ("who_uses", "udp_recvmsg"),
+    ("who_uses", "udpv6_recvmsg"),
+    ("who_uses", "raw_sendmsg"),
+    ("who_uses", "rawv6_sendmsg"),
+];
 
 /// A program for functions' returns alone.
 pub const FOUND: &str = "rx_found";
 
 /// Programs, and those at the returns of the same functions.
-pub const ENDS: [(&str, &str); 7] = [
+pub const ENDS: [(&str, &str); 8] = [
+    ("who_binds_begin", "who_binds_end"),
     ("why_route", "why_route_end"),
     ("why_icmp", "why_icmp_end"),
     (EXPRESSION, "nft_eval_end"),
@@ -186,6 +215,8 @@ mod tests {
             &LISTEN[..],
             &RECEIVERS[..],
             &ICMP[..],
+            &WHO[..],
+            &WHO_PROCESSES[..],
         ] {
             let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
             assert_eq!(names.len(), table.len());

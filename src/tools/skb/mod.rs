@@ -9,7 +9,7 @@ pub(super) mod drops;
 mod dump;
 pub(super) mod event;
 mod helpers;
-mod hooks;
+pub(super) mod hooks;
 mod json;
 mod json_tails;
 mod members;
@@ -53,6 +53,7 @@ use crate::run::pins::Pins;
 use crate::run::session::{self, Consumer, Tool};
 use crate::run::stream::Stream;
 use crate::run::{log, object, signals};
+use crate::tools::who::{self, Who, command::Running};
 use crate::usage::usage;
 
 use args::Args;
@@ -76,6 +77,7 @@ pub fn run(args: &Args) -> Result<()> {
 pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
     let config = args.fields.config()?;
+    let mut who = args.who.resolve()?;
     args.transport.check(&args.engine)?;
     let pattern = args.function_pattern()?;
     let filters = args.expression.filters(args.kernel_btf.as_deref())?;
@@ -105,8 +107,9 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
         nft: args.asks(SECTION_NFT),
         icmp: false,
         routes: false,
+        who: who.wants(),
     };
-    if args.drops && !wants.owner && !wants.nft {
+    if args.drops && !wants.owner && !wants.nft && !wants.who.any {
         features.require_drops("skb --drops")?;
     } else {
         features.require_tracing("skb")?;
@@ -142,7 +145,7 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
         args,
         &features,
         (&plan, &filters, &members, &reasons),
-        wants,
+        (wants, &who),
         core.as_ref(),
         &mut storage,
     )?;
@@ -198,8 +201,17 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
     if recorder.is_none() || options.lines {
         presenter.header(&mut out)?;
     }
+    let maps = who::Maps {
+        tgids: &skel.maps.who_tgids,
+        inodes: &skel.maps.who_inodes,
+        ends: &skel.maps.who_ends,
+        flows: &skel.maps.who_flows,
+    };
+    who.seed(&maps)?;
     output::ready(args.output.ready_file.as_deref())?;
+    let command = who.start(&maps, false)?;
     let mut run = Skb {
+        command,
         lines: Lines {
             presenter: &mut presenter,
             capture,
@@ -221,6 +233,7 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
 
 /// The run: what it does with events, and what its end needs.
 struct Skb<'a, 'p, M> {
+    command: Option<Running>,
     lines: Lines<'a, 'p>,
     recorder: Option<Recorder>,
     config: Config<'a, M>,
@@ -241,12 +254,20 @@ impl<M: MapCore> Consumer for Skb<'_, '_, M> {
         if let Some(recorder) = &mut self.recorder {
             recorder.tick(self.lines.presenter)?;
         }
-        self.lines.tick()
+        let flow = self.lines.tick()?;
+        // Nobody knows here which packets are still under way.
+        match self.command.as_mut().is_some_and(|c| c.is_over(false)) {
+            true => Ok(Flow::Stop),
+            false => Ok(flow),
+        }
     }
 }
 
 impl<M: MapCore> Tool for Skb<'_, '_, M> {
     fn pause(&mut self) -> Result<()> {
+        if let Some(command) = &mut self.command {
+            command.stop();
+        }
         self.config.pause()
     }
 
@@ -275,7 +296,7 @@ fn load<'a>(
     args: &Args,
     features: &Features,
     (plan, filters, members, reasons): (&Plan, &Filters, &Members, &DropReasons),
-    wants: Wants,
+    (wants, who): (Wants, &Who),
     core: Option<&CoreBtf>,
     storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
 ) -> Result<SkbSkel<'a>> {
@@ -305,6 +326,10 @@ fn load<'a>(
     rodata.lives = u8::from(args.lives());
     rodata.track_stack = u8::from(args.track_stack());
     rodata.returns_on = u8::from(args.output_retval);
+    rodata.who_on = who.on;
+    rodata.who_uid = who.uid;
+    rodata.who_cgroup = who.cgroup;
+    rodata.who_comm = who.comm;
     let size = |map: &mut OpenMapMut<'_>, entries: u32| {
         map.set_max_entries(entries)
             .context("failed to set the size of a map")
@@ -328,6 +353,18 @@ fn load<'a>(
         size(&mut open.maps.nf_ways, 4096)?;
         size(&mut open.maps.nft_calls, 4096)?;
     }
+    let maps = &mut open.maps;
+    who.prepare(
+        [
+            &mut maps.who_ends,
+            &mut maps.who_inodes,
+            &mut maps.who_tgids,
+            &mut maps.who_socks,
+            &mut maps.who_binds,
+        ],
+        &mut maps.who_flows,
+        0,
+    )?;
     args.transport.prepare(&mut open.maps.rings)?;
     plan.prepare(&mut open);
     filters.prepare(open.open_object_mut(), features)?;

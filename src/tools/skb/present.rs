@@ -7,6 +7,7 @@ use anyhow::Result;
 
 use crate::kernel::btf::Btf;
 use crate::kernel::clock::WallClock;
+use crate::kernel::containers::ContainerNames;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::functions::ByAddress;
 use crate::kernel::process::SocketHolders;
@@ -78,6 +79,7 @@ impl Presenter {
             },
             members,
             holders: args.asks(SECTION_OWNER).then(SocketHolders::look),
+            containers: Some(ContainerNames::default()),
             ..View::default()
         };
         Ok(Self::with(&style, view, WallClock::new()?))

@@ -16,6 +16,7 @@ use crate::kernel::btf_functions::Function;
 use crate::kernel::features::Features;
 use crate::kernel::functions::{self, TraceableSet};
 use crate::run::progress::Progress;
+use crate::tools::who::{self, WhoWants};
 use crate::usage::usage;
 
 use super::args::{Args, Backend};
@@ -69,6 +70,8 @@ pub struct Wants {
     pub icmp: bool,
     /// routes that processes look for in vain
     pub routes: bool,
+    /// whose packets they are
+    pub who: WhoWants,
 }
 
 /// What is to be attached.
@@ -83,6 +86,7 @@ pub struct Plan {
     /// programs that are loaded, and attached by others
     loaded: Vec<Prog>,
     drops: bool,
+    who: WhoWants,
     /// functions to a link of kprobe.multi; 0: all
     batch: usize,
     count: usize,
@@ -209,6 +213,7 @@ impl Plan {
             returns: BTreeMap::new(),
             loaded: Vec::new(),
             drops: wants.drops,
+            who: wants.who,
             batch: 0,
             count: 0,
             untraceable: 0,
@@ -224,9 +229,13 @@ impl Plan {
         let receivers = wants.receivers.then_some(&hooks::RECEIVERS[..]);
         let routes = wants.routes.then_some(&hooks::ROUTES[..]);
         let icmp = wants.icmp.then_some(&hooks::ICMP[..]);
-        let tables = [track, owner, xdp, nft, listens, receivers, icmp, routes]
-            .into_iter()
-            .flatten();
+        let who = wants.who.any.then_some(&hooks::WHO[..]);
+        let users = wants.who.processes.then_some(&hooks::WHO_PROCESSES[..]);
+        let tables = [
+            track, owner, xdp, nft, listens, receivers, icmp, routes, who, users,
+        ]
+        .into_iter()
+        .flatten();
         let all = tables.flatten().copied();
         all.filter(|hook| wants.track || hooks::is_of_life(hook))
             .collect()
@@ -344,6 +353,15 @@ impl Plan {
         }
     }
 
+    /// Programs at tracepoints.
+    fn tracepoints(&self) -> impl Iterator<Item = (Prog, &'static str)> {
+        let drops = self.drops.then_some((DROPS, "kfree_skb"));
+        let forks = self.who.forks.then_some(&who::FORKS[..]);
+        drops
+            .into_iter()
+            .chain(forks.into_iter().flatten().copied())
+    }
+
     /// Tells the open object which programs to load, and for which kind of probe.
     pub fn prepare(&self, open: &mut OpenSkbSkel<'_>) {
         for mut p in open.open_object_mut().progs_mut() {
@@ -352,9 +370,11 @@ impl Plan {
                 || self.hooks.contains_key(name.as_str())
                 || self.returns.contains_key(name.as_str())
                 || self.loaded.contains(&name.as_str())
-                || self.drops && name == DROPS;
+                || self.tracepoints().any(|(prog, _)| prog == name);
             p.set_autoload(used);
-            if self.backend == Backend::KprobeMulti && name != DROPS {
+            if self.backend == Backend::KprobeMulti
+                && !p.section().to_string_lossy().starts_with("raw_tp")
+            {
                 p.set_attach_type(ProgramAttachType::KprobeMulti);
             }
         }
@@ -394,13 +414,14 @@ impl Plan {
                 .collect();
             functions::addresses(|n| wanted.contains(n), |addr, n| attached.name_at(addr, n));
         }
-        if self.drops {
-            let program = program(skel, DROPS)?;
+        for (prog, tracepoint) in self.tracepoints() {
+            let program = program(skel, prog)?;
             let link = program
-                .attach_raw_tracepoint("kfree_skb")
-                .context("failed to attach to the tracepoint skb:kfree_skb")?;
+                .attach_raw_tracepoint(tracepoint)
+                .with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
             attached.add(&program, link);
-        } else if attached.functions == 0 {
+        }
+        if !self.drops && attached.functions == 0 {
             bail!(
                 "the kernel refused a probe on each of the {} functions ({})",
                 self.count,

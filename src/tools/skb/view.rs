@@ -8,6 +8,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::event::tuple::Tuple;
+use crate::kernel::containers::ContainerNames;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
@@ -44,6 +45,8 @@ pub struct View {
     /// of sk_buffs, of XDP packets
     pub members: [Members; 2],
     pub holders: Option<SocketHolders>,
+    /// `None`: out of a recording, the containers here are not asked
+    pub containers: Option<ContainerNames>,
     pub symbols: KernelSymbols,
     /// by the section's bit
     pub widths: [Widths; 32],
@@ -158,6 +161,11 @@ impl View {
         }
         let holder = self.holders.as_mut()?.of(owner.inode)?;
         Some((holder.pid, escaped(holder.comm.as_bytes())))
+    }
+
+    /// The container of a socket's process.
+    pub fn container(&mut self, owner: &Owner, pid: u32) -> Option<String> {
+        self.containers.as_mut()?.of(owner.cgroup, pid)
     }
 
     pub fn frame(&self, addr: u64) -> Frame<'_> {

@@ -1,7 +1,6 @@
 //! The flags of `netprobe why`.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::ValueEnum;
 
@@ -10,9 +9,11 @@ use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 use crate::tools::skb::args::Backend;
+use crate::tools::who::WhoArgs;
 use crate::tools::{EngineArgs, TransportArgs};
 
 use super::ends::End;
+use super::expect::{Expect, Format};
 
 /// Which packets are shown.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -24,31 +25,6 @@ pub enum Only {
     Lost,
     /// those that took at least --min-ms
     Slow,
-}
-
-/// What a run is expected to see.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Expect {
-    /// packets are delivered, sent or answered, and none is lost or rejected
-    Delivered,
-    /// a packet is lost, by this rule
-    Lost(Option<String>),
-    /// a packet is rejected
-    Rejected,
-}
-
-impl FromStr for Expect {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            None if text == "delivered" => Ok(Self::Delivered),
-            None if text == "lost" => Ok(Self::Lost(None)),
-            None if text == "rejected" => Ok(Self::Rejected),
-            Some(("lost", rule)) if !rule.is_empty() => Ok(Self::Lost(Some(rule.to_owned()))),
-            _ => Err("give delivered, lost, lost:RULE or rejected".to_owned()),
-        }
-    }
 }
 
 /// Say what became of packets, in words, with proof.
@@ -79,6 +55,10 @@ pub struct Args {
     #[arg(long, value_name = "delivered|lost[:RULE]|rejected")]
     pub expect: Option<Expect>,
 
+    /// Write a test's result in this format to stdout, with the blocks in it; what COMMAND prints goes to stderr
+    #[arg(long, value_enum, requires = "expect", conflicts_with = "output_json")]
+    pub expect_format: Option<Format>,
+
     /// Read further rules from FILE (TOML, like src/explain/reasons.toml); they take precedence over the built-in rules
     #[arg(long, value_name = "FILE")]
     pub rules: Option<PathBuf>,
@@ -106,9 +86,9 @@ pub struct Args {
     #[command(flatten)]
     pub transport: TransportArgs,
 
-    /// Run COMMAND in a cgroup of its own, and follow the packets of its sockets, and those to them; the run ends with it
-    #[arg(last = true, value_name = "COMMAND")]
-    pub command: Vec<String>,
+    // Last: its COMMAND comes behind the expression.
+    #[command(flatten)]
+    pub who: WhoArgs,
 }
 
 impl Args {
@@ -127,25 +107,6 @@ impl Args {
             Only::All => self.details || end != End::Expected,
             Only::Lost => !end.is_good(),
             Only::Slow => took >= self.min_ms.saturating_mul(1_000_000),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn expectations() {
-        assert_eq!("delivered".parse(), Ok(Expect::Delivered));
-        assert_eq!("lost".parse(), Ok(Expect::Lost(None)));
-        assert_eq!(
-            "lost:NO_SOCKET".parse(),
-            Ok(Expect::Lost(Some("NO_SOCKET".into())))
-        );
-        assert_eq!("rejected".parse(), Ok(Expect::Rejected));
-        for bad in ["", "lost:", "sent", "delivered:X"] {
-            assert!(bad.parse::<Expect>().is_err(), "{bad}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Journeys alike in one: same kind of packet, same way, same end. A group waits a while for more of its kind, then it is shown.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 
 use rustc_hash::FxHashMap;
 
@@ -39,11 +40,37 @@ pub struct Group {
     number: u64,
 }
 
+/// The protocol and the ends of a conversation.
+type Ends = (u8, [(IpAddr, u16); 2]);
+
+/// Conversations. Those of the same addresses are one where a namespace is an end of both.
+#[derive(Debug, Default)]
+struct Flows {
+    by_ends: FxHashMap<Ends, Vec<HashSet<u32>>>,
+    count: usize,
+}
+
+impl Flows {
+    fn add(&mut self, ends: Ends, places: HashSet<u32>) {
+        if self.count >= FLOWS {
+            return;
+        }
+        let flows = self.by_ends.entry(ends).or_default();
+        let before = flows.len();
+        let (same, others) = std::mem::take(flows)
+            .into_iter()
+            .partition::<Vec<_>, _>(|flow| !flow.is_disjoint(&places));
+        *flows = others;
+        flows.push(same.into_iter().fold(places, |all, flow| &all | &flow));
+        self.count = self.count + flows.len() - before;
+    }
+}
+
 /// What is counted over the whole run.
 #[derive(Debug, Default)]
 pub struct Totals {
     pub packets: u64,
-    flows: HashSet<(u8, [(std::net::IpAddr, u16); 2])>,
+    flows: Flows,
     pub ends: std::collections::BTreeMap<End, u64>,
     /// losses and rejections by what they mean
     pub causes: std::collections::BTreeMap<(End, String), u64>,
@@ -55,8 +82,11 @@ impl Totals {
     fn add(&mut self, journey: &Journey, verdict: &Verdict) {
         self.packets += 1;
         *self.ends.entry(verdict.end).or_default() += 1;
-        if let (Some(tuple), true) = (journey.tuple, self.flows.len() < FLOWS) {
-            self.flows.insert(flow(&tuple));
+        if let Some(tuple) = journey.tuple {
+            let end = journey.legs.get(&verdict.leg).map(|leg| leg.netns);
+            let end = end.filter(|netns| verdict.end.is_good() && *netns != 0);
+            let places = end.into_iter().chain([journey.netns]);
+            self.flows.add(flow(&tuple), places.collect());
         }
         if matches!(verdict.end, End::Lost | End::Rejected) {
             let what = verdict.what.clone();
@@ -68,7 +98,7 @@ impl Totals {
     }
 
     pub fn flows(&self) -> usize {
-        self.flows.len()
+        self.flows.count
     }
 
     pub fn of(&self, end: End) -> u64 {
@@ -77,7 +107,7 @@ impl Totals {
 }
 
 /// Both directions of a conversation are one flow.
-fn flow(t: &Tuple) -> (u8, [(std::net::IpAddr, u16); 2]) {
+fn flow(t: &Tuple) -> Ends {
     let mut ends = [(t.saddr, t.sport), (t.daddr, t.dport)];
     ends.sort_unstable();
     (t.proto, ends)
@@ -174,4 +204,25 @@ fn packet(t: &Tuple, good: bool) -> String {
         "{} {} {} {service} {flags} {}",
         t.proto, t.saddr, t.daddr, t.icmp_type
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_of_the_same_addresses_in_several_namespaces() {
+        let end = |a: &str, port: u16| (a.parse().unwrap(), port);
+        let ends = (6, [end("10.0.0.1", 4000), end("10.0.0.2", 80)]);
+        let mut flows = Flows::default();
+        let mut add = |places: &[u32]| {
+            flows.add(ends, places.iter().copied().collect());
+            flows.count
+        };
+        assert_eq!(add(&[1, 2]), 1);
+        assert_eq!(add(&[2, 1]), 1, "the answer");
+        assert_eq!(add(&[3]), 2, "another container's");
+        assert_eq!(add(&[4]), 3);
+        assert_eq!(add(&[4, 3]), 2, "its two directions");
+    }
 }

@@ -119,13 +119,10 @@ impl Journey {
     }
 
     /// A process looked for a route in vain: there is no packet.
-    pub fn without_route(event: &Event, errno: i32) -> Self {
+    pub fn without_route(event: &Event, errno: i32, names: &mut Names) -> Self {
         let mut journey = Self::new(event);
         journey.tuple = event.tuple.flatten();
-        journey.sender = Some(Process {
-            pid: event.head.tgid,
-            comm: escaped(&event.head.comm),
-        });
+        journey.sender = Some(names.current(&event.head));
         let dropped = Dropped {
             at: event.head.ts,
             reason: "IP_OUTNOROUTES".to_owned(),
@@ -386,10 +383,7 @@ impl Journey {
         }
         self.owner(event, stage, names);
         if reads && self.receiver.is_none() {
-            self.receiver = Some(Process {
-                pid: event.head.tgid,
-                comm: escaped(&event.head.comm),
-            });
+            self.receiver = Some(names.current(&event.head));
         }
     }
 

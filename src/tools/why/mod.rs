@@ -1,8 +1,8 @@
 //! `netprobe why`: what became of a packet, in words, with proof.
 
 pub mod args;
-mod command;
 mod ends;
+mod expect;
 mod fold;
 mod journey;
 mod names;
@@ -33,17 +33,17 @@ use crate::run::output::{self, Output};
 use crate::run::pins::Pins;
 use crate::run::session::{self, Consumer, Tool};
 use crate::run::{log, signals};
+use crate::text::escape::escaped;
 use crate::tools::rules;
 use crate::tools::skb::attached::Attached;
 use crate::tools::skb::decode;
 use crate::tools::skb::event::Event;
 use crate::tools::skb::track::Sweeper;
-use crate::usage::Unexpected;
+use crate::tools::who::{self, command::Running};
 
-use args::{Args, Expect};
-use command::{Cgroup, Running};
-use ends::End;
-use fold::{Groups, Totals};
+use args::Args;
+use expect::Report;
+use fold::Groups;
 use journey::{Journey, Journeys};
 use names::Names;
 use present::Presenter;
@@ -51,8 +51,6 @@ use probes::Probes;
 
 /// Events may wait so long in buffers, ns: nothing is over before.
 const LAG: u64 = 200_000_000;
-/// How long after a command's end its last packets are waited for, at least and at most.
-const LAST: (Duration, Duration) = (Duration::from_millis(300), Duration::from_millis(1500));
 
 pub fn run(args: &Args) -> Result<()> {
     let rules = rules::load(args.rules.as_deref())?;
@@ -60,6 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
         return rules::explain(&rules, reason, &args.output);
     }
     let config = args.fields.config()?;
+    let mut who = args.who.resolve()?;
     args.transport.check(&args.engine)?;
     let filters = args.expression.filters(None)?;
     log::init(args.engine.verbose);
@@ -70,18 +69,13 @@ pub fn run(args: &Args) -> Result<()> {
     let features = Features::with(btf.as_ref().ok());
     features.require_tracing("why")?;
     let btf = btf?;
-    let probes = Probes::plan(args, &btf, &features)?;
+    let probes = Probes::plan(args, &who, &btf, &features)?;
     let reasons = DropReasons::load(&btf);
     drop(btf);
-    let cgroup = match args.command.is_empty() {
-        true => None,
-        false => Some(Cgroup::create()?),
-    };
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
-    let who = cgroup.as_ref().map_or(0, |c| c.id);
-    let mut skel = probes.load(args, &features, (&filters, &reasons), who, &mut storage)?;
+    let mut skel = probes.load(args, &features, (&filters, &reasons), &who, &mut storage)?;
     let pins = Pins::create("why");
     if let Some(pins) = &pins {
         pins.pin(&mut skel.maps.data_config, "config")?;
@@ -99,12 +93,16 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let functions = attached.names().clone();
     let names = Names::new(functions, reasons, attached.netfilter_hooks().clone());
+    let maps = who::Maps {
+        tgids: &skel.maps.who_tgids,
+        inodes: &skel.maps.who_inodes,
+        ends: &skel.maps.who_ends,
+        flows: &skel.maps.who_flows,
+    };
+    who.seed(&maps)?;
     eprintln!("netprobe: following packets (Ctrl-C ends)");
     output::ready(args.output.ready_file.as_deref())?;
-    let command = match cgroup {
-        Some(cgroup) => Some(Running::start(&args.command, cgroup)?),
-        None => None,
-    };
+    let command = who.start(&maps, args.expect_format.is_some())?;
     let presenter = Presenter::new(args.details, rules.clone(), monotonic_ns()?);
     let mut why = Why {
         args,
@@ -113,6 +111,8 @@ pub fn run(args: &Args) -> Result<()> {
         journeys: Journeys::new(args.track_entries as usize, probes.nft),
         groups: Groups::default(),
         presenter,
+        report: args.expect_format.map(Report::new),
+        start: Instant::now(),
         out: &mut out,
         command,
         sweeper: Sweeper::new(&skel.maps.tracked),
@@ -127,28 +127,21 @@ pub fn run(args: &Args) -> Result<()> {
         .duration
         .map(|s| Instant::now() + Duration::from_secs(s));
     session::run(drain, &stop, deadline, &mut why)?;
-    check(args.expect.as_ref(), &why.groups.totals)
+    match &args.expect {
+        Some(expect) => expect.check(&why.groups.totals),
+        None => Ok(()),
+    }
 }
 
-/// Is it as expected?
-fn check(expect: Option<&Expect>, totals: &Totals) -> Result<()> {
-    let good: u64 = [End::Delivered, End::Answered, End::Sent]
-        .map(|end| totals.of(end))
-        .iter()
-        .sum();
-    let bad = totals.of(End::Lost) + totals.of(End::Rejected);
-    let met = match expect {
-        None => true,
-        Some(Expect::Delivered) => good > 0 && bad == 0,
-        Some(Expect::Lost(None)) => totals.of(End::Lost) > 0,
-        Some(Expect::Lost(Some(rule))) => totals.rules.contains(rule),
-        Some(Expect::Rejected) => totals.of(End::Rejected) > 0,
+/// What is tested: the command, or the packets that are followed.
+fn tested(args: &Args) -> String {
+    let words = match args.who.command.as_slice() {
+        [] => args.expression.expression.as_slice(),
+        command => command,
     };
-    match met {
-        true => Ok(()),
-        false => {
-            Err(Unexpected("--expect: this is not what became of the packets".to_owned()).into())
-        }
+    match words {
+        [] => "all packets".to_owned(),
+        words => escaped(words.join(" ").as_bytes()),
     }
 }
 
@@ -160,6 +153,8 @@ struct Why<'a, M> {
     journeys: Journeys,
     groups: Groups,
     presenter: Presenter,
+    report: Option<Report>,
+    start: Instant,
     out: &'a mut Output,
     command: Option<Running>,
     sweeper: Sweeper<'a>,
@@ -185,6 +180,10 @@ impl<M: MapCore> Why<'_, M> {
             if self.stopped || !self.args.shows(group.verdict.end, group.longest) {
                 continue;
             }
+            if let Some(report) = &mut self.report {
+                report.add(&self.presenter.block(&group, &mut self.names));
+                continue;
+            }
             if self.presenter.group(self.out, &group, &mut self.names)? == Flow::Stop {
                 self.stopped = true;
             }
@@ -198,10 +197,8 @@ impl<M: MapCore> Why<'_, M> {
 
     /// The command has ended, and so have its packets.
     fn command_is_over(&mut self, now: u64) -> bool {
-        let Some(ended) = self.command.as_mut().and_then(Running::ended) else {
-            return false;
-        };
-        ended >= LAST.1 || ended >= LAST.0 && self.journeys.is_quiet(now)
+        let quiet = self.journeys.is_quiet(now);
+        self.command.as_mut().is_some_and(|c| c.is_over(quiet))
     }
 }
 
@@ -213,7 +210,7 @@ impl<M: MapCore> Consumer for Why<'_, M> {
             return Ok(Flow::Continue);
         }
         if let Some(errno) = event.no_route {
-            let journey = Journey::without_route(&event, errno);
+            let journey = Journey::without_route(&event, errno, &mut self.names);
             self.over(vec![journey], event.head.ts);
             return Ok(Flow::Continue);
         }
@@ -262,9 +259,15 @@ impl<M: MapCore> Tool for Why<'_, M> {
                 "netprobe: {cut} packets were followed to no end, there were too many at once; a larger --track-entries helps"
             );
         }
-        let summed = self
-            .presenter
-            .totals(self.out, &self.groups.totals, loss, cut);
+        let totals = &self.groups.totals;
+        let summed = match (&mut self.report, &self.args.expect) {
+            (Some(report), Some(expect)) => {
+                let sum = present::sum(totals, loss, cut);
+                let took = self.start.elapsed().as_secs_f64();
+                report.finish(self.out, (&tested(self.args), expect), totals, (&sum, took))
+            }
+            _ => self.presenter.totals(self.out, totals, loss, cut),
+        };
         shown.and(summed).and(loss.report(self.out))
     }
 }

@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
 
+use crate::event::head::Head;
+use crate::kernel::containers::ContainerNames;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::functions::ByAddress;
 use crate::kernel::ksyms::KernelSymbols;
@@ -27,6 +29,7 @@ pub struct Names {
     hooks: Hooks,
     holders: Option<SocketHolders>,
     netns: HashMap<u32, String>,
+    containers: ContainerNames,
 }
 
 impl Names {
@@ -38,6 +41,7 @@ impl Names {
             hooks: Hooks::new(hooks),
             holders: None,
             netns: netns::names(),
+            containers: ContainerNames::default(),
         }
     }
 
@@ -103,21 +107,27 @@ impl Names {
 
     /// The process of a socket: who made or connected it, else who holds it now.
     pub fn process(&mut self, owner: &Owner) -> Option<Process> {
-        if owner.pid != 0 {
-            return Some(Process {
-                pid: owner.pid,
-                comm: escaped(&owner.comm),
-            });
-        }
-        if owner.inode == 0 {
-            return None;
-        }
-        let holders = self.holders.get_or_insert_with(SocketHolders::look);
-        let holder = holders.of(owner.inode)?;
+        let (pid, comm) = if owner.pid != 0 {
+            (owner.pid, escaped(&owner.comm))
+        } else {
+            let holders = self.holders.get_or_insert_with(SocketHolders::look);
+            let holder = holders.of(owner.inode)?;
+            (holder.pid, escaped(holder.comm.as_bytes()))
+        };
         Some(Process {
-            pid: holder.pid,
-            comm: escaped(holder.comm.as_bytes()),
+            pid,
+            comm,
+            container: self.containers.of(owner.cgroup, pid),
         })
+    }
+
+    /// The process that runs when an event is made.
+    pub fn current(&mut self, head: &Head) -> Process {
+        Process {
+            pid: head.tgid,
+            comm: escaped(&head.comm),
+            container: self.containers.of(0, head.tgid),
+        }
     }
 
     /// A namespace's name under /run/netns, or its inode.

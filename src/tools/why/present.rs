@@ -56,6 +56,14 @@ impl Presenter {
         out.event(|b| b.extend_from_slice(text.trim_ascii_end()))
     }
 
+    /// A group as text.
+    pub fn block(&self, group: &Group, names: &mut Names) -> String {
+        let said = self.say(group, names);
+        let mut text = Vec::new();
+        self.text(&mut text, &said, names);
+        String::from_utf8_lossy(text.trim_ascii_end()).into_owned()
+    }
+
     fn say<'a>(&self, group: &'a Group, names: &mut Names) -> Said<'a> {
         let (journey, verdict) = (&group.journey, &group.verdict);
         let leg = journey.legs.get(&verdict.leg);
@@ -104,12 +112,8 @@ impl Presenter {
             return;
         }
         let mut netns = journey.netns;
-        if let Some(Process { pid, comm }) = &journey.sender {
-            let _ = writeln!(
-                text,
-                "      0.000 ms  {:<12}sent by {comm}[{pid}]",
-                "socket"
-            );
+        if let Some(sender) = &journey.sender {
+            let _ = writeln!(text, "      0.000 ms  {:<12}sent by {sender}", "socket");
         }
         for step in &journey.steps {
             push_step(text, journey, step, &mut netns, names);
@@ -132,15 +136,15 @@ impl Presenter {
             ..
         } = said.group;
         let _ = write!(text, "{}", journey.line());
-        if let Some(Process { pid, comm }) = &journey.sender {
-            let _ = write!(text, "   {comm}[{pid}]");
+        if let Some(sender) = &journey.sender {
+            let _ = write!(text, "   {sender}");
         }
         let _ = write!(text, "   netns {}   {}", said.netns, verdict.end.word());
         if verdict.end.is_good() {
             let _ = write!(text, " {}", verdict.what);
-            if let Some(Process { pid, comm }) = &journey.receiver {
+            if let Some(receiver) = &journey.receiver {
                 if verdict.end == End::Delivered {
-                    let _ = write!(text, " of {comm}[{pid}]");
+                    let _ = write!(text, " of {receiver}");
                 }
             }
             if let Some(netns) = &said.end_netns {
@@ -202,32 +206,32 @@ impl Presenter {
                 missed,
             });
         }
-        out.line(|b| {
-            let (packets, flows) = (
-                plural(totals.packets, "packet"),
-                plural(totals.flows() as u64, "flow"),
-            );
-            let _ = write!(b, "{packets} in {flows}");
-            let mut parts: Vec<String> = Vec::new();
-            for (end, count) in &totals.ends {
-                let causes = totals.causes.iter().filter(|((e, _), _)| e == end);
-                let causes: Vec<String> =
-                    causes.map(|((_, what), n)| format!("{what} {n}")).collect();
-                let causes = match causes.is_empty() {
-                    true => String::new(),
-                    false => format!(" ({})", causes.join(", ")),
-                };
-                parts.push(format!("{count} {}{causes}", end.counted()));
-            }
-            if !parts.is_empty() {
-                let _ = write!(b, ": {}", parts.join(", "));
-            }
-            let _ = match missed {
-                false => write!(b, ". Nothing was missed."),
-                true => write!(b, ". Something was missed: see stderr."),
-            };
-        })
+        out.line(|b| b.extend_from_slice(sum(totals, loss, cut).as_bytes()))
     }
+}
+
+/// What became of all packets, and what was missed, in words.
+pub fn sum(totals: &Totals, loss: &Loss, cut: u64) -> String {
+    let (packets, flows) = (
+        plural(totals.packets, "packet"),
+        plural(totals.flows() as u64, "flow"),
+    );
+    let mut parts: Vec<String> = Vec::new();
+    for (end, count) in &totals.ends {
+        let causes = totals.causes.iter().filter(|((e, _), _)| e == end);
+        let causes: Vec<String> = causes.map(|((_, what), n)| format!("{what} {n}")).collect();
+        let causes = match causes.is_empty() {
+            true => String::new(),
+            false => format!(" ({})", causes.join(", ")),
+        };
+        parts.push(format!("{count} {}{causes}", end.counted()));
+    }
+    let colon = if parts.is_empty() { "" } else { ": " };
+    let missed = match missed(loss, cut) {
+        false => "Nothing was missed.",
+        true => "Something was missed: see stderr.",
+    };
+    format!("{packets} in {flows}{colon}{}. {missed}", parts.join(", "))
 }
 
 fn missed(loss: &Loss, cut: u64) -> bool {
@@ -370,12 +374,15 @@ struct Sum<'a> {
 struct ProcessRow<'a> {
     pid: u32,
     comm: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container: Option<&'a str>,
 }
 
 fn process(p: &Option<Process>) -> Option<ProcessRow<'_>> {
     p.as_ref().map(|p| ProcessRow {
         pid: p.pid,
         comm: &p.comm,
+        container: p.container.as_deref(),
     })
 }
 

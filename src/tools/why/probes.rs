@@ -17,6 +17,7 @@ use crate::tools::skb::columns::facts::SECTION_FACTS;
 use crate::tools::skb::columns::nft;
 use crate::tools::skb::event as skb;
 use crate::tools::skb::probes::{Plan, Wants};
+use crate::tools::who::Who;
 
 use super::args::Args;
 use super::stages::Stages;
@@ -33,7 +34,7 @@ pub struct Probes {
 }
 
 impl Probes {
-    pub fn plan(args: &Args, btf: &Btf, features: &Features) -> Result<Self> {
+    pub fn plan(args: &Args, who: &Who, btf: &Btf, features: &Features) -> Result<Self> {
         let nft = nft::types(btf).is_ok();
         let receivers = !features.drop_sock;
         let wants = Wants {
@@ -44,7 +45,8 @@ impl Probes {
             receivers,
             nft,
             icmp: true,
-            routes: !args.command.is_empty(),
+            routes: who.on != 0,
+            who: who.wants(),
             ..Wants::default()
         };
         let stages = Stages::builtin();
@@ -69,13 +71,13 @@ impl Probes {
             | nft
     }
 
-    /// Opens, configures and loads the programs. `who`: the cgroup whose packets are followed; 0: all.
+    /// Opens, configures and loads the programs.
     pub fn load<'a>(
         &self,
         args: &Args,
         features: &Features,
         (filters, reasons): (&Filters, &DropReasons),
-        who: u64,
+        who: &Who,
         storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
     ) -> Result<SkbSkel<'a>> {
         let mut open = object::open(SkbSkelBuilder::default(), None, storage)?;
@@ -94,7 +96,10 @@ impl Probes {
         rodata.listens = 1;
         rodata.rx_watched = u8::from(self.receivers);
         rodata.has_rx_sock = u8::from(features.drop_sock);
-        rodata.who_cgroup = who;
+        rodata.who_on = who.on;
+        rodata.who_uid = who.uid;
+        rodata.who_cgroup = who.cgroup;
+        rodata.who_comm = who.comm;
         let size = |map: &mut OpenMapMut<'_>, entries: u32| {
             map.set_max_entries(entries)
                 .context("failed to set the size of a map")
@@ -102,9 +107,18 @@ impl Probes {
         size(&mut open.maps.tracked, args.track_entries)?;
         size(&mut open.maps.contexts, 4096)?;
         size(&mut open.maps.owners, args.track_entries)?;
-        if who != 0 {
-            size(&mut open.maps.who_flows, args.track_entries)?;
-        }
+        let maps = &mut open.maps;
+        who.prepare(
+            [
+                &mut maps.who_ends,
+                &mut maps.who_inodes,
+                &mut maps.who_tgids,
+                &mut maps.who_socks,
+                &mut maps.who_binds,
+            ],
+            &mut maps.who_flows,
+            args.track_entries,
+        )?;
         if self.nft {
             size(&mut open.maps.nf_ways, 4096)?;
             size(&mut open.maps.nft_calls, 4096)?;

@@ -48,6 +48,9 @@ fn text(view: &mut View, event: &Event, line: &mut Vec<u8>) {
         Some(Some(owner)) => match view.process(owner) {
             Some((pid, comm)) => {
                 let _ = write!(line, "{comm}:{pid}");
+                if let Some(container) = view.container(owner, pid) {
+                    let _ = write!(line, "@{container}");
+                }
             }
             None => line.push(b'?'),
         },
@@ -63,6 +66,8 @@ struct OwnerRow {
     comm: Option<String>,
     uid: u32,
     cgroup: u64,
+    /// its name, or the beginning of its id; null where the process is in none
+    container: Option<String>,
     sock: Hex,
     cookie: u64,
     inode: u64,
@@ -72,7 +77,9 @@ fn json(view: &mut View, event: &Event, object: &mut Object<'_>) {
     let row = event.owner.as_ref().map(|owner| {
         let owner = owner.as_ref()?;
         let (pid, comm) = view.process(owner).unzip();
+        let container = view.container(owner, pid.unwrap_or_default());
         Some(OwnerRow {
+            container,
             pid,
             comm,
             uid: owner.uid,

@@ -1,8 +1,8 @@
 //! What sockets say: queues and their limits, who reads, who listens.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::kernel::sockets;
 use crate::text::escape::escaped;
 
 use super::{Case, Proof};
@@ -93,22 +93,21 @@ pub fn listeners(case: &Case<'_>) -> Vec<Proof> {
         _ => return Vec::new(),
     };
     let port = tuple.dport;
-    let tables = case.inside(|| {
-        [file.to_owned(), format!("{file}6")].map(|table| {
-            fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default()
-        })
-    });
-    let Some(tables) = tables else {
+    let tables = [file.to_owned(), format!("{file}6")];
+    let read = || {
+        tables
+            .map(|table| sockets::of(&table, tuple.proto))
+            .concat()
+    };
+    let Some(found) = case.inside(read) else {
         return Vec::new();
     };
     // TCP_LISTEN is 10; an unconnected UDP socket is in 7.
     let state = if tuple.proto == 6 { 0x0a } else { 0x07 };
-    let bound: Vec<String> = tables
+    let found = found
         .iter()
-        .flat_map(|t| t.lines().skip(1).filter_map(|l| local(l, state)))
-        .filter(|(_, p)| *p == port)
-        .map(|(a, _)| a.to_string())
-        .collect();
+        .filter(|s| s.state == state && s.local.1 == port);
+    let bound: Vec<String> = found.map(|s| s.local.0.to_string()).collect();
     let text = match bound.as_slice() {
         [] => format!("no socket is bound to {name} port {port} in this namespace"),
         at => format!(
@@ -119,41 +118,9 @@ pub fn listeners(case: &Case<'_>) -> Vec<Proof> {
     vec![Proof::now("listeners", text).with("bound", bound)]
 }
 
-/// Address and port of a line of /proc/net/tcp and its like, if its state is `state`.
-fn local(line: &str, state: u8) -> Option<(IpAddr, u16)> {
-    let mut fields = line.split_whitespace().skip(1);
-    let (address, port) = fields.next()?.split_once(':')?;
-    if u8::from_str_radix(fields.nth(1)?, 16).ok()? != state {
-        return None;
-    }
-    let word = |at: usize| {
-        let hex = address.get(at * 8..at * 8 + 8)?;
-        Some(u32::from_str_radix(hex, 16).ok()?.to_ne_bytes())
-    };
-    let address = match address.len() {
-        8 => IpAddr::V4(Ipv4Addr::from(word(0)?)),
-        _ => {
-            let bytes: Vec<u8> = (0..4).map(word).collect::<Option<Vec<_>>>()?.concat();
-            IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?))
-        }
-    };
-    Some((address, u16::from_str_radix(port, 16).ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lines_of_proc() {
-        let v4 = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000";
-        assert_eq!(local(v4, 10), Some(("127.0.0.1".parse().unwrap(), 8080)));
-        assert_eq!(local(v4, 7), None);
-        let v6 =
-            "  0: 00000000000000000000000001000000:0050 00000000000000000000000000000000:0000 0A 0";
-        assert_eq!(local(v6, 10), Some(("::1".parse().unwrap(), 80)));
-        assert_eq!(local("junk", 10), None);
-    }
 
     #[test]
     fn what_we_do() {

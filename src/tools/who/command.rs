@@ -1,7 +1,9 @@
-//! `netprobe why -- COMMAND`: a command in a cgroup (v2) of its own, by which the kernel knows its sockets, those of its children too.
+//! `-- COMMAND`: a command in a cgroup (v2) of its own, by which the kernel knows its sockets, those of its children too. Where there is
+//! none, the command is known by its processes.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -18,8 +20,39 @@ use crate::run::signals;
 
 /// How long the command may take to end once the run is stopped: the terminal's Ctrl-C has reached it too.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// How long after a command's end its last packets are waited for, at least and at most.
+const LAST: (Duration, Duration) = (Duration::from_millis(300), Duration::from_millis(1500));
+
+/// What the kernel side knows a command by.
+#[derive(Debug)]
+pub enum Grounds {
+    Cgroup(Cgroup),
+    /// its process and what it forks; why there is no cgroup
+    Tree(String),
+}
+
+impl Grounds {
+    pub fn prepare() -> Self {
+        match Cgroup::create() {
+            Ok(cgroup) => Self::Cgroup(cgroup),
+            Err(e) => Self::Tree(format!("{e:#}")),
+        }
+    }
+
+    /// The file that takes a process into the cgroup.
+    fn door(&self) -> Result<Option<File>> {
+        let Self::Cgroup(cgroup) = self else {
+            return Ok(None);
+        };
+        let procs = cgroup.dir.join("cgroup.procs");
+        let file = OpenOptions::new().write(true).open(&procs);
+        file.map(Some)
+            .with_context(|| format!("failed to open {}", procs.display()))
+    }
+}
 
 /// A cgroup that is made for one command, and removed with it.
+#[derive(Debug)]
 pub struct Cgroup {
     dir: PathBuf,
     /// where cgroup v2 was mounted for it alone
@@ -36,7 +69,7 @@ impl Cgroup {
                 (root.clone(), Some(root))
             }
         };
-        let dir = root.join(format!("netprobe-why-{}", std::process::id()));
+        let dir = root.join(format!("netprobe-{}", std::process::id()));
         let mut made = Self {
             dir,
             mounted,
@@ -79,8 +112,7 @@ fn own_mount() -> Result<PathBuf> {
     );
     if let Err(e) = done {
         let _ = fs::remove_dir(&root);
-        return Err(e)
-            .context("a COMMAND needs cgroup v2, which is not mounted here and cannot be");
+        return Err(e).context("it is not mounted here and cannot be");
     }
     Ok(root)
 }
@@ -91,24 +123,26 @@ pub struct Running {
     name: String,
     ended: Option<(ExitStatus, Instant)>,
     /// dropped after the child
-    _cgroup: Cgroup,
+    _grounds: Grounds,
 }
 
 impl Running {
-    /// Starts it in the cgroup.
-    pub fn start(command: &[String], cgroup: Cgroup) -> Result<Self> {
+    /// Starts it, in its cgroup if it has one. `aside`: what it prints goes to stderr.
+    pub fn start(command: &[String], grounds: Grounds, aside: bool) -> Result<Self> {
         let (name, args) = command.split_first().context("no command")?;
-        let procs = cgroup.dir.join("cgroup.procs");
-        let mut procs = OpenOptions::new()
-            .write(true)
-            .open(&procs)
-            .with_context(|| format!("failed to open {}", procs.display()))?;
+        let mut door = grounds.door()?;
         let mut command = Command::new(name);
         command.args(args);
+        if aside {
+            let stderr = std::io::stderr().as_fd().try_clone_to_owned();
+            command.stdout(stderr.context("failed to give stderr to the command")?);
+        }
         // SAFETY: between fork and exec only a write to an open file and system calls about signals are made.
         unsafe {
             command.pre_exec(move || {
-                procs.write_all(b"0")?;
+                if let Some(door) = &mut door {
+                    door.write_all(b"0")?;
+                }
                 signals::unblock();
                 Ok(())
             });
@@ -120,7 +154,7 @@ impl Running {
             child,
             name: name.clone(),
             ended: None,
-            _cgroup: cgroup,
+            _grounds: grounds,
         })
     }
 
@@ -132,6 +166,12 @@ impl Running {
             self.ended = Some((status, Instant::now()));
         }
         self.ended.map(|(_, when)| when.elapsed())
+    }
+
+    /// It has ended, and so have its packets: nothing more comes, as far as the caller knows (`quiet`).
+    pub fn is_over(&mut self, quiet: bool) -> bool {
+        self.ended()
+            .is_some_and(|ended| ended >= LAST.1 || ended >= LAST.0 && quiet)
     }
 
     /// The run ends: so does the command. A Ctrl-C at the terminal has reached it already.
