@@ -36,6 +36,7 @@ mod tcpconnect_stack;
 mod tunnels;
 mod who;
 mod why;
+mod why_reasons;
 mod xdp;
 mod xdpchain;
 mod xdpdump;
@@ -77,6 +78,7 @@ fn main() {
     cases.extend(run_ends::cases());
     cases.extend(why::cases());
     cases.extend(who::cases());
+    cases.extend(why_reasons::cases());
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_dns::cases());
