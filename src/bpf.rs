@@ -160,6 +160,10 @@ unsafe impl Plain for skb::types::np_tuple {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::np_config {}
 // SAFETY: see above.
+unsafe impl Plain for skb::types::skb_change {}
+// SAFETY: see above.
+unsafe impl Plain for skb::types::skb_nft_change {}
+// SAFETY: see above.
 unsafe impl Plain for skb::types::who_flow {}
 // SAFETY: see above.
 unsafe impl Plain for skb::types::who_end {}

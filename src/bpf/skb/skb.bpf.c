@@ -16,6 +16,7 @@
 
 #include "skb/skb_event.bpf.h"
 #include "skb/skb_helpers.bpf.h"
+#include "skb/skb_changes.bpf.h"
 
 /* How a function was hit, for passed(): its kind and these. */
 #define HOW_BEGIN (1U << 16) /* without: ours only where it is tracked */

@@ -23,6 +23,8 @@ enum skb_kind {
 	SKB_KIND_ICMP = 8,
 	/* A process looked for a route in vain; `reason`: the errno. Sections META (the namespace alone) and TUPLE */
 	SKB_KIND_NO_ROUTE = 9,
+	/* struct skb_change; `reason`: SKB_CHANGED_* */
+	SKB_KIND_CHANGE = 10,
 };
 
 /*
@@ -191,6 +193,45 @@ struct skb_facts {
 
 _Static_assert(sizeof(struct skb_facts) == 72,
 	       "skb_facts is part of the contract");
+
+/* What was changed, and what skb_change.bytes holds. */
+enum skb_changed {
+	SKB_CHANGED_RTNL = 1, /* the message of rtnetlink, from its header on */
+	SKB_CHANGED_NFT = 2, /* struct skb_nft_change */
+	SKB_CHANGED_NFT_SOME = 3, /* nothing: something of nf_tables */
+	SKB_CHANGED_IPTABLES = 4, /* name of the table */
+	SKB_CHANGED_IP6TABLES = 5,
+	SKB_CHANGED_SYSCTL =
+		6, /* SKB_CHANGE_VALUE bytes, then names, outwards */
+};
+
+enum skb_change_size {
+	SKB_CHANGE_VALUE = 64,
+	SKB_CHANGE_NAME = 32,
+	SKB_CHANGE_NAMES = 6,
+};
+
+#define SKB_CHANGE_BYTES 256
+
+/* What a process has changed, with netprobe why --changes. */
+struct skb_change {
+	struct skb_event event; /* without sections */
+	__u32 netns; /* inode */
+	__u32 len; /* of `bytes`, as far as they are used */
+	__u8 bytes[SKB_CHANGE_BYTES];
+};
+
+struct skb_nft_change {
+	__u64 handle; /* of a rule; 0: it is none */
+	__u32 msg; /* NFT_MSG_* */
+	__u8 family; /* NFPROTO_* */
+	__u8 pad[3];
+	__u8 table[64];
+	__u8 part[64]; /* chain, or set; empty: the table itself */
+};
+
+_Static_assert(sizeof(struct skb_change) == 328,
+	       "skb_change is part of the contract");
 
 #define SKB_MAP_BYTES 256 /* longer keys and values are cut off */
 

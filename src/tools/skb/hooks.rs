@@ -176,11 +176,34 @@ pub const WHO_PROCESSES: [Hook; 11] = [
     ("who_uses", "rawv6_sendmsg"),
 ];
 
+/// netprobe why --changes (src/bpf/skb/skb_changes.bpf.h): where a process changes the network
+pub const CHANGES: [Hook; 4] = [
+    ("change_rtnl", "rtnetlink_rcv_msg"),
+    ("change_sysctl", "proc_sys_write"),
+    ("change_ipt", "do_ipt_set_ctl"),
+    ("change_ip6t", "do_ip6t_set_ctl"),
+];
+
+/// Those of nf_tables, where its types are known
+pub const CHANGES_NFT: [Hook; 4] = [
+    ("change_nft_rule", "nf_tables_rule_notify"),
+    ("change_nft_chain", "nf_tables_chain_notify"),
+    ("change_nft_chain", "nf_tables_table_notify"),
+    ("change_nft_elem", "nf_tables_setelem_notify"),
+];
+
+/// Where they are not
+pub const CHANGES_NFT_SOME: [Hook; 1] = [("change_nft_some", "nf_tables_commit")];
+
 /// A program for functions' returns alone.
 pub const FOUND: &str = "rx_found";
 
 /// Programs, and those at the returns of the same functions.
-pub const ENDS: [(&str, &str); 8] = [
+pub const ENDS: [(&str, &str); 12] = [
+    ("change_rtnl", "change_end"),
+    ("change_sysctl", "change_end"),
+    ("change_ipt", "change_end"),
+    ("change_ip6t", "change_end"),
     ("who_binds_begin", "who_binds_end"),
     ("why_route", "why_route_end"),
     ("why_icmp", "why_icmp_end"),
@@ -217,6 +240,8 @@ mod tests {
             &ICMP[..],
             &WHO[..],
             &WHO_PROCESSES[..],
+            &CHANGES[..],
+            &CHANGES_NFT[..],
         ] {
             let names: HashSet<&str> = table.iter().map(|(_, f)| *f).collect();
             assert_eq!(names.len(), table.len());

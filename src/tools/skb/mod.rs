@@ -108,6 +108,7 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
         icmp: false,
         routes: false,
         who: who.wants(),
+        changes: false,
     };
     if args.drops && !wants.owner && !wants.nft && !wants.who.any {
         features.require_drops("skb --drops")?;

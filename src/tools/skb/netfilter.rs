@@ -342,7 +342,7 @@ impl fmt::Display for Who {
 }
 
 /// A family as nft(8) calls it; enum in include/uapi/linux/netfilter.h.
-fn family(number: u8) -> &'static str {
+pub fn family(number: u8) -> &'static str {
     match number {
         1 => "inet",
         2 => "ip",

@@ -72,6 +72,8 @@ pub struct Wants {
     pub routes: bool,
     /// whose packets they are
     pub who: WhoWants,
+    /// what processes change in the network
+    pub changes: bool,
 }
 
 /// What is to be attached.
@@ -231,8 +233,14 @@ impl Plan {
         let icmp = wants.icmp.then_some(&hooks::ICMP[..]);
         let who = wants.who.any.then_some(&hooks::WHO[..]);
         let users = wants.who.processes.then_some(&hooks::WHO_PROCESSES[..]);
+        let changes = wants.changes.then_some(&hooks::CHANGES[..]);
+        let rules = match wants.nft {
+            true => &hooks::CHANGES_NFT[..],
+            false => &hooks::CHANGES_NFT_SOME[..],
+        };
+        let rules = wants.changes.then_some(rules);
         let tables = [
-            track, owner, xdp, nft, listens, receivers, icmp, routes, who, users,
+            track, owner, xdp, nft, listens, receivers, icmp, routes, who, users, changes, rules,
         ]
         .into_iter()
         .flatten();

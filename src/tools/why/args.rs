@@ -46,6 +46,11 @@ pub struct Args {
     #[arg(short = 'v', long)]
     pub details: bool,
 
+    /// Also show what processes change in the network meanwhile (links, addresses, routes, rules, neighbours, tc, nft, the older iptables,
+    /// sysctls), and with a loss the last change before it
+    #[arg(long)]
+    pub changes: bool,
+
     /// End after this many seconds
     #[arg(long, value_name = "SECONDS")]
     pub duration: Option<u64>,

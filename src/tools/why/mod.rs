@@ -1,6 +1,7 @@
 //! `netprobe why`: what became of a packet, in words, with proof.
 
 pub mod args;
+mod changes;
 mod ends;
 mod expect;
 mod fold;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use libbpf_rs::MapCore;
 
-use crate::bpf;
+use crate::bpf::{self, skb::types::skb_change};
 use crate::engine::drain::Drain;
 use crate::engine::merge::Record;
 use crate::explain::Rules;
@@ -195,6 +196,18 @@ impl<M: MapCore> Why<'_, M> {
         })
     }
 
+    fn change(&mut self, change: &skb_change) -> Result<Flow> {
+        match &mut self.report {
+            Some(report) => {
+                if let Some(line) = self.presenter.change_text(change, &mut self.names) {
+                    report.add(&line);
+                }
+                Ok(Flow::Continue)
+            }
+            None => self.presenter.change(self.out, change, &mut self.names),
+        }
+    }
+
     /// The command has ended, and so have its packets.
     fn command_is_over(&mut self, now: u64) -> bool {
         let quiet = self.journeys.is_quiet(now);
@@ -204,6 +217,11 @@ impl<M: MapCore> Why<'_, M> {
 
 impl<M: MapCore> Consumer for Why<'_, M> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
+        if self.args.changes {
+            if let Some(change) = changes::read_change(record.bytes) {
+                return self.change(&change);
+            }
+        }
         let mut event = Event::default();
         if decode::decode(&mut event, record.bytes, probes::SNAP_LEN as usize).is_none() {
             self.undecodable += 1;

@@ -6,6 +6,7 @@ use anyhow::Result;
 use nix::errno::Errno;
 use serde::Serialize;
 
+use crate::bpf::skb::types::skb_change;
 use crate::explain::Rules;
 use crate::kernel::process::Process;
 use crate::run::Flow;
@@ -13,6 +14,7 @@ use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::tools::skb::netfilter::{Nft, Who};
 
+use super::changes::{Change, Changes, Kind};
 use super::ends::End;
 use super::fold::{Group, Totals};
 use super::journey::{Dropped, Journey, Leg, Step};
@@ -25,12 +27,14 @@ pub struct Presenter {
     rules: Rules,
     /// monotonic, ns: times count from here
     start: u64,
+    changes: Changes,
 }
 
 /// All that is said of a group.
 struct Said<'a> {
     group: &'a Group,
     dropped: Option<&'a Dropped>,
+    change: Option<&'a Change>,
     proofs: Vec<Proof>,
     netns: String,
     /// of the end, where it is another than that of the start
@@ -43,7 +47,55 @@ impl Presenter {
             details,
             rules,
             start,
+            changes: Changes::default(),
         }
+    }
+
+    /// A change of the network, as a line.
+    pub fn change_text(&mut self, change: &skb_change, names: &mut Names) -> Option<String> {
+        let change = self.changes.event(change)?;
+        let at = seconds(change.at.saturating_sub(self.start));
+        let netns = names.netns(change.netns);
+        let (comm, pid, what) = (&change.comm, change.pid, &change.what);
+        Some(format!(
+            "changed at {at}   {comm}[{pid}]   netns {netns}   {what}"
+        ))
+    }
+
+    pub fn change(
+        &mut self,
+        out: &mut Output,
+        change: &skb_change,
+        names: &mut Names,
+    ) -> Result<Flow> {
+        if !out.json() {
+            let Some(line) = self.change_text(change, names) else {
+                return Ok(Flow::Continue);
+            };
+            return out.event(|b| b.extend_from_slice(line.as_bytes()));
+        }
+        let start = self.start;
+        match self.changes.event(change) {
+            Some(change) => out.json_event(&ChangeRow::new(change, start)),
+            None => Ok(Flow::Continue),
+        }
+    }
+
+    /// The last change before the first of these losses, in a namespace that the packet came through.
+    fn change_before(&self, group: &Group, dropped: Option<&Dropped>) -> Option<&Change> {
+        if group.verdict.end.is_good() {
+            return None;
+        }
+        let journey = &group.journey;
+        let steps = journey.steps.iter().map(|s| s.netns);
+        let end = dropped.and_then(|d| d.meta.as_ref()).map(|m| m.netns);
+        let places: Vec<u32> = steps.chain(end).chain([journey.netns]).collect();
+        let rule = dropped.and_then(|d| match &d.who {
+            Some(Who::Nft(nft)) => Some(nft),
+            _ => None,
+        });
+        let first = group.times.first().copied().unwrap_or(journey.first);
+        self.changes.before(first, &places, rule)
     }
 
     pub fn group(&self, out: &mut Output, group: &Group, names: &mut Names) -> Result<Flow> {
@@ -64,7 +116,7 @@ impl Presenter {
         String::from_utf8_lossy(text.trim_ascii_end()).into_owned()
     }
 
-    fn say<'a>(&self, group: &'a Group, names: &mut Names) -> Said<'a> {
+    fn say<'a>(&'a self, group: &'a Group, names: &mut Names) -> Said<'a> {
         let (journey, verdict) = (&group.journey, &group.verdict);
         let leg = journey.legs.get(&verdict.leg);
         let dropped = leg.and_then(|l| l.dropped.as_deref());
@@ -85,6 +137,7 @@ impl Presenter {
         Said {
             group,
             dropped,
+            change: self.change_before(group, dropped),
             proofs,
             netns: names.netns(journey.netns),
             end_netns: elsewhere.then(|| names.netns(at_end)),
@@ -188,6 +241,16 @@ impl Presenter {
         for proof in &said.proofs {
             let now = if proof.now { "now: " } else { "" };
             let _ = writeln!(text, "  proof     {now}{}", proof.text);
+        }
+        if let Some(change) = said.change {
+            let journey = &said.group.journey;
+            let before = journey.first.saturating_sub(change.at);
+            let (comm, pid, what) = (&change.comm, change.pid, &change.what);
+            let _ = writeln!(
+                text,
+                "  changed   {} before: {comm}[{pid}] {what}",
+                seconds(before)
+            );
         }
         for change in said.changes() {
             let _ = writeln!(text, "  to change {change}");
@@ -370,6 +433,33 @@ struct Sum<'a> {
     missed: bool,
 }
 
+/// A change of the network.
+#[derive(Serialize)]
+struct ChangeRow<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    seconds: f64,
+    netns: u32,
+    pid: u32,
+    comm: &'a str,
+    of: Kind,
+    what: &'a str,
+}
+
+impl<'a> ChangeRow<'a> {
+    fn new(change: &'a Change, start: u64) -> Self {
+        Self {
+            kind: "change",
+            seconds: change.at.saturating_sub(start) as f64 / 1e9,
+            netns: change.netns,
+            pid: change.pid,
+            comm: &change.comm,
+            of: change.kind,
+            what: &change.what,
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct ProcessRow<'a> {
     pid: u32,
@@ -440,6 +530,8 @@ struct Row<'a> {
     stages: Vec<StepRow<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     drop: Option<DropRow<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    change_before: Option<ChangeRow<'a>>,
     proof: &'a [Proof],
     change: Vec<String>,
 }
@@ -485,6 +577,7 @@ impl Presenter {
             receiver: process(&journey.receiver),
             stages: journey.steps.iter().map(step).collect(),
             drop: said.dropped.and_then(|d| said.drop_row(d)),
+            change_before: said.change.map(|c| ChangeRow::new(c, start)),
             proof: &said.proofs,
             change: if verdict.end.is_good() {
                 Vec::new()

@@ -47,6 +47,7 @@ impl Probes {
             icmp: true,
             routes: who.on != 0,
             who: who.wants(),
+            changes: args.changes,
             ..Wants::default()
         };
         let stages = Stages::builtin();
@@ -106,6 +107,9 @@ impl Probes {
         };
         size(&mut open.maps.tracked, args.track_entries)?;
         size(&mut open.maps.contexts, 4096)?;
+        if args.changes {
+            size(&mut open.maps.changes, 256)?;
+        }
         size(&mut open.maps.owners, args.track_entries)?;
         let maps = &mut open.maps;
         who.prepare(
