@@ -24,6 +24,7 @@ pub(super) mod recorded;
 pub mod replay;
 mod since;
 pub mod style;
+mod told;
 mod traced_program;
 pub(super) mod track;
 mod view;

@@ -14,6 +14,7 @@ use super::netfilter::Hooks;
 use super::netns_names::NetnsNames;
 use super::present::Presenter;
 use super::style::Style;
+use super::told::Answer;
 use super::traced_program::TracedProgram;
 use super::view::View;
 
@@ -33,6 +34,8 @@ pub enum News {
     Netns(Vec<(u32, String)>),
     /// who holds sockets, by inode
     Holders(Vec<(u64, Option<Process>)>),
+    /// which containers sockets' processes are in: cgroup, process, name
+    Containers(Vec<Answer>),
     /// functions of netfilter's hooks that are seen; modules of netfilter were loaded since
     Hooks(Vec<String>, bool),
     /// tc and XDP programs
@@ -50,6 +53,7 @@ impl News {
             News::Functions(list) => list.len(),
             News::Symbols(list) => list.len(),
             News::Holders(list) => list.len(),
+            News::Containers(list) => list.len(),
             News::Programs(list) => list.len(),
             _ => 0,
         }
@@ -89,6 +93,7 @@ impl Teller {
         if let Some(holders) = &mut view.holders {
             holders.tell_anew();
         }
+        view.told.tell_anew();
         self.hooks = view.hooks.known();
         all.push(News::Hooks(self.hooks.0.clone(), self.hooks.1));
         self.programs = view.programs.len();
@@ -119,6 +124,7 @@ impl Teller {
         if let Some(holders) = &mut view.holders {
             news.extend(pieces(&holders.news(), News::Holders));
         }
+        news.extend(pieces(&view.told.news(), News::Containers));
         if view.hooks.has_more() != self.hooks.1 {
             self.hooks = view.hooks.known();
             news.push(News::Hooks(self.hooks.0.clone(), self.hooks.1));
@@ -219,6 +225,12 @@ impl Presenter {
                     if let Some(holders) = &mut view.holders {
                         holders.learn(inode, holder);
                     }
+                }
+            }
+            News::Containers(list) => {
+                for (cgroup, pid, name) in list {
+                    let name = name.map(|name| name_of(&name));
+                    view.told.learn((cgroup, pid, name));
                 }
             }
             News::Hooks(probed, more) => {

@@ -23,6 +23,7 @@ use super::event::{Event, Meta, Owner};
 use super::members::Members;
 use super::netfilter::{Hooks, Who};
 use super::netns_names::NetnsNames;
+use super::told::Containers;
 use super::traced_program::{Kind, ProgramRow, TracedProgram};
 
 /// The widths of a section's columns, as they have grown.
@@ -47,6 +48,7 @@ pub struct View {
     pub holders: Option<SocketHolders>,
     /// `None`: out of a recording, the containers here are not asked
     pub containers: Option<ContainerNames>,
+    pub told: Containers,
     pub symbols: KernelSymbols,
     /// by the section's bit
     pub widths: [Widths; 32],
@@ -80,7 +82,8 @@ impl View {
             self.netns.find(meta.netns);
         }
         if let Some(Some(owner)) = &event.owner {
-            self.process(owner);
+            let pid = self.process(owner).map_or(0, |(pid, _)| pid);
+            self.container(owner, pid);
         }
         self.who(event);
     }
@@ -165,7 +168,12 @@ impl View {
 
     /// The container of a socket's process.
     pub fn container(&mut self, owner: &Owner, pid: u32) -> Option<String> {
-        self.containers.as_mut()?.of(owner.cgroup, pid)
+        let Some(names) = &mut self.containers else {
+            return self.told.of(owner.cgroup, pid);
+        };
+        let name = names.of(owner.cgroup, pid);
+        self.told.note(owner.cgroup, pid, name.as_ref());
+        name
     }
 
     pub fn frame(&self, addr: u64) -> Frame<'_> {
