@@ -13,6 +13,7 @@ use crate::bpf::skb::SkbSkel;
 use crate::kernel::attach;
 use crate::kernel::bpf_object;
 use crate::kernel::functions::ByAddress;
+use crate::run::programs;
 use crate::run::progress::Progress;
 
 use super::args::Backend;
@@ -229,10 +230,12 @@ impl Attached {
     pub fn names(&self) -> &ByAddress<String> {
         &self.names
     }
+}
 
+impl programs::Attached for Attached {
     /// Hits that the kernel skipped. Those of functions that BPF programs call (`Helpers`) are not among them: our own programs
     /// call these too, and are to be skipped.
-    pub fn missed(&self) -> u64 {
+    fn missed(&self) -> u64 {
         let by_link = |link: &Link| bpf_object::missed_by_link(link.as_fd().as_raw_fd());
         self.progs
             .iter()
