@@ -79,6 +79,11 @@ packages: ## the Debian package: built twice, installed in a new Debian root, us
 	cargo build --locked --release
 	packaging/test target/release/netprobe
 
+soak: deps ## the long forms of what the live tests do briefly: a million drops, a minute of random loss, 1,000 connections
+	NETPROBE_SOAK=1 tests/vm/live all drops_burst
+	NETPROBE_SOAK=1 tests/vm/live all drops_memory
+	NETPROBE_SOAK=1 tests/vm/live all drops_nothing
+
 # Round after round with a new seed, each with so many comparisons in each of its two parts; a difference ends it and shows
 # the program and the packet. FUZZ_FILTER_ROUNDS=N: so many rounds.
 FUZZ_FILTER_PAIRS ?= 1000000

@@ -11,7 +11,7 @@ use serde::Deserialize;
 /// The class of what is no loss.
 pub const EXPECTED: &str = "expected";
 /// The reason that says nothing; kernels before 5.17 have no other.
-const NOT_SPECIFIED: &str = "NOT_SPECIFIED";
+pub const NOT_SPECIFIED: &str = "NOT_SPECIFIED";
 
 /// What a drop means.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -234,6 +234,21 @@ impl Rules {
     /// Names of all reasons that have a rule.
     pub fn reasons(&self) -> impl Iterator<Item = &str> {
         self.reason.keys().map(String::as_str)
+    }
+
+    /// All classes, each once.
+    pub fn classes(&self) -> Vec<String> {
+        let by_reason = self.reason.values().map(|meaning| &meaning.class);
+        let all = by_reason.chain(self.place.iter().map(|rule| &rule.class));
+        let classes: std::collections::BTreeSet<&String> = all.collect();
+        classes.into_iter().cloned().collect()
+    }
+
+    /// A rule has this name.
+    pub fn knows(&self, rule: &str) -> bool {
+        let mut places = self.place.iter();
+        self.reason.contains_key(rule)
+            || places.any(|place| place.id == rule || place.reason == rule)
     }
 
     /// The rule of a reason, by its name without SKB_DROP_REASON_.

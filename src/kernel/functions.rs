@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::io::{BufRead, BufReader};
 
 use anyhow::Result;
 use rustc_hash::FxHashMap;
@@ -132,41 +133,98 @@ impl TraceableSet {
 
 /// Tells `found` the address and the name of each function in /proc/kallsyms whose name is `wanted`.
 pub fn addresses(wanted: impl Fn(&str) -> bool, mut found: impl FnMut(u64, &str)) {
-    let text = fs::read_to_string("/proc/kallsyms").unwrap_or_default();
-    text_symbols(&text, &wanted, |addr, name, _| {
-        // 0: hidden (kernel.kptr_restrict).
-        if addr != 0 {
+    each_symbol(|addr, name, _| {
+        if wanted(name) {
             found(addr, name);
         }
     });
 }
 
-/// `ADDRESS TYPE NAME[\t[MODULE]]`; text symbols only.
+/// Where the functions of the kernel begin and end whose names are `wanted`.
+pub fn spans(wanted: impl Fn(&str) -> bool) -> Vec<(u64, u64)> {
+    let mut spans: Vec<(u64, u64)> = Vec::new();
+    // The list is in order of addresses: a function ends where the next one begins.
+    let mut open: Vec<u64> = Vec::new();
+    each_symbol(|addr, name, _| {
+        if open.first().is_some_and(|start| *start < addr) {
+            spans.extend(open.drain(..).map(|start| (start, addr)));
+        }
+        if wanted(name) {
+            open.push(addr);
+        }
+    });
+    spans.sort_unstable();
+    spans
+}
+
+/// A function of the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Function {
+    pub addr: u64,
+    pub name: String,
+    pub module: Option<String>,
+}
+
+/// The functions that these addresses lie in; none for one before the first function.
+pub fn around(addrs: &[u64]) -> Vec<Option<Function>> {
+    let mut found = vec![None; addrs.len()];
+    each_symbol(|addr, name, module| {
+        for (at, wanted) in addrs.iter().enumerate() {
+            let best: &mut Option<Function> = &mut found[at];
+            if addr <= *wanted && best.as_ref().is_none_or(|f| f.addr < addr) {
+                *best = Some(Function {
+                    addr,
+                    name: name.to_owned(),
+                    module: module.map(|m| m.trim_matches(['[', ']']).to_owned()),
+                });
+            }
+        }
+    });
+    found
+}
+
+/// Tells `found` each function in /proc/kallsyms, line by line: the whole file takes 10 MB. Nothing where it hides the addresses
+/// (kernel.kptr_restrict).
+fn each_symbol(mut found: impl FnMut(u64, &str, Option<&str>)) {
+    let Ok(file) = fs::File::open("/proc/kallsyms") else {
+        return;
+    };
+    let mut lines = BufReader::with_capacity(16 * 1024, file);
+    let mut line = String::new();
+    while let Ok(1..) = lines.read_line(&mut line) {
+        if let Some((addr @ 1.., name, module)) = symbol(&line) {
+            found(addr, name, module);
+        }
+        line.clear();
+    }
+}
+
+/// `ADDRESS TYPE NAME[\t[MODULE]]` of a text symbol.
+fn symbol(line: &str) -> Option<(u64, &str, Option<&str>)> {
+    let mut words = line.split_ascii_whitespace();
+    let (addr, kind, name) = (words.next()?, words.next()?, words.next()?);
+    let addr = u64::from_str_radix(addr, 16).unwrap_or(0);
+    matches!(kind, "t" | "T" | "w" | "W").then(|| (addr, name, words.next()))
+}
+
+/// Text symbols whose names are `wanted`.
 fn text_symbols(
     text: &str,
     wanted: &impl Fn(&str) -> bool,
     mut found: impl FnMut(u64, &str, Option<&str>),
 ) {
-    for line in text.lines() {
-        let mut words = line.split_ascii_whitespace();
-        let (Some(addr), Some("t" | "T" | "w" | "W"), Some(name)) =
-            (words.next(), words.next(), words.next())
-        else {
-            continue;
-        };
+    for (addr, name, module) in text.lines().filter_map(symbol) {
         if wanted(name) {
-            let addr = u64::from_str_radix(addr, 16).unwrap_or(0);
-            found(addr, name, words.next());
+            found(addr, name, module);
         }
     }
 }
 
 /// Address of a function of the kernel proper; 0 where kallsyms hides it or has none.
 pub fn address(name: &str) -> u64 {
-    let text = fs::read_to_string("/proc/kallsyms").unwrap_or_default();
     let mut address = 0;
-    text_symbols(&text, &|n| n == name, |addr, _, module| {
-        if module.is_none() {
+    each_symbol(|addr, found, module| {
+        if module.is_none() && found == name {
             address = addr;
         }
     });
@@ -192,6 +250,18 @@ mod tests {
         let set = TraceableSet::parse("ip_rcv\nother\n", false, &|n| n == "ip_rcv");
         assert_eq!(set.get("ip_rcv", None)[0].addr, 0);
         assert!(set.get("other", None).is_empty());
+    }
+
+    #[test]
+    fn spans_and_what_lies_in_them() {
+        let spans = spans(|name| name == "kfree_skb_list_reason" || name == "consume_skb");
+        // Addresses may be hidden here.
+        for (start, end) in spans {
+            assert!(start < end);
+            let found = around(&[start, end - 1, 1]);
+            assert_eq!(found[0], found[1]);
+            assert!(found[0].is_some() && found[2].is_none());
+        }
     }
 
     #[test]

@@ -8,6 +8,8 @@ use blazesym::symbolize::source::{Kernel, Source};
 use blazesym::symbolize::{Input, Symbolized, Symbolizer};
 use serde::{Deserialize, Serialize};
 
+use super::functions;
+
 /// A name for an address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Symbol {
@@ -17,6 +19,39 @@ pub struct Symbol {
     /// the kernel module it is in
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
+}
+
+/// Names of kernel addresses by a pass over kallsyms for each question, for who asks seldom: it keeps nothing but the answers, where
+/// [`KernelSymbols`] keeps all symbols (10 MB).
+#[derive(Debug, Default)]
+pub struct FewSymbols {
+    cache: HashMap<u64, Option<Symbol>>,
+}
+
+impl FewSymbols {
+    /// Looks up those of `addrs` that are not known yet.
+    pub fn resolve(&mut self, addrs: &[u64]) {
+        let mut new = addrs.to_vec();
+        new.retain(|addr| !self.cache.contains_key(addr));
+        new.sort_unstable();
+        new.dedup();
+        if new.is_empty() {
+            return;
+        }
+        for (addr, function) in new.iter().zip(functions::around(&new)) {
+            let symbol = function.map(|f| Symbol {
+                offset: addr - f.addr,
+                name: f.name,
+                module: f.module,
+            });
+            self.cache.insert(*addr, symbol);
+        }
+    }
+
+    /// The name of an address that [`FewSymbols::resolve`] was given; `None` where the kernel has none.
+    pub fn get(&self, addr: u64) -> Option<&Symbol> {
+        self.cache.get(&addr)?.as_ref()
+    }
 }
 
 /// Symbolizes kernel addresses and remembers the answers. The first question reads kallsyms (some 90 ms).

@@ -172,6 +172,71 @@ pub fn driver(name: &str) -> Option<String> {
     String::from_utf8(info.driver[..len].to_vec()).ok()
 }
 
+/// The name of an interface of the current namespace.
+pub fn name(ifindex: u32) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(ifindex).ok()?;
+    Some(name.to_string_lossy().into_owned())
+}
+
+/// Counters of an interface's driver (`ethtool -S`), at most this many.
+const STATISTICS: usize = 4096;
+/// ETH_SS_STATS, and ETH_GSTRING_LEN
+const STATS_SET: u32 = 1;
+const STRING: usize = 32;
+
+/// A request to a driver in `words`, of which the first is the command.
+fn ethtool(name: &str, words: &mut [u64]) -> io::Result<()> {
+    ask(name, SIOCETHTOOL, |request| {
+        request.ifr_ifru.ifru_data = words.as_mut_ptr().cast();
+    })
+    .map(|_| ())
+}
+
+/// The counters of an interface's driver; none where it has none.
+pub fn statistics(name: &str) -> Vec<(String, u64)> {
+    const ETHTOOL_GSTRINGS: u64 = 0x1b;
+    const ETHTOOL_GSTATS: u64 = 0x1d;
+    const ETHTOOL_GSSET_INFO: u64 = 0x37;
+    // struct ethtool_sset_info: command and 4 bytes, mask, data.
+    let mut info = [ETHTOOL_GSSET_INFO, 1 << STATS_SET, 0];
+    if ethtool(name, &mut info).is_err() {
+        return Vec::new();
+    }
+    let count = info[2] as u32 as usize;
+    if count == 0 || count > STATISTICS {
+        return Vec::new();
+    }
+    // A driver may have more of them by the next request: room for as many again.
+    let mut strings = vec![0u64; 2 + 2 * count * STRING / 8];
+    strings[0] = ETHTOOL_GSTRINGS | u64::from(STATS_SET) << 32;
+    strings[1] = count as u64;
+    let mut values = vec![0u64; 1 + 2 * count];
+    values[0] = ETHTOOL_GSTATS | (count as u64) << 32;
+    if ethtool(name, &mut strings).is_err() || ethtool(name, &mut values).is_err() {
+        return Vec::new();
+    }
+    // struct ethtool_gstrings has its bytes behind three numbers of 32 bits.
+    let bytes: Vec<u8> = strings.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let names = bytes[12..].chunks_exact(STRING).take(count);
+    names
+        .map(|name| {
+            let len = name.iter().position(|b| *b == 0).unwrap_or(STRING);
+            String::from_utf8_lossy(&name[..len]).into_owned()
+        })
+        .zip(values[1..].iter().copied())
+        .collect()
+}
+
+/// How many packets the receive ring of an interface holds, and how many it may hold; none where the driver does not tell.
+pub fn receive_ring(name: &str) -> Option<(u32, u32)> {
+    const ETHTOOL_GRINGPARAM: u64 = 0x10;
+    // struct ethtool_ringparam: command, four limits, four settings.
+    let mut words = [ETHTOOL_GRINGPARAM, 0, 0, 0, 0];
+    ethtool(name, &mut words).ok()?;
+    let (most, now) = ((words[0] >> 32) as u32, (words[2] >> 32) as u32);
+    (most > 0).then_some((now, most))
+}
+
 /// Puts an interface into promiscuous mode for as long as the result lives.
 pub fn promiscuous(ifindex: u32) -> io::Result<OwnedFd> {
     // SAFETY: takes numbers, returns an fd that nobody else owns. Protocol 0: the socket receives nothing.

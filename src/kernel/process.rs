@@ -166,6 +166,16 @@ fn socket_inode(link: &str) -> Option<u64> {
         .ok()
 }
 
+/// Bytes of memory that this process holds.
+pub fn resident_memory() -> u64 {
+    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages = text
+        .split(' ')
+        .nth(1)
+        .and_then(|word| word.parse::<u64>().ok());
+    pages.unwrap_or(0) * crate::os::page_size() as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

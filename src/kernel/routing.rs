@@ -77,6 +77,15 @@ pub struct Device {
     pub xdp: Option<u32>,
 }
 
+/// A device's counters.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LinkStats {
+    pub index: u32,
+    pub name: String,
+    /// struct rtnl_link_stats64
+    pub stats: Vec<u64>,
+}
+
 /// The route to `to`, for packets from `from` that came in by the device `iif` (0: own packets). An errno where there is none.
 pub fn route(to: IpAddr, from: Option<IpAddr>, iif: u32) -> Result<Result<Route, Errno>> {
     let family = family_of(to);
@@ -148,6 +157,32 @@ pub fn qdiscs(ifindex: u32) -> Result<Vec<Qdisc>> {
     Ok(of_it.map(|m| qdisc(m)).collect())
 }
 
+/// The queue disciplines of all devices, with the devices' indices.
+pub fn all_qdiscs() -> Result<Vec<(u32, Qdisc)>> {
+    let messages = ask(libc::RTM_GETQDISC, libc::NLM_F_DUMP, &[0; TCMSG])?.unwrap_or_default();
+    Ok(messages.iter().map(|m| (u32_at(m, 4), qdisc(m))).collect())
+}
+
+/// All devices with their counters.
+pub fn links() -> Result<Vec<LinkStats>> {
+    let messages = ask(libc::RTM_GETLINK, libc::NLM_F_DUMP, &[0; IFINFOMSG])?.unwrap_or_default();
+    let link = |message: &Vec<u8>| {
+        let found = attributes(message, IFINFOMSG);
+        let stats = found.get(&libc::IFLA_STATS64).map_or(&[][..], |b| b);
+        LinkStats {
+            index: u32_at(message, 4),
+            name: found
+                .get(&libc::IFLA_IFNAME)
+                .map_or_else(String::new, |b| text(b)),
+            stats: stats
+                .chunks_exact(8)
+                .map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()))
+                .collect(),
+        }
+    };
+    Ok(messages.iter().map(link).collect())
+}
+
 fn qdisc(message: &[u8]) -> Qdisc {
     let found = attributes(message, TCMSG);
     let stats = found
@@ -196,11 +231,21 @@ pub fn device(ifindex: u32) -> Result<Option<Device>> {
 
 /// Sends a request; its answers without their headers, or the kernel's errno.
 fn ask(kind: u16, flags: i32, body: &[u8]) -> Result<Result<Vec<Vec<u8>>, Errno>> {
+    ask_by(SockProtocol::NetlinkRoute, kind, flags, body)
+}
+
+/// The same by another protocol of netlink.
+pub(super) fn ask_by(
+    protocol: SockProtocol,
+    kind: u16,
+    flags: i32,
+    body: &[u8],
+) -> Result<Result<Vec<Vec<u8>>, Errno>> {
     let fd = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
+        protocol,
     )
     .context("failed to open a netlink socket")?;
     setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(2))
@@ -258,7 +303,7 @@ fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
 }
 
 /// The attributes behind a message's fixed part.
-fn attributes(message: &[u8], fixed: usize) -> HashMap<u16, Vec<u8>> {
+pub(super) fn attributes(message: &[u8], fixed: usize) -> HashMap<u16, Vec<u8>> {
     /// NLA_TYPE_MASK
     const KIND: u16 = 0x3fff;
     let mut found = HashMap::new();

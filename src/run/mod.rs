@@ -1,6 +1,7 @@
 //! A run from its start to its end: signals, pins, libbpf's log, the loop, loss, and where the lines go. It knows no tool.
 
 pub mod config;
+pub mod http;
 pub mod log;
 pub mod loss;
 pub mod object;

@@ -26,6 +26,10 @@ pub trait Consumer {
 
 /// A tool's whole part in a run: its events, and how it ends.
 pub trait Tool: Consumer {
+    /// The terminal has another size.
+    fn resized(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Keeps the programs from sending more. Called once, before the last events are taken out of the buffers.
     fn pause(&mut self) -> Result<()>;
     /// What it was started for has ended. Asked by [`run_periodic`] at least every 100 ms.
@@ -85,13 +89,25 @@ pub fn run(
 }
 
 /// A run without events: `tool.tick` every `period`, until `stop` has a message or the tool stops. Its end is that of [`run`].
-pub fn run_periodic(stop: &Receiver<Signal>, period: Duration, tool: &mut dyn Tool) -> Result<()> {
+/// `resized` has a message when the terminal has another size.
+pub fn run_periodic(
+    stop: &Receiver<Signal>,
+    resized: &Receiver<()>,
+    period: Duration,
+    tool: &mut dyn Tool,
+) -> Result<()> {
     give_back_memory();
     let mut next = Instant::now() + period;
     let ended = loop {
         let wait = next.saturating_duration_since(Instant::now());
         select! {
             recv(stop) -> _ => break Ok(()),
+            recv(resized) -> _ => {
+                if let Err(e) = tool.resized() {
+                    break Err(e);
+                }
+                continue;
+            }
             default(wait.min(TICK)) => {}
         }
         if tool.is_over() {

@@ -61,12 +61,19 @@ pub fn block() -> Result<()> {
         // SAFETY: the default action runs no code of ours.
         unsafe { sigaction(signal, &action) }.context("failed to reset a signal's action")?;
     }
-    set().thread_block().context("failed to block signals")
+    blocked().thread_block().context("failed to block signals")
+}
+
+/// Those that end a run, and that of a new window size: a thread waits for each where somebody wants to know.
+fn blocked() -> SigSet {
+    let mut blocked = set();
+    blocked.add(Signal::SIGWINCH);
+    blocked
 }
 
 /// Undoes [`block`] in a child process, before it becomes another program.
 pub fn unblock() {
-    let _ = set().thread_unblock();
+    let _ = blocked().thread_unblock();
 }
 
 fn is_ignored(signal: Signal) -> Result<bool> {
@@ -111,6 +118,24 @@ pub fn stop_channel() -> Result<Receiver<Signal>> {
             unsafe { libc::_exit(128 + second as i32) };
         })
         .context("failed to start the signal thread")?;
+    Ok(rx)
+}
+
+/// A channel that gets a message when the terminal has another size.
+pub fn resize_channel() -> Result<Receiver<()>> {
+    let (tx, rx) = bounded(1);
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGWINCH);
+    std::thread::Builder::new()
+        .name("resize".into())
+        .stack_size(64 * 1024)
+        .spawn(move || {
+            // A message that waits stands for this one too.
+            while set.wait().is_ok() {
+                let _ = tx.try_send(());
+            }
+        })
+        .context("failed to start a thread")?;
     Ok(rx)
 }
 

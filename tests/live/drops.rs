@@ -26,7 +26,11 @@ pub fn cases() -> Vec<Case> {
             .when(|env| no_reasons(env.kernel)),
         case("drops_filtered_is_not_balanced", filtered).trace(),
         case("drops_nothing_of_good_traffic", good_traffic).trace(),
-        case("drops_burst_from_two_cpus", burst).trace(),
+        case("drops_burst_from_two_cpus", burst).trace().limit(900),
+        case("drops_memory_does_not_grow", memory)
+            .trace()
+            .program("tc")
+            .limit(900),
         case("drops_table_and_its_limits", text).trace(),
         case("drops_order_and_offsets", order_and_offsets).trace(),
         case("drops_rules_of_a_file", rules_of_a_file)
@@ -287,7 +291,8 @@ fn good_traffic() -> Result<()> {
     let server = net.server.tcp_listen(net.server.v4(4329))?;
     let udp = net.server.udp_bind(net.server.v4(4330))?;
     let run = drops(&[])?;
-    for _ in 0..100 {
+    let times = if soak() { 1000 } else { 100 };
+    for _ in 0..times {
         net.client.tcp_connect(server.address(), 10 * SHORT)??;
         net.client.udp_send(net.server.v4(4330), b"hello")?;
         let mut buffer = [0; 16];
@@ -306,9 +311,17 @@ fn good_traffic() -> Result<()> {
     Ok(())
 }
 
+/// `make soak`: the long forms.
+fn soak() -> bool {
+    std::env::var_os("NETPROBE_SOAK").is_some()
+}
+
+/// From each of two threads.
 const BURST: u64 = 20_000;
+const LONG_BURST: u64 = 500_000;
 
 fn burst() -> Result<()> {
+    let burst = if soak() { LONG_BURST } else { BURST };
     let net = Pair::new()?;
     net.fix_neighbours()?;
     let run = drops(&[])?;
@@ -316,7 +329,7 @@ fn burst() -> Result<()> {
         let threads: Vec<_> = [4331, 4332]
             .map(|port| {
                 let net = &net;
-                scope.spawn(move || send(net, port, BURST))
+                scope.spawn(move || send(net, port, burst))
             })
             .into_iter()
             .collect();
@@ -328,8 +341,39 @@ fn burst() -> Result<()> {
     let (rows, table) = rows(run)?;
     let found = packets(&rows, "socket", &net.server)?;
     ensure!(found == lost, "{found} of {lost}");
-    ensure!(lost > BURST, "{lost}");
+    ensure!(lost > burst, "{lost}");
     ensure!(table["lost"].as_u64() >= Some(lost), "{table}");
+    Ok(())
+}
+
+/// Random loss at ports that change, so that each table has other rows: memory stays what it was after the first tables.
+fn memory() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    net.client
+        .cmd("tc qdisc add dev veth0 root netem loss 50%")?;
+    let run = Netprobe::new("drops")
+        .args(["--output-json", "-i", "1", "--max-cpu", "80"])
+        .start()?;
+    let tables = if soak() { 60 } else { 6 };
+    let memory = || -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", run.pid()))?;
+        let line = status.lines().find(|l| l.starts_with("VmRSS:"));
+        let number = line.and_then(|l| l.split_whitespace().nth(1));
+        Ok(number.context("no memory")?.parse()?)
+    };
+    let mut port = 10_000;
+    let mut until = |count: usize| -> Result<u64> {
+        while run.stdout().matches("\"table\"").count() < count {
+            send(&net, port, 20)?;
+            port = 10_000 + (port + 1) % 50_000;
+        }
+        memory()
+    };
+    let before = until(3)?;
+    let after = until(3 + tables)?;
+    run.stop()?.expect_success()?;
+    ensure!(after <= before + 1024, "{before} kB, then {after} kB");
     Ok(())
 }
 

@@ -7,6 +7,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod drops;
+mod drops_kinds;
+mod drops_metrics;
+mod drops_screen;
 mod files;
 mod filter;
 mod filter_scenarios;
@@ -65,6 +68,9 @@ fn main() {
     cases.extend(skb_drops::cases());
     cases.extend(skb_ct::cases());
     cases.extend(drops::cases());
+    cases.extend(drops_kinds::cases());
+    cases.extend(drops_metrics::cases());
+    cases.extend(drops_screen::cases());
     cases.extend(skb_netfilter::cases());
     cases.extend(skb_output::cases());
     cases.extend(xdpdump_trace::cases());

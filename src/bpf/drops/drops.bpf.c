@@ -45,19 +45,44 @@ const volatile __u64 frees_start[DROP_FREES] = {};
 const volatile __u64 frees_end[DROP_FREES] = {};
 const volatile __u32 frees_count = 0;
 
-struct {
+/*
+ * Two books, each with rows and their examples: while user space takes the rows
+ * out of one, drops go into the other.
+ */
+struct drop_rows {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(max_entries, 8192);
 	__type(key, struct drop_key);
 	__type(value, struct drop_count);
-} rows SEC(".maps");
+} rows_a SEC(".maps"), rows_b SEC(".maps");
 
-struct {
+struct drop_examples {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 8192);
 	__type(key, struct drop_key);
 	__type(value, struct drop_example);
-} examples SEC(".maps");
+} examples_a SEC(".maps"), examples_b SEC(".maps");
+
+/* The book that is written to: 0 or 1. */
+volatile __u32 book SEC(".data.book") = 0;
+
+struct drop_nothing {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} nothing SEC(".maps");
+
+/*
+ * An update of a map of maps waits until no program runs that began before it:
+ * then nobody writes to the other book any more.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct drop_nothing);
+} barrier SEC(".maps") = {.values = {&nothing}};
 
 /* Drops that found no room for their row. */
 struct {
@@ -139,7 +164,7 @@ static __always_inline __u64 socket_inode(struct sock *sk)
 	return BPF_CORE_READ(alloc, vfs_inode.i_ino);
 }
 
-static __always_inline void example(const struct drop_key *key,
+static __always_inline void example(__u32 in, const struct drop_key *key,
 				    struct sk_buff *skb, __u64 sk_ptr,
 				    struct net_device *dev,
 				    const struct np_tuple *tuple, __u32 len)
@@ -160,7 +185,10 @@ static __always_inline void example(const struct drop_key *key,
 		e.backlog = queue.held;
 		e.limit = queue.limit;
 	}
-	bpf_map_update_elem(&examples, key, &e, BPF_NOEXIST);
+	if (in)
+		bpf_map_update_elem(&examples_b, key, &e, BPF_NOEXIST);
+	else
+		bpf_map_update_elem(&examples_a, key, &e, BPF_NOEXIST);
 }
 
 /*
@@ -247,6 +275,25 @@ static __always_inline __u8 facts_of(struct sk_buff *skb,
 	return facts;
 }
 
+static __always_inline struct drop_count *row(__u32 in,
+					      const struct drop_key *key)
+{
+	return in ? bpf_map_lookup_elem(&rows_b, key)
+		  : bpf_map_lookup_elem(&rows_a, key);
+}
+
+static __always_inline struct drop_count *new_row(__u32 in,
+						  const struct drop_key *key)
+{
+	struct drop_count none = {};
+
+	if (in)
+		bpf_map_update_elem(&rows_b, key, &none, BPF_NOEXIST);
+	else
+		bpf_map_update_elem(&rows_a, key, &none, BPF_NOEXIST);
+	return row(in, key);
+}
+
 /* A packet that has passed the filter. `to_ptr`: the socket that it was on its way to, or 0. */
 static __noinline int count_drop(void *ctx, __u64 skb_ptr, __u64 to_ptr,
 				 __u64 place, __u64 reason)
@@ -257,9 +304,8 @@ static __noinline int count_drop(void *ctx, __u64 skb_ptr, __u64 to_ptr,
 	struct np_tuple tuple = {};
 	struct drop_key key = {};
 	struct drop_count *count;
-	struct drop_count one = {};
 	struct net_device *dev;
-	__u32 zero = 0, netns, ifindex = 0, len;
+	__u32 zero = 0, netns, ifindex = 0, len, in = book;
 
 	dev = NP_READ(skb, dev);
 	if (np_is_pointer(dev))
@@ -286,16 +332,18 @@ static __noinline int count_drop(void *ctx, __u64 skb_ptr, __u64 to_ptr,
 		key.ifindex = ifindex;
 	if (by & DROP_BY_NETNS)
 		key.netns = netns;
-	if (by & DROP_BY_PROTO)
+	if (by & DROP_BY_PROTO) {
 		key.proto = tuple.l4_proto;
+		key.ip = tuple.l3_version;
+	}
 	if (by & DROP_BY_PORT)
 		key.dport = tuple.dport;
-	count = bpf_map_lookup_elem(&rows, &key);
+	count = row(in, &key);
 	if (!count) {
-		example(&key, skb, to_ptr ? to_ptr : (__u64)NP_READ(skb, sk),
-			dev, &tuple, len);
-		bpf_map_update_elem(&rows, &key, &one, BPF_NOEXIST);
-		count = bpf_map_lookup_elem(&rows, &key);
+		example(in, &key, skb,
+			to_ptr ? to_ptr : (__u64)NP_READ(skb, sk), dev, &tuple,
+			len);
+		count = new_row(in, &key);
 	}
 	if (!count)
 		count = bpf_map_lookup_elem(&overflow, &zero);

@@ -35,6 +35,9 @@ struct drop_key {
 	__u16 dport; /* host byte order */
 	__u8 proto; /* IPPROTO_* */
 	__u8 facts; /* enum drop_fact */
+	__u32 detail; /* by reason: a qdisc's handle, an XDP program's id; 0: none */
+	__u8 ip; /* 4, 6; 0: neither, or protocols are not asked for */
+	__u8 pad[3];
 };
 
 struct drop_count {
@@ -55,7 +58,7 @@ struct drop_example {
 	__u8 ifname[DROP_IFNAME_LEN];
 };
 
-_Static_assert(sizeof(struct drop_key) == 24,
+_Static_assert(sizeof(struct drop_key) == 32,
 	       "drop_key is part of the contract");
 _Static_assert(sizeof(struct drop_example) == 96,
 	       "drop_example is part of the contract");

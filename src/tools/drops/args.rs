@@ -1,10 +1,12 @@
 //! The flags of `netprobe drops`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
 
 use crate::bpf::drops::types::drop_by;
+use crate::run::http;
 use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
@@ -31,6 +33,17 @@ pub enum Sort {
     Bytes,
     /// what was lost, by name
     What,
+}
+
+/// More than 0, of one CPU.
+fn percent(text: &str) -> Result<f64, String> {
+    let wrong = || "give a number above 0".to_owned();
+    let percent: f64 = text.parse().map_err(|_| wrong())?;
+    if percent.is_finite() && percent > 0.0 {
+        Ok(percent)
+    } else {
+        Err(wrong())
+    }
 }
 
 /// Count what this machine loses, by cause, and balance it against the kernel's own counters.
@@ -76,6 +89,14 @@ pub struct Args {
     /// Explain a drop reason and end; `all` explains every reason of this kernel
     #[arg(long, value_name = "REASON")]
     pub explain: Option<String>,
+
+    /// Serve all counts for Prometheus at http://ADDR:PORT/metrics (a PORT alone: at 127.0.0.1); they are as new as the last table
+    #[arg(long, value_name = "ADDR:PORT", value_parser = http::address)]
+    pub metrics_listen: Option<SocketAddr>,
+
+    /// Take at most PERCENT of one CPU: beyond it rows have no example and tables come later; counts stay exact
+    #[arg(long, value_name = "PERCENT", default_value_t = 5.0, value_parser = percent)]
+    pub max_cpu: f64,
 
     #[command(flatten)]
     pub fields: FieldArgs,

@@ -1,6 +1,6 @@
 //! The kernel side of `netprobe drops`: loaded, attached, and its counts read.
 
-use std::collections::HashMap;
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -30,10 +30,21 @@ pub struct Count {
     pub bytes: u64,
 }
 
+/// A row as it was taken out of the kernel.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    pub key: drop_key,
+    pub count: Count,
+    /// its first packet
+    pub example: Option<drop_example>,
+}
+
 /// The programs and what is attached; dropping it detaches.
 pub struct Programs<'a> {
     pub skel: DropsSkel<'a>,
     links: Vec<Link>,
+    /// the one that the programs write to
+    book: Cell<u32>,
 }
 
 impl<'a> Programs<'a> {
@@ -55,7 +66,7 @@ impl<'a> Programs<'a> {
         rodata.has_reasons = u8::from(features.drop_reasons);
         rodata.has_rx_sock = u8::from(features.drop_sock);
         rodata.by = args.by();
-        let frees = frees();
+        let frees = functions::spans(only_frees);
         for (i, (start, end)) in frees.iter().take(rodata.frees_start.len()).enumerate() {
             rodata.frees_start[i] = *start;
             rodata.frees_end[i] = *end;
@@ -121,23 +132,68 @@ impl<'a> Programs<'a> {
                 Err(e) => eprintln!("netprobe: {without}: {:?}", anyhow::Error::new(e)),
             }
         }
-        Ok(Self { skel, links })
+        Ok(Self {
+            skel,
+            links,
+            book: Cell::new(0),
+        })
     }
 
-    /// All rows since the start, over all CPUs.
-    pub fn rows(&self) -> Result<HashMap<drop_key, Count>> {
-        let map = &self.skel.maps.rows;
-        let mut rows = HashMap::new();
-        for bytes in map.keys() {
-            let Some((key, _)) = read::<drop_key>(&bytes) else {
+    /// Takes the rows since the last call, over all CPUs, with their examples: `example` says whether there is time for one more.
+    pub fn take(&self, mut example: impl FnMut() -> bool) -> Result<Vec<Taken>> {
+        let full = self.turn()?;
+        let maps = &self.skel.maps;
+        let (rows, examples): (&dyn MapCore, &dyn MapCore) = match full {
+            0 => (&maps.rows_a, &maps.examples_a),
+            _ => (&maps.rows_b, &maps.examples_b),
+        };
+        let keys: Vec<Vec<u8>> = rows.keys().collect();
+        let mut taken = Vec::with_capacity(keys.len());
+        for bytes in &keys {
+            let Some((key, _)) = read::<drop_key>(bytes) else {
                 continue;
             };
-            let per_cpu = map
-                .lookup_percpu(&bytes, MapFlags::ANY)
+            let per_cpu = rows
+                .lookup_percpu(bytes, MapFlags::ANY)
                 .context("failed to read the counts")?;
-            rows.insert(key, sum(per_cpu.unwrap_or_default()));
+            taken.push(Taken {
+                key,
+                count: sum(per_cpu.unwrap_or_default()),
+                example: None,
+            });
+            rows.delete(bytes).context("failed to take a row out")?;
         }
-        Ok(rows)
+        // The largest rows first: time may not be enough for all examples.
+        taken.sort_by_key(|row| std::cmp::Reverse(row.count.packets));
+        for row in &mut taken {
+            let key = crate::bpf::bytes_of(&row.key);
+            if example() {
+                let found = examples.lookup(key, MapFlags::ANY).ok().flatten();
+                row.example = found.and_then(|bytes| Some(read(&bytes)?.0));
+            }
+            // A row has none where the map of examples was full.
+            let _ = examples.delete(key);
+        }
+        Ok(taken)
+    }
+
+    /// Lets drops go into the other book; gives the one that nobody writes to any more.
+    fn turn(&self) -> Result<u32> {
+        let full = self.book.get();
+        self.book.set(1 - full);
+        let book = &self.skel.maps.data_book;
+        book.update(
+            &0u32.to_ne_bytes(),
+            &self.book.get().to_ne_bytes(),
+            MapFlags::ANY,
+        )
+        .context("failed to turn to the other book")?;
+        let inner = self.skel.maps.nothing.as_fd().as_raw_fd();
+        let barrier = &self.skel.maps.barrier;
+        barrier
+            .update(&0u32.to_ne_bytes(), &inner.to_ne_bytes(), MapFlags::ANY)
+            .context("failed to wait for the programs")?;
+        Ok(full)
     }
 
     /// Drops that found no room for a row of their own.
@@ -149,17 +205,6 @@ impl<'a> Programs<'a> {
             .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)
             .context("failed to read the counts")?;
         Ok(sum(per_cpu.unwrap_or_default()))
-    }
-
-    /// The first packet of a row.
-    pub fn example(&self, key: &drop_key) -> Option<drop_example> {
-        let bytes = self
-            .skel
-            .maps
-            .examples
-            .lookup(crate::bpf::bytes_of(key), MapFlags::ANY)
-            .ok()??;
-        Some(read(&bytes)?.0)
     }
 
     /// Drops that the kernel skipped, since a program of ours ran on the same CPU already.
@@ -228,15 +273,4 @@ fn attach(skel: &DropsSkel<'_>, hooks: &[Hook]) -> Result<Vec<Link>> {
         }
     }
     Ok(links)
-}
-
-/// Where the functions begin and end that only free.
-fn frees() -> Vec<(u64, u64)> {
-    let mut all = Vec::new();
-    functions::addresses(|_| true, |addr, name| all.push((addr, name.to_owned())));
-    all.sort_unstable();
-    let ends = all.iter().skip(1).map(|(addr, _)| *addr);
-    let found = all.iter().zip(ends);
-    let found = found.filter(|((_, name), _)| only_frees(name));
-    found.map(|((start, _), end)| (*start, end)).collect()
 }

@@ -1,12 +1,15 @@
 //! `netprobe drops`: what this machine loses, by cause, against the kernel's own counters.
 
 pub mod args;
+mod guard;
 mod kernel;
 mod ledger;
+mod metrics;
 mod present;
 mod rows;
+mod screen;
+mod table;
 
-use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
@@ -14,7 +17,6 @@ use anyhow::Result;
 use libbpf_rs::MapCore;
 
 use crate::bpf;
-use crate::bpf::drops::types::drop_key;
 use crate::engine::merge::Record;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
@@ -31,10 +33,15 @@ use crate::tools::rules;
 use crate::tools::who::{self, command::Running};
 
 use args::Args;
-use kernel::{Count, Programs};
+use guard::Guard;
+use kernel::Programs;
 use ledger::Ledger;
+use metrics::Metrics;
 use present::{Presenter, Table};
 use rows::Names;
+
+/// The longest time between a counter of the kernel and the free of its packet.
+const IN_FLIGHT: Duration = Duration::from_millis(2);
 
 pub fn run(args: &Args) -> Result<()> {
     let rules = rules::load(args.rules.as_deref())?;
@@ -56,6 +63,11 @@ pub fn run(args: &Args) -> Result<()> {
     let core = CoreBtf::new(&btf, bpf::DROPS_TYPES)?;
     drop(btf);
     let stop = signals::stop_channel()?;
+    let presenter = Presenter::new(args);
+    let resized = match presenter.redraws() {
+        true => signals::resize_channel()?,
+        false => crossbeam_channel::never(),
+    };
     let out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
     let mut programs = Programs::begin(args, &features, (&filters, &who), &core, &mut storage)?;
@@ -72,16 +84,16 @@ pub fn run(args: &Args) -> Result<()> {
         flows: &programs.skel.maps.who_flows,
     };
     who.seed(&maps)?;
-    // Read before the ledger: a drop between the two is in the programs' book alone.
-    let start = programs.rows()?;
+    let metrics = args.metrics_listen.map(Metrics::listen).transpose()?;
+    let ledger = args.is_whole().then(Ledger::begin);
     let mut drops = Drops {
         command: None,
         args,
-        presenter: Presenter::new(args),
+        presenter,
         names: Names::new(rules, reasons),
-        before: start.clone(),
-        start,
-        ledger: args.is_whole().then(Ledger::begin),
+        ledger,
+        metrics,
+        guard: Guard::new(args.max_cpu),
         since: Instant::now(),
         total: Total::default(),
         programs: &programs,
@@ -89,11 +101,16 @@ pub fn run(args: &Args) -> Result<()> {
         out,
         _pins: pins,
     };
+    if let Some(left_out) = drops.ledger.as_ref().map(|l| l.left_out).filter(|n| *n > 0) {
+        eprintln!(
+            "netprobe: counters of {left_out} network namespaces are not read: there are too many"
+        );
+    }
     eprintln!("netprobe: counting drops (Ctrl-C ends)");
     output::ready(args.output.ready_file.as_deref())?;
     drops.command = who.start(&maps, false)?;
     let period = Duration::from_secs(args.interval);
-    session::run_periodic(&stop, period, &mut drops)
+    session::run_periodic(&stop, &resized, period, &mut drops)
 }
 
 /// Since the start, for the summary.
@@ -110,9 +127,8 @@ struct Drops<'a, M> {
     names: Names,
     command: Option<Running>,
     ledger: Option<Ledger>,
-    /// counts at the last table, and at the start
-    before: HashMap<drop_key, Count>,
-    start: HashMap<drop_key, Count>,
+    metrics: Option<Metrics>,
+    guard: Guard,
     since: Instant,
     total: Total,
     programs: &'a Programs<'a>,
@@ -128,21 +144,31 @@ impl<M: MapCore> Drops<'_, M> {
         if let (Some(ledger), false) = (&mut self.ledger, last) {
             ledger.read();
         }
-        let now = self.programs.rows()?;
-        let unexplained = match &mut self.ledger {
-            Some(ledger) => {
-                let seen = self.names.seen(&rows::grown(&self.start, &now))?;
-                Some(ledger.balance(&seen, last))
+        let period = Duration::from_secs(self.args.interval);
+        let (mut at, mut left_out) = (0, 0);
+        let taken = self.programs.take(|| {
+            let time = self.guard.has_time(at, period);
+            at += 1;
+            left_out += u64::from(!time);
+            time
+        })?;
+        let rows = self.names.rows(&taken);
+        let balance = self.ledger.as_mut().map(|ledger| {
+            for row in &rows {
+                ledger.add(row.seen(), row.count.packets);
             }
-            None => None,
-        };
-        let grown = rows::grown(&self.before, &now);
-        let rows = self.names.rows(&grown, |key| self.programs.example(key))?;
-        let table = Table::new(rows, unexplained, self.since.elapsed(), self.args);
+            ledger.balance(last)
+        });
+        let mut table = Table::new(&rows, balance, self.since.elapsed(), self.args);
+        table.examples_left_out = left_out;
+        table.delayed = std::mem::take(&mut self.guard.delayed);
         self.total.lost += table.lost;
         self.total.expected += table.expected;
-        self.before = now;
         self.since = Instant::now();
+        if let Some(metrics) = &mut self.metrics {
+            let missed = self.programs.overflow()?.packets + self.programs.missed();
+            metrics.update(&rows, &table, self.ledger.as_ref(), missed)?;
+        }
         let flow = self.presenter.table(&mut self.out, &table)?;
         self.out.flush()?;
         Ok(flow)
@@ -162,6 +188,10 @@ impl<M: MapCore> Consumer for Drops<'_, M> {
             self.table(true)?;
             return Ok(Flow::Stop);
         }
+        if !self.guard.is_due() {
+            return Ok(Flow::Continue);
+        }
+        self.guard.begin();
         self.table(false)
     }
 }
@@ -171,15 +201,27 @@ impl<M: MapCore> Tool for Drops<'_, M> {
         self.command.as_mut().is_some_and(|c| c.is_over(true))
     }
 
+    fn resized(&mut self) -> Result<()> {
+        self.presenter.redraw(&mut self.out)?;
+        self.out.flush()
+    }
+
     fn pause(&mut self) -> Result<()> {
         if let Some(command) = &mut self.command {
             command.stop();
         }
-        // Drops after this are in neither book.
+        // What the counters have now has been freed before the programs pause; what is freed until then is in the counters when they are
+        // read again.
+        if let Some(ledger) = &mut self.ledger {
+            ledger.read();
+            ledger.settle();
+            std::thread::sleep(IN_FLIGHT);
+        }
+        self.config.pause()?;
         if let Some(ledger) = &mut self.ledger {
             ledger.read();
         }
-        self.config.pause()
+        Ok(())
     }
 
     fn count(&mut self, loss: &mut Loss) -> Result<()> {

@@ -14,8 +14,11 @@ use crate::text::columns::push_time_of_day;
 use crate::text::escape::escaped;
 
 use super::args::{Args, Sort};
-use super::ledger::Unexplained;
+use super::ledger::{Balance, Difference};
 use super::rows::Row;
+use super::screen::{self, Size};
+use crate::kernel::counters::Source;
+use crate::kernel::netdev;
 
 /// What is shown of an interval.
 pub struct Table {
@@ -24,21 +27,22 @@ pub struct Table {
     kinds: usize,
     pub lost: u64,
     pub expected: u64,
-    unexplained: Option<Vec<Unexplained>>,
+    /// `None`: not every drop is counted, so that nothing is balanced
+    balance: Option<Balance>,
     time: Duration,
     /// rows that --top left out, and their packets
     cut: (usize, u64),
+    /// by --max-cpu: rows without their example, tables that came later
+    pub examples_left_out: u64,
+    pub delayed: u64,
 }
 
 impl Table {
-    pub fn new(
-        rows: Vec<Row>,
-        unexplained: Option<Vec<Unexplained>>,
-        time: Duration,
-        args: &Args,
-    ) -> Self {
-        let (normal, mut shown): (Vec<Row>, Vec<Row>) =
-            rows.into_iter().partition(|row| row.meaning.is_expected());
+    pub fn new(rows: &[Row], balance: Option<Balance>, time: Duration, args: &Args) -> Self {
+        let (normal, mut shown): (Vec<Row>, Vec<Row>) = rows
+            .iter()
+            .cloned()
+            .partition(|row| row.meaning.is_expected());
         let packets = |rows: &[Row]| rows.iter().map(|row| row.count.packets).sum();
         let mut kinds: Vec<&str> = normal.iter().map(|row| &*row.meaning.what).collect();
         kinds.sort_unstable();
@@ -66,22 +70,29 @@ impl Table {
             kinds,
             lost,
             expected,
-            unexplained,
+            balance,
             time,
             cut,
+            examples_left_out: 0,
+            delayed: 0,
         }
     }
 
-    fn unexplained(&self) -> u64 {
-        let all = self.unexplained.iter().flatten();
-        all.map(Unexplained::packets).sum()
+    pub fn unexplained(&self) -> Option<u64> {
+        self.balance.as_ref().map(Balance::packets)
+    }
+
+    pub fn in_no_counter(&self) -> Option<u64> {
+        self.balance.as_ref().map(|balance| balance.in_no_counter)
     }
 }
 
 /// Writes tables.
 pub struct Presenter {
     /// stdout is a terminal: each table takes the place of the last one
-    redraw: bool,
+    redraws: bool,
+    /// the table that is on it
+    last: String,
     offsets: bool,
     all: bool,
 }
@@ -90,10 +101,24 @@ impl Presenter {
     pub fn new(args: &Args) -> Self {
         let terminal = args.output.output_file.is_none() && std::io::stdout().is_terminal();
         Self {
-            redraw: terminal && !args.once && !args.output.output_json,
+            redraws: terminal && !args.once && !args.output.output_json,
+            last: String::new(),
             offsets: args.offsets,
             all: args.all,
         }
+    }
+
+    pub fn redraws(&self) -> bool {
+        self.redraws
+    }
+
+    /// The table that is on the terminal once more: its size has changed.
+    pub fn redraw(&self, out: &mut Output) -> Result<()> {
+        if self.last.is_empty() {
+            return Ok(());
+        }
+        let text = screen::fit(&self.last, Size::of_stdout());
+        out.line(|b| b.extend_from_slice(text.as_bytes()))
     }
 
     pub fn table(&mut self, out: &mut Output, table: &Table) -> Result<Flow> {
@@ -101,10 +126,6 @@ impl Presenter {
             return self.json(out, table);
         }
         let mut text = Vec::new();
-        if self.redraw {
-            // To the first place, and what is there goes.
-            text.extend_from_slice(b"\x1b[H\x1b[J");
-        }
         self.head(&mut text, table);
         let cells: Vec<[String; 6]> = table
             .rows
@@ -116,8 +137,13 @@ impl Presenter {
             push_columns(&mut text, &names, &cells);
         }
         foot(&mut text, table, self.all);
+        let mut text = String::from_utf8_lossy(text.trim_ascii_end()).into_owned();
+        if self.redraws {
+            let fitted = screen::fit(&text, Size::of_stdout());
+            self.last = std::mem::replace(&mut text, fitted);
+        }
         // One event is one table: --output-limit-lines counts these.
-        out.event(|b| b.extend_from_slice(text.trim_ascii_end()))
+        out.event(|b| b.extend_from_slice(text.as_bytes()))
     }
 
     fn head(&self, text: &mut Vec<u8>, table: &Table) {
@@ -132,8 +158,8 @@ impl Presenter {
             table.lost,
             table.time.as_secs_f64()
         );
-        let _ = match &table.unexplained {
-            Some(_) => writeln!(text, ", {} unexplained", table.unexplained()),
+        let _ = match table.unexplained() {
+            Some(packets) => writeln!(text, ", {packets} unexplained"),
             None => writeln!(
                 text,
                 " (filtered or grouped: not balanced against the kernel's counters)"
@@ -186,16 +212,10 @@ impl Presenter {
                 return Ok(Flow::Stop);
             }
         }
-        for u in table.unexplained.iter().flatten() {
-            out.json_line(&UnexplainedJson {
-                kind: "unexplained",
-                netns: u.netns,
-                counter: u.name,
-                what: u.what,
-                packets: u.packets(),
-                grew: u.grew,
-                seen: u.seen,
-            })?;
+        for (kind, differences) in table.balance.iter().flat_map(kinds) {
+            for difference in differences {
+                out.json_line(&DifferenceJson::new(kind, difference))?;
+            }
         }
         out.json_line(&TableJson {
             kind: "table",
@@ -203,7 +223,11 @@ impl Presenter {
             lost: table.lost,
             expected: table.expected,
             expected_kinds: table.kinds,
-            unexplained: table.unexplained.as_ref().map(|_| table.unexplained()),
+            unexplained: table.unexplained(),
+            in_no_counter: table.balance.as_ref().map(|b| b.in_no_counter),
+            counters: table.balance.as_ref().map(|b| b.counters),
+            examples_left_out: table.examples_left_out,
+            tables_delayed: table.delayed,
         })?;
         Ok(Flow::Continue)
     }
@@ -237,24 +261,124 @@ fn foot(text: &mut Vec<u8>, table: &Table, all: bool) {
             table.cut.0, table.cut.1
         );
     }
-    for u in table.unexplained.iter().flatten() {
-        let netns = match u.netns {
-            0 => String::new(),
-            netns => format!(" of netns {netns}"),
-        };
+    for (kind, differences) in table.balance.iter().flat_map(kinds) {
+        if kind == "note" && !all {
+            continue;
+        }
+        for difference in differences {
+            push_difference(text, kind, difference);
+        }
+    }
+    if table.examples_left_out + table.delayed > 0 {
         let _ = writeln!(
             text,
-            "  unexplained: {}{netns} grew by {}, drops seen {}: {}",
-            u.name, u.grew, u.seen, u.what
+            "  --max-cpu: {} rows without an example, {} tables later; all packets are counted",
+            table.examples_left_out, table.delayed
         );
     }
+    let mut also = Vec::new();
     if table.expected > 0 && !all {
-        let _ = writeln!(
-            text,
-            "  also: {} normal frees of {} kinds (--all)",
+        also.push(format!(
+            "{} normal frees of {} kinds (--all)",
             table.expected, table.kinds
-        );
+        ));
     }
+    if let Some(balance) = &table.balance {
+        if balance.in_no_counter > 0 {
+            also.push(format!(
+                "{} packets lost since the start are in no counter of the kernel",
+                balance.in_no_counter
+            ));
+        }
+        let odd = balance.unexplained.len() + balance.uncounted.len();
+        also.push(match odd {
+            0 => format!("all {} counters balance", balance.counters),
+            odd => format!("{odd} of {} counters do not balance", balance.counters),
+        });
+    }
+    if !also.is_empty() {
+        let _ = writeln!(text, "  also: {}", also.join("; "));
+    }
+}
+
+/// The differences of a balance by the word for them.
+fn kinds(balance: &Balance) -> [(&'static str, &[Difference]); 3] {
+    [
+        ("unexplained", &balance.unexplained),
+        ("uncounted", &balance.uncounted),
+        ("note", &balance.notes),
+    ]
+}
+
+/// Parts of a counter that a line names, at most.
+const PARTS: usize = 4;
+
+fn push_difference(text: &mut Vec<u8>, kind: &str, d: &Difference) {
+    let netns = match d.netns {
+        0 => String::new(),
+        netns => format!(" of netns {netns}"),
+    };
+    let _ = write!(text, "  {kind}: {}{netns} grew by {}", counter(d), d.grew);
+    if kind != "note" {
+        let _ = write!(text, ", drops seen {}", d.seen);
+    }
+    let _ = write!(text, ": {}", d.entry.what);
+    if let Some((now, most)) = ring(d) {
+        let _ = write!(text, "; ring {now} of {most}");
+    }
+    if !d.entry.shared.is_empty() {
+        let _ = write!(text, " (shared: {})", d.entry.shared);
+    }
+    let parts: Vec<String> = d
+        .parts
+        .iter()
+        .filter(|(of, _)| !of.is_empty())
+        .map(part)
+        .collect();
+    if !parts.is_empty() {
+        let _ = write!(text, " [{}", parts[..parts.len().min(PARTS)].join(", "));
+        if parts.len() > PARTS {
+            let _ = write!(text, ", {} more", parts.len() - PARTS);
+        }
+        text.push(b']');
+    }
+    text.push(b'\n');
+}
+
+/// `UdpNoPorts`, `rx_missed_errors`, `xfrm XfrmInNoStates`
+fn counter(d: &Difference) -> String {
+    let name = escaped(d.name.as_bytes());
+    match d.source {
+        Source::Proc | Source::Xfrm | Source::Link => name,
+        other => format!("{} {name}", source(other)),
+    }
+}
+
+/// The source's own name.
+pub fn source(source: Source) -> &'static str {
+    match source {
+        Source::Proc => "proc",
+        Source::Xfrm => "xfrm",
+        Source::Link => "link",
+        Source::Softnet => "softnet",
+        Source::Conntrack => "conntrack",
+        Source::Ethtool => "ethtool",
+        Source::Qdisc => "qdisc",
+        Source::Socket => "socket",
+    }
+}
+
+/// `eth0 +5`
+fn part((of, grew): &(String, u64)) -> String {
+    format!("{} +{grew}", escaped(of.as_bytes()))
+}
+
+/// How large the ring is in which a card's packets were lost, of an interface of this namespace.
+fn ring(d: &Difference) -> Option<(u32, u32)> {
+    let lost = ["rx_missed_errors", "rx_fifo_errors", "rx_over_errors"].contains(&d.name.as_str());
+    let (device, _) = d.parts.first().filter(|_| lost)?;
+    let here = netdev::name(d.ifindex).as_ref() == Some(device);
+    here.then(|| netdev::receive_ring(device)).flatten()
 }
 
 fn ifname(e: &drop_example) -> String {
@@ -360,16 +484,55 @@ impl RowJson {
     }
 }
 
+/// A counter beside the drops that were seen.
 #[derive(Serialize)]
-struct UnexplainedJson {
+struct DifferenceJson {
     #[serde(rename = "type")]
     kind: &'static str,
     netns: u32,
-    counter: &'static str,
+    ifindex: u32,
+    counter: String,
     what: &'static str,
+    shared: &'static str,
     packets: u64,
     grew: u64,
     seen: u64,
+    parts: Vec<PartJson>,
+}
+
+/// A device, qdisc, socket or CPU of a counter.
+#[derive(Serialize)]
+struct PartJson {
+    of: String,
+    grew: u64,
+}
+
+impl DifferenceJson {
+    fn new(kind: &'static str, d: &Difference) -> Self {
+        Self {
+            kind,
+            netns: d.netns,
+            ifindex: d.ifindex,
+            counter: counter(d),
+            what: &d.entry.what,
+            shared: &d.entry.shared,
+            packets: match kind {
+                "unexplained" => d.unexplained(),
+                "uncounted" => d.uncounted(),
+                _ => d.grew,
+            },
+            grew: d.grew,
+            seen: d.seen,
+            parts: d
+                .parts
+                .iter()
+                .map(|(of, grew)| PartJson {
+                    of: escaped(of.as_bytes()),
+                    grew: *grew,
+                })
+                .collect(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -382,4 +545,8 @@ struct TableJson {
     expected_kinds: usize,
     /// null: filtered, so that nothing is balanced
     unexplained: Option<u64>,
+    in_no_counter: Option<u64>,
+    counters: Option<usize>,
+    examples_left_out: u64,
+    tables_delayed: u64,
 }

@@ -1,17 +1,13 @@
 //! Counts of the kernel side to rows: what was lost, where, whose.
 
-use std::collections::HashMap;
-
-use anyhow::Result;
-
 use crate::bpf::drops::types::{drop_example, drop_fact, drop_key};
-use crate::explain::{Fact, Meaning, Rules};
+use crate::explain::{Fact, Meaning, NOT_SPECIFIED, Rules};
 use crate::kernel::drop_reason::DropReasons;
-use crate::kernel::ksyms::KernelSymbols;
+use crate::kernel::ksyms::FewSymbols;
 use crate::kernel::listen;
 use crate::kernel::process::SocketHolders;
 
-use super::kernel::Count;
+use super::kernel::{Count, Taken};
 use super::ledger::Seen;
 
 /// PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST of include/uapi/linux/if_packet.h.
@@ -37,11 +33,29 @@ pub struct Row {
     pub owner: Option<(u32, String)>,
 }
 
+impl Row {
+    /// As the ledger wants it.
+    pub fn seen(&self) -> Seen {
+        Seen {
+            netns: self.key.netns,
+            ifindex: self.key.ifindex,
+            port: self.key.dport,
+            proto: self.key.proto,
+            ip: self.key.ip,
+            guessed: matches!(self.reason.as_str(), "" | NOT_SPECIFIED),
+            reason: self.meaning.reason.clone(),
+            rule: self.meaning.rule().to_owned(),
+            class: self.meaning.class.clone(),
+            place: self.place.clone(),
+        }
+    }
+}
+
 /// What turns counts into rows.
 pub struct Names {
     rules: Rules,
     reasons: DropReasons,
-    symbols: KernelSymbols,
+    symbols: FewSymbols,
     holders: Option<SocketHolders>,
 }
 
@@ -50,7 +64,7 @@ impl Names {
         Self {
             rules,
             reasons,
-            symbols: KernelSymbols::default(),
+            symbols: FewSymbols::default(),
             holders: None,
         }
     }
@@ -68,18 +82,18 @@ impl Names {
             .map_or(name.clone(), str::to_owned)
     }
 
-    /// Rows of what grew; `example` looks a row's first packet up.
-    pub fn rows(
-        &mut self,
-        grown: &HashMap<drop_key, Count>,
-        example: impl Fn(&drop_key) -> Option<drop_example>,
-    ) -> Result<Vec<Row>> {
-        self.resolve(grown)?;
+    /// Rows of what was taken.
+    pub fn rows(&mut self, taken: &[Taken]) -> Vec<Row> {
+        self.resolve(taken);
         let mut rows = Vec::new();
-        for (key, count) in grown {
+        for Taken {
+            key,
+            count,
+            example,
+        } in taken
+        {
             let (place, offset) = self.place(key);
             let reason = self.reason(key.reason);
-            let example = example(key);
             let inode = example.as_ref().map_or(0, |e| e.inode);
             rows.push(Row {
                 count: *count,
@@ -89,10 +103,10 @@ impl Names {
                 offset,
                 key: *key,
                 owner: self.owner(inode),
-                example,
+                example: *example,
             });
         }
-        Ok(rows)
+        rows
     }
 
     fn owner(&mut self, inode: u64) -> Option<(u32, String)> {
@@ -103,25 +117,10 @@ impl Names {
         holders.of(inode).map(|p| (p.pid, p.comm.clone()))
     }
 
-    /// All drops since the start, as the ledger wants them.
-    pub fn seen(&mut self, all: &HashMap<drop_key, Count>) -> Result<Seen> {
-        self.resolve(all)?;
-        let mut seen = Seen::new();
-        for (key, count) in all {
-            let (place, _) = self.place(key);
-            let reason = self.reason(key.reason);
-            let meaning = self.rules.explain(&reason, &place, &facts(key.facts));
-            *seen
-                .entry((key.netns, meaning.reason, key.proto))
-                .or_default() += count.packets;
-        }
-        Ok(seen)
-    }
-
-    fn resolve(&mut self, rows: &HashMap<drop_key, Count>) -> Result<()> {
-        let places = rows.keys().map(|key| key.place);
+    fn resolve(&mut self, taken: &[Taken]) {
+        let places = taken.iter().map(|row| row.key.place);
         let places: Vec<u64> = places.filter(|place| *place != 0).collect();
-        self.symbols.resolve(&places)
+        self.symbols.resolve(&places);
     }
 
     /// The function that decided, and how far behind its beginning; empty where places are not asked for.
@@ -155,25 +154,6 @@ fn facts(bits: u8) -> Vec<Fact> {
     facts
 }
 
-/// What has grown from `before` to `now`.
-pub fn grown(
-    before: &HashMap<drop_key, Count>,
-    now: &HashMap<drop_key, Count>,
-) -> HashMap<drop_key, Count> {
-    let mut grown = HashMap::new();
-    for (key, count) in now {
-        let old = before.get(key).copied().unwrap_or_default();
-        let count = Count {
-            packets: count.packets.saturating_sub(old.packets),
-            bytes: count.bytes.saturating_sub(old.bytes),
-        };
-        if count.packets > 0 {
-            grown.insert(*key, count);
-        }
-    }
-    grown
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,24 +163,5 @@ mod tests {
         let bits = 3 | drop_fact::DROP_PROMISCUOUS.0 as u8;
         assert_eq!(facts(bits), [Fact::OtherHost, Fact::Promiscuous]);
         assert_eq!(facts(0), []);
-    }
-
-    #[test]
-    fn only_what_grew() {
-        let key = |reason| drop_key {
-            reason,
-            ..drop_key::default()
-        };
-        let count = |packets| Count {
-            packets,
-            bytes: 10 * packets,
-        };
-        let before = HashMap::from([(key(1), count(5)), (key(2), count(7))]);
-        let now = HashMap::from([(key(1), count(9)), (key(2), count(7)), (key(3), count(1))]);
-        let grown = grown(&before, &now);
-        assert_eq!(
-            grown,
-            HashMap::from([(key(1), count(4)), (key(3), count(1))])
-        );
     }
 }
