@@ -6,32 +6,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use crate::kernel::counters::{self, Id, Source, Values};
 use crate::kernel::netns::Netns;
 
-use super::table::{Entry, table};
+use super::table::{Entry, Seen, table};
 use crate::explain::EXPECTED;
 
 /// Namespaces that are watched at most.
 const NAMESPACES: usize = 256;
-
-/// Drops of one kind.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Seen {
-    pub netns: u32,
-    pub ifindex: u32,
-    pub port: u16,
-    /// IPPROTO_*
-    pub proto: u8,
-    /// 4, 6, or 0
-    pub ip: u8,
-    /// the kernel gave no reason: it is the place's
-    pub guessed: bool,
-    /// the kernel's reason, or the one that newer kernels give; empty: none
-    pub reason: String,
-    /// of the rule
-    pub rule: String,
-    pub class: String,
-    /// the function that decided
-    pub place: String,
-}
 
 /// A counter that grew by another number than was seen.
 #[derive(Debug, Clone, PartialEq, Eq)]

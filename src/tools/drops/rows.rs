@@ -8,7 +8,7 @@ use crate::kernel::listen;
 use crate::kernel::process::SocketHolders;
 
 use super::kernel::{Count, Taken};
-use super::ledger::Seen;
+use super::table::Seen;
 
 /// PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST of include/uapi/linux/if_packet.h.
 const PKT_TYPES: [(u8, Fact); 3] = [

@@ -6,7 +6,26 @@ use serde::Deserialize;
 
 use crate::kernel::counters::Source;
 
-use super::ledger::Seen;
+/// Drops of one kind.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Seen {
+    pub netns: u32,
+    pub ifindex: u32,
+    pub port: u16,
+    /// IPPROTO_*
+    pub proto: u8,
+    /// 4, 6, or 0
+    pub ip: u8,
+    /// the kernel gave no reason: it is the place's
+    pub guessed: bool,
+    /// the kernel's reason, or the one that newer kernels give; empty: none
+    pub reason: String,
+    /// of the rule
+    pub rule: String,
+    pub class: String,
+    /// the function that decided
+    pub place: String,
+}
 
 /// Counters of one kind, and the drops that move them. counters.toml says what the fields mean.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
