@@ -138,19 +138,20 @@ fn types(object: &Path) -> Result<String> {
 
 /// What this machine has that some unit tests need, as `cfg`s: a test without it is ignored, with the reason.
 fn what_tests_find_here() {
-    println!("cargo::rustc-check-cfg=cfg(is_root, has_btf, has_drop_reasons, has_tshark)");
+    println!(
+        "cargo::rustc-check-cfg=cfg(is_root, has_btf, has_drop_reasons, has_tshark, has_chromium)"
+    );
     let btf = fs::read("/sys/kernel/btf/vmlinux").unwrap_or_default();
     let names = |name: &[u8]| btf.windows(name.len()).any(|bytes| bytes == name);
     let paths = env::var_os("PATH").unwrap_or_default();
+    let program = |name: &str| env::split_paths(&paths).any(|folder| folder.join(name).exists());
     let is_root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
     for (name, is_here) in [
         ("is_root", is_root),
         ("has_btf", !btf.is_empty()),
         ("has_drop_reasons", names(b"SKB_DROP_REASON_NO_SOCKET")),
-        (
-            "has_tshark",
-            env::split_paths(&paths).any(|folder| folder.join("tshark").exists()),
-        ),
+        ("has_tshark", program("tshark")),
+        ("has_chromium", program("chromium")),
     ] {
         if is_here {
             println!("cargo::rustc-cfg={name}");
