@@ -370,8 +370,10 @@ fn memory() -> Result<()> {
         }
         memory()
     };
-    let before = until(3)?;
-    let after = until(3 + tables)?;
+    // The first full tables take what the allocator then keeps: on the newest kernel 15.9 MB became 17.0 once, and stayed.
+    until(3)?;
+    let before = until(6)?;
+    let after = until(6 + tables)?;
     run.stop()?.expect_success()?;
     ensure!(after <= before + 1024, "{before} kB, then {after} kB");
     Ok(())

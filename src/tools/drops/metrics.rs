@@ -265,9 +265,15 @@ fn kernel_counters(ledger: &Ledger, names: &Names<'_>) -> Series<u64> {
             ),
             ("interface", names.device(netns, id.ifindex)),
         ];
-        if sums.len() < SERIES || sums.contains_key(&labels) {
-            *sums.entry(labels).or_default() += grew;
-        }
+        let full = sums.len() >= SERIES && !sums.contains_key(&labels);
+        let labels = match full {
+            true => labels
+                .into_iter()
+                .map(|(name, _)| (name, OVERFLOW.to_owned()))
+                .collect(),
+            false => labels,
+        };
+        *sums.entry(labels).or_default() += grew;
     }
     sums.into_iter().collect()
 }
