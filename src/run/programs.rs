@@ -31,6 +31,26 @@ pub struct Engine<'a, M> {
     pub buffer: BufferOptions,
 }
 
+/// The engine of a loaded skeleton, its maps pinned: `engine!(skel, "icmp", filter, transport, buffer)`, in a function that gives a `Result`.
+/// A macro, since each skeleton has a type of its own for its maps.
+macro_rules! engine {
+    ($skel:expr, $tool:literal, $filter:expr, $transport:expr, $buffer:expr) => {{
+        use std::os::fd::AsFd;
+        let maps = &mut $skel.maps;
+        let pins = $crate::run::programs::pin($tool, &mut maps.data_config, &mut maps.stats)?;
+        let maps = &$skel.maps;
+        $crate::run::programs::Engine {
+            pins,
+            config: &maps.data_config,
+            filter: $filter,
+            stats: &maps.stats,
+            source: $transport.source(maps.events.as_fd(), maps.rings.as_fd()),
+            buffer: $buffer,
+        }
+    }};
+}
+pub(crate) use engine;
+
 /// The programs of a run. Its pins go when it is dropped.
 pub struct Programs<'a, M, A> {
     config: Config<'a, M>,

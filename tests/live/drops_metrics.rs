@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -169,7 +168,6 @@ fn prometheus() -> Result<()> {
     // More is lost until the alert fires: a rate needs two scrapes that differ.
     let alerts = wait_for("the alert", || {
         lose(&net, 7000..7020)?;
-        std::thread::sleep(Duration::from_millis(200));
         let answer = get(&own, "/api/v1/alerts").unwrap_or_default();
         Ok(answer.contains("\"state\":\"firing\"").then_some(answer))
     })

@@ -39,6 +39,7 @@ mod tcpconnect_stack;
 mod tunnels;
 mod who;
 mod why;
+mod why_command;
 mod why_reasons;
 mod xdp;
 mod xdpchain;
@@ -83,6 +84,7 @@ fn main() {
     cases.extend(skb_ends::cases());
     cases.extend(run_ends::cases());
     cases.extend(why::cases());
+    cases.extend(why_command::cases());
     cases.extend(who::cases());
     cases.extend(why_reasons::cases());
     cases.extend(tcpconnect::cases());

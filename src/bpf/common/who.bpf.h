@@ -457,6 +457,12 @@ static __always_inline void who_take(__u64 sk)
 		who_full_map();
 }
 
+/* The memory of a socket of ours, whose end was not seen, may be another's now. */
+static __always_inline void who_forget(__u64 sk)
+{
+	bpf_map_delete_elem(&who_socks, &sk);
+}
+
 /* sock_init_data(sock, sk) */
 SEC("kprobe/who_made")
 int who_made(struct pt_regs *ctx)
@@ -470,6 +476,8 @@ int who_made(struct pt_regs *ctx)
 		return 0;
 	if (PT_REGS_PARM1(ctx) && who_thread())
 		who_take((__u64)sk);
+	else
+		who_forget((__u64)sk);
 	return 0;
 }
 
@@ -505,8 +513,10 @@ int who_connects(struct pt_regs *ctx)
 SEC("kprobe/who_child")
 int who_child(struct pt_regs *ctx)
 {
-	if (!who_owns(PT_REGS_PARM1(ctx)))
+	if (!who_owns(PT_REGS_PARM1(ctx))) {
+		who_forget(PT_REGS_PARM2(ctx));
 		return 0;
+	}
 	if (who_on & (WHO_PROCESS | WHO_COMM))
 		who_take(PT_REGS_PARM2(ctx));
 	who_connected((void *)PT_REGS_PARM2(ctx));
@@ -585,9 +595,7 @@ int who_leaves(struct pt_regs *ctx)
 SEC("kprobe/who_gone")
 int who_gone(struct pt_regs *ctx)
 {
-	__u64 sk = PT_REGS_PARM1(ctx);
-
-	bpf_map_delete_elem(&who_socks, &sk);
+	who_forget(PT_REGS_PARM1(ctx));
 	return 0;
 }
 

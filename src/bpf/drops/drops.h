@@ -35,9 +35,8 @@ struct drop_key {
 	__u16 dport; /* host byte order */
 	__u8 proto; /* IPPROTO_* */
 	__u8 facts; /* enum drop_fact */
-	__u32 detail; /* by reason: a qdisc's handle, an XDP program's id; 0: none */
 	__u8 ip; /* 4, 6; 0: neither, or protocols are not asked for */
-	__u8 pad[3];
+	__u8 pad[7];
 };
 
 struct drop_count {

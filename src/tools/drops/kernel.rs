@@ -19,7 +19,7 @@ use crate::kernel::frees::only_frees;
 use crate::kernel::functions;
 use crate::run::object;
 use crate::tools::skb::hooks::{ENDS, Hook, WHO, WHO_PROCESSES};
-use crate::tools::who::{FORKS, Who, WhoWants};
+use crate::tools::who::{self, FORKS, Who, WhoWants};
 
 use super::args::Args;
 
@@ -88,18 +88,7 @@ impl<'a> Programs<'a> {
                 program.set_autoload(hooks.iter().any(|(p, _)| *p == name));
             }
         }
-        let maps = &mut open.maps;
-        who.prepare(
-            [
-                &mut maps.who_ends,
-                &mut maps.who_inodes,
-                &mut maps.who_tgids,
-                &mut maps.who_socks,
-                &mut maps.who_binds,
-            ],
-            &mut maps.who_flows,
-            0,
-        )?;
+        who::prepare!(who, &mut open.maps, 0)?;
         filters.prepare(open.open_object_mut(), features)?;
         let skel = object::load(open)?;
         // Sockets first: a drop must not be seen before its socket can be known.

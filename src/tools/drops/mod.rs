@@ -77,14 +77,11 @@ pub fn run(args: &Args) -> Result<()> {
         pins.pin(&mut programs.skel.maps.data_config, "config")?;
     }
     let config = Config::set(&programs.skel.maps.data_config, config)?;
-    let maps = who::Maps {
-        tgids: &programs.skel.maps.who_tgids,
-        inodes: &programs.skel.maps.who_inodes,
-        ends: &programs.skel.maps.who_ends,
-        flows: &programs.skel.maps.who_flows,
-    };
+    let maps = who::maps!(programs.skel);
     who.seed(&maps)?;
     let metrics = args.metrics_listen.map(Metrics::listen).transpose()?;
+    // What was dropped before the ledger begins is in no growth of its counters.
+    programs.take(|| false)?;
     let ledger = args.is_whole().then(Ledger::begin);
     let mut drops = Drops {
         command: None,

@@ -13,7 +13,6 @@ mod stages;
 mod summary;
 
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
 
 use anyhow::Result;
 use libbpf_rs::MapCore;
@@ -27,7 +26,7 @@ use crate::kernel::features::Features;
 use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
-use crate::run::programs::{self, Engine, Programs};
+use crate::run::programs::{Programs, engine};
 use crate::run::session::{self, Consumer, Tool};
 use crate::run::{log, signals};
 
@@ -63,16 +62,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let mut skel = probes::load(args, &features, &filters, &core, &mut storage)?;
     drop(core);
-    let maps = &mut skel.maps;
-    let pins = programs::pin("icmp", &mut maps.data_config, &mut maps.stats)?;
-    let engine = Engine {
-        pins,
-        config: &skel.maps.data_config,
-        filter,
-        stats: &skel.maps.stats,
-        source: (args.transport).source(skel.maps.events.as_fd(), skel.maps.rings.as_fd()),
-        buffer: args.engine.buffer(),
-    };
+    let engine = engine!(skel, "icmp", filter, args.transport, args.engine.buffer());
     let (drain, programs) = Programs::start(engine, || probes::attach(&skel, args))?;
     eprintln!("netprobe: {}", programs.attached.summary());
     let mut icmp = Icmp {

@@ -10,7 +10,7 @@ use crate::bpf::skb::{SkbSkel, SkbSkelBuilder};
 use crate::filter::{Filters, set_filter};
 use crate::kernel::btf_core::CoreBtf;
 use crate::run::object;
-use crate::tools::who::Who;
+use crate::tools::who::{self, Who};
 
 use super::args::Args;
 use super::kernel::Kernel;
@@ -85,18 +85,7 @@ pub fn load<'a>(
         size(&mut open.maps.nf_ways, 4096)?;
         size(&mut open.maps.nft_calls, 4096)?;
     }
-    let maps = &mut open.maps;
-    who.prepare(
-        [
-            &mut maps.who_ends,
-            &mut maps.who_inodes,
-            &mut maps.who_tgids,
-            &mut maps.who_socks,
-            &mut maps.who_binds,
-        ],
-        &mut maps.who_flows,
-        0,
-    )?;
+    who::prepare!(who, &mut open.maps, 0)?;
     args.transport.prepare(&mut open.maps.rings)?;
     plan.prepare(&mut open);
     filters.prepare(open.open_object_mut(), features)?;

@@ -33,12 +33,11 @@ pub(super) mod track;
 mod view;
 
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
 
 use anyhow::Result;
 
 use crate::run::output::{self, Output};
-use crate::run::programs::{self as engine, Engine};
+use crate::run::programs::{self as engine, engine};
 use crate::run::{log, session, signals};
 use crate::tools::who;
 
@@ -88,16 +87,7 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
         btf,
     } = kernel;
     drop(core);
-    let maps = &mut skel.maps;
-    let pins = engine::pin("skb", &mut maps.data_config, &mut maps.stats)?;
-    let engine = Engine {
-        pins,
-        config: &skel.maps.data_config,
-        filter,
-        stats: &skel.maps.stats,
-        source: (args.transport).source(skel.maps.events.as_fd(), skel.maps.rings.as_fd()),
-        buffer: args.engine.buffer(),
-    };
+    let engine = engine!(skel, "skb", filter, args.transport, args.engine.buffer());
     let (drain, own) = engine::Programs::start(engine, || plan.attach(&skel, &stop))?;
     let attached = &own.attached;
     eprintln!("netprobe: {}", attached.summary());
@@ -134,12 +124,7 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
     if recorder.is_none() || options.lines {
         presenter.header(&mut out)?;
     }
-    let maps = who::Maps {
-        tgids: &skel.maps.who_tgids,
-        inodes: &skel.maps.who_inodes,
-        ends: &skel.maps.who_ends,
-        flows: &skel.maps.who_flows,
-    };
+    let maps = who::maps!(skel);
     who.seed(&maps)?;
     output::ready(args.output.ready_file.as_deref())?;
     let command = who.start(&maps, false)?;

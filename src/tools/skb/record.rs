@@ -7,10 +7,7 @@ use anyhow::{Context, Result};
 use rustc_hash::FxHashSet;
 use serde::{Deserialize, Serialize};
 
-use crate::bpf::skb::types::{
-    nf_decision, np_members, np_tuple, skb_copy, skb_ct, skb_drop, skb_event, skb_facts, skb_map,
-    skb_meta, skb_owner, skb_section,
-};
+use crate::bpf::skb::types::skb_event;
 use crate::engine::merge::Record;
 use crate::recording::block::{Kind, Packer};
 use crate::recording::chunk::Chunk;
@@ -19,6 +16,7 @@ use crate::run::loss::Loss;
 use crate::text::json;
 
 use super::capture::Capture;
+use super::columns;
 use super::event::{Event, Point};
 use super::members::{Members, Shown};
 use super::news::{News, Teller};
@@ -96,29 +94,11 @@ impl Head {
 
 /// Bytes of each of these sections, but for those without a fixed size: the packet's bytes, the stack.
 pub fn layout(sections: u32) -> Vec<(u32, u32)> {
-    let all = [
-        (skb_section::SKB_SECTION_META.0, size_of::<skb_meta>()),
-        (skb_section::SKB_SECTION_TUPLE.0, size_of::<np_tuple>()),
-        (skb_section::SKB_SECTION_PACKET.0, 8),
-        (skb_section::SKB_SECTION_OWNER.0, size_of::<skb_owner>()),
-        (skb_section::SKB_SECTION_CALLER.0, 8),
-        (skb_section::SKB_SECTION_TUNNEL.0, size_of::<np_tuple>()),
-        (skb_section::SKB_SECTION_CB.0, 48),
-        (skb_section::SKB_SECTION_SKB.0, size_of::<skb_copy>()),
-        (skb_section::SKB_SECTION_SHINFO.0, size_of::<skb_copy>()),
-        (skb_section::SKB_SECTION_MEMBERS.0, size_of::<np_members>()),
-        (skb_section::SKB_SECTION_NFT.0, size_of::<nf_decision>()),
-        (skb_section::SKB_SECTION_MAP.0, size_of::<skb_map>()),
-        (skb_section::SKB_SECTION_LIFE.0, 8),
-        (skb_section::SKB_SECTION_DROP.0, size_of::<skb_drop>()),
-        (skb_section::SKB_SECTION_CT.0, size_of::<skb_ct>()),
-        (skb_section::SKB_SECTION_FACTS.0, size_of::<skb_facts>()),
-    ];
-    let used = all
-        .into_iter()
-        .filter(|(section, _)| sections & section != 0);
+    let used = columns::ALL
+        .iter()
+        .filter(|column| sections & column.section != 0 && column.size != 0);
     std::iter::once((0, size_of::<skb_event>()))
-        .chain(used)
+        .chain(used.map(|column| (column.section, column.size)))
         .map(|(section, size)| (section, size as u32))
         .collect()
 }

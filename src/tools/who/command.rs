@@ -69,6 +69,7 @@ impl Cgroup {
                 (root.clone(), Some(root))
             }
         };
+        remove_dead(&root, "netprobe-");
         let dir = root.join(format!("netprobe-{}", std::process::id()));
         let mut made = Self {
             dir,
@@ -99,8 +100,25 @@ impl Drop for Cgroup {
     }
 }
 
+/// Removes what netprobes that were killed have left: folders in `root` whose names end in the number of a process that has gone. A cgroup
+/// with processes in it stays.
+fn remove_dead(root: &Path, prefix: &str) {
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(prefix));
+        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else {
+            continue;
+        };
+        if !Path::new(&format!("/proc/{pid}")).exists() {
+            let _ = umount2(&entry.path(), MntFlags::MNT_DETACH);
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
 /// Cgroup v2 on a folder of our own, where nobody has mounted it.
 fn own_mount() -> Result<PathBuf> {
+    remove_dead(Path::new("/run"), "netprobe-cgroup-");
     let root = PathBuf::from(format!("/run/netprobe-cgroup-{}", std::process::id()));
     fs::create_dir(&root).with_context(|| format!("failed to make {}", root.display()))?;
     let done = mount(
@@ -198,5 +216,31 @@ fn told(status: ExitStatus) -> String {
             Err(_) => format!("was ended by signal {signal}"),
         },
         (None, None) => "ended".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_the_dead_go() {
+        let root = tempfile::tempdir().unwrap();
+        let own = format!("netprobe-{}", std::process::id());
+        for name in [
+            "netprobe-4294967295",
+            own.as_str(),
+            "netprobe-x",
+            "4294967295",
+        ] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        remove_dead(root.path(), "netprobe-");
+        let mut left: Vec<_> = fs::read_dir(root.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["4294967295", own.as_str(), "netprobe-x"]);
     }
 }

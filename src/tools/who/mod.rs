@@ -299,6 +299,38 @@ impl Who {
     }
 }
 
+/// [`Who::prepare`] of an open skeleton; a macro, since each skeleton has a type of its own for its maps.
+macro_rules! prepare {
+    ($who:expr, $maps:expr, $entries:expr) => {{
+        let maps = &mut *$maps;
+        $who.prepare(
+            [
+                &mut maps.who_ends,
+                &mut maps.who_inodes,
+                &mut maps.who_tgids,
+                &mut maps.who_socks,
+                &mut maps.who_binds,
+            ],
+            &mut maps.who_flows,
+            $entries,
+        )
+    }};
+}
+pub(crate) use prepare;
+
+/// The [`Maps`] of a loaded skeleton.
+macro_rules! maps {
+    ($skel:expr) => {
+        $crate::tools::who::Maps {
+            tgids: &$skel.maps.who_tgids,
+            inodes: &$skel.maps.who_inodes,
+            ends: &$skel.maps.who_ends,
+            flows: &$skel.maps.who_flows,
+        }
+    };
+}
+pub(crate) use maps;
+
 /// The maps that user space fills.
 pub struct Maps<'a> {
     pub tgids: &'a dyn MapCore,

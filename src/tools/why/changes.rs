@@ -43,8 +43,17 @@ pub struct Change {
     pub comm: String,
     pub kind: Kind,
     pub what: String,
-    /// the rule's table, chain and handle
-    rule: Option<(String, String, u64)>,
+    rule: Option<RuleChange>,
+}
+
+/// Which rule of nftables a change added or deleted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct RuleChange {
+    family: &'static str,
+    table: String,
+    chain: String,
+    handle: u64,
+    added: bool,
 }
 
 /// Those of the run, in order.
@@ -89,7 +98,12 @@ impl Changes {
             skb_changed::SKB_CHANGED_RTNL => {
                 let netns = raw.netns;
                 let devices = &mut self.devices;
-                rtnl(used(raw), |index| device(devices, netns, index))
+                let change = rtnl(used(raw), |index| device(devices, netns, index));
+                if change.as_ref().is_some_and(|(kind, _)| *kind == Kind::Link) {
+                    // It may have another name now.
+                    devices.retain(|(of, _), _| *of != netns);
+                }
+                change
             }
             skb_changed::SKB_CHANGED_NFT => Some((Kind::Nft, nft(&raw.bytes)?)),
             skb_changed::SKB_CHANGED_NFT_SOME => Some((
@@ -106,9 +120,12 @@ impl Changes {
 
 impl Change {
     fn made(&self, rule: &Nft) -> bool {
-        let chain = rule.chain.as_deref().unwrap_or_default();
-        self.rule.as_ref().is_some_and(|(table, of, handle)| {
-            (table.as_str(), of.as_str(), Some(*handle)) == (&*rule.table, chain, rule.handle)
+        self.rule.as_ref().is_some_and(|own| {
+            own.added
+                && own.family == rule.family
+                && own.table == rule.table
+                && Some(own.chain.as_str()) == rule.chain.as_deref()
+                && Some(own.handle) == rule.handle
         })
     }
 }
@@ -171,13 +188,22 @@ fn sysctl(bytes: &[u8]) -> Option<String> {
     Some(format!("set {} = {value}", names.join(".")))
 }
 
-fn rule_of(raw: &skb_change) -> Option<(String, String, u64)> {
+fn rule_of(raw: &skb_change) -> Option<RuleChange> {
     if skb_changed(raw.event.reason) != skb_changed::SKB_CHANGED_NFT {
         return None;
     }
     let (n, _) = read::<skb_nft_change>(&raw.bytes)?;
-    (n.handle != 0).then(|| (text(&n.table), text(&n.part), n.handle))
+    (n.handle != 0).then(|| RuleChange {
+        family: family(n.family),
+        table: text(&n.table),
+        chain: text(&n.part),
+        handle: n.handle,
+        added: n.msg == NEW_RULE,
+    })
 }
+
+/// NFT_MSG_NEWRULE
+const NEW_RULE: u32 = 6;
 
 /// NFT_MSG_*, include/uapi/linux/netfilter/nf_tables.h: NEW is even, then GET and DEL follow.
 fn nft(bytes: &[u8]) -> Option<String> {

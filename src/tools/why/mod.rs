@@ -14,7 +14,6 @@ mod proof;
 mod stages;
 
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -25,7 +24,7 @@ use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::os::monotonic_ns;
 use crate::run::output::{self, Output};
-use crate::run::programs::{self, Engine, Programs};
+use crate::run::programs::{Programs, engine};
 use crate::run::{log, session, signals};
 use crate::tools::skb::track::Sweeper;
 use crate::tools::{rules, who};
@@ -63,26 +62,12 @@ pub fn run(args: &Args) -> Result<()> {
     let mut out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
     let mut skel = probes.load(args, &features, (&filters, &reasons), &who, &mut storage)?;
-    let maps = &mut skel.maps;
-    let pins = programs::pin("why", &mut maps.data_config, &mut maps.stats)?;
-    let engine = Engine {
-        pins,
-        config: &skel.maps.data_config,
-        filter,
-        stats: &skel.maps.stats,
-        source: (args.transport).source(skel.maps.events.as_fd(), skel.maps.rings.as_fd()),
-        buffer: args.buffer(),
-    };
+    let engine = engine!(skel, "why", filter, args.transport, args.buffer());
     let (drain, programs) = Programs::start(engine, || probes.plan.attach(&skel, &stop))?;
     let attached = &programs.attached;
     let functions = attached.names().clone();
     let names = Names::new(functions, reasons, attached.netfilter_hooks().clone());
-    let maps = who::Maps {
-        tgids: &skel.maps.who_tgids,
-        inodes: &skel.maps.who_inodes,
-        ends: &skel.maps.who_ends,
-        flows: &skel.maps.who_flows,
-    };
+    let maps = who::maps!(skel);
     who.seed(&maps)?;
     eprintln!("netprobe: following packets (Ctrl-C ends)");
     output::ready(args.output.ready_file.as_deref())?;

@@ -17,7 +17,7 @@ use crate::tools::skb::columns::facts::SECTION_FACTS;
 use crate::tools::skb::columns::nft;
 use crate::tools::skb::event as skb;
 use crate::tools::skb::probes::{Plan, Wants};
-use crate::tools::who::Who;
+use crate::tools::who::{self, Who};
 
 use super::args::Args;
 use super::stages::Stages;
@@ -111,18 +111,7 @@ impl Probes {
             size(&mut open.maps.changes, 256)?;
         }
         size(&mut open.maps.owners, args.track_entries)?;
-        let maps = &mut open.maps;
-        who.prepare(
-            [
-                &mut maps.who_ends,
-                &mut maps.who_inodes,
-                &mut maps.who_tgids,
-                &mut maps.who_socks,
-                &mut maps.who_binds,
-            ],
-            &mut maps.who_flows,
-            args.track_entries,
-        )?;
+        who::prepare!(who, &mut open.maps, args.track_entries)?;
         if self.nft {
             size(&mut open.maps.nf_ways, 4096)?;
             size(&mut open.maps.nft_calls, 4096)?;

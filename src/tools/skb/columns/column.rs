@@ -25,6 +25,8 @@ pub struct Column {
     /// what of the kernel's types its C code reads; an error with one clear line where the kernel does not have it
     pub types: fn(&Btf) -> Result<Types>,
     pub decode: Decode,
+    /// bytes in an event; 0: as many as the packet or the stack has
+    pub size: usize,
     /// looks up what text and JSON of the event need
     pub prepare: Option<fn(&mut View, &Event) -> Result<()>>,
     /// in front of the function's name
@@ -83,14 +85,15 @@ pub struct Before {
 }
 
 impl Column {
-    /// A section that shows nothing.
-    pub const fn new(section: u32, decode: Decode) -> Self {
+    /// A section of `size` bytes that shows nothing.
+    pub const fn new(section: u32, size: usize, decode: Decode) -> Self {
         Self {
             section,
             flag: None,
             of: Of::All,
             types: |_| Ok(Types::Kernel),
             decode,
+            size,
             prepare: None,
             before: None,
             behind: None,

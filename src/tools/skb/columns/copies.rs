@@ -16,7 +16,7 @@ pub const CB: Column = Column {
         }
     }),
     json: Some(|_, event, object| object.some("cb", event.cb.as_deref().map(cb_words).as_ref())),
-    ..Column::new(SECTION_CB, |event, bytes, _| {
+    ..Column::new(SECTION_CB, 48, |event, bytes, _| {
         let (cb, rest) = bytes.split_first_chunk()?;
         event.cb = Some(Box::new(*cb));
         Some(rest)
@@ -29,7 +29,7 @@ pub const SKB: Column = Column {
     prepare: Some(|view, event| view.skb.show(event.skb_copy.as_deref())),
     below: Some(|view, _, line| below(view.skb.shown.as_deref(), line)),
     json: Some(|view, _, object| object.some("sk_buff", view.skb.shown.as_ref())),
-    ..Column::new(SECTION_SKB, |event, bytes, _| {
+    ..Column::new(SECTION_SKB, size_of::<skb_copy>(), |event, bytes, _| {
         let (copy, rest) = copy(bytes)?;
         event.skb_copy = Some(copy);
         Some(rest)
@@ -45,7 +45,7 @@ pub const SHINFO: Column = Column {
     prepare: Some(|view, event| view.shared_info.show(event.shared_info.as_deref())),
     below: Some(|view, _, line| below(view.shared_info.shown.as_deref(), line)),
     json: Some(|view, _, object| object.some("shared_info", view.shared_info.shown.as_ref())),
-    ..Column::new(SECTION_SHINFO, |event, bytes, _| {
+    ..Column::new(SECTION_SHINFO, size_of::<skb_copy>(), |event, bytes, _| {
         let (copy, rest) = copy(bytes)?;
         event.shared_info = Some(copy);
         Some(rest)

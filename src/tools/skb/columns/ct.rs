@@ -32,7 +32,7 @@ pub const CT: Column = Column {
     types,
     below: Some(text),
     json: Some(json),
-    ..Column::new(SECTION_CT, |event, bytes, _| {
+    ..Column::new(SECTION_CT, size_of::<skb_ct>(), |event, bytes, _| {
         event.keep(SECTION_CT, size_of::<skb_ct>(), bytes)
     })
 };

@@ -6,7 +6,7 @@ use crate::tools::skb::event::{Data, Event, SECTION_DATA};
 
 use super::column::Column;
 
-pub const DATA: Column = Column::new(SECTION_DATA, decode);
+pub const DATA: Column = Column::new(SECTION_DATA, 0, decode);
 
 fn decode<'b>(event: &mut Event, bytes: &'b [u8], snap_len: usize) -> Option<&'b [u8]> {
     let (d, rest) = read::<skb_data>(bytes)?;

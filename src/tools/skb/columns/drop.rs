@@ -16,7 +16,7 @@ pub const DROP: Column = Column {
     }),
     behind: Some((2, text)),
     json: Some(json),
-    ..Column::new(SECTION_DROP, |event, bytes, _| {
+    ..Column::new(SECTION_DROP, size_of::<skb_drop>(), |event, bytes, _| {
         let (d, rest) = read::<skb_drop>(bytes)?;
         event.drop = Some(Box::new(Drop::new(&d)));
         Some(rest)

@@ -14,7 +14,7 @@ const FACT_ROUTE: u8 = skb_fact::SKB_FACT_ROUTE.0 as u8;
 const FACT_TIME_WAIT: u8 = skb_fact::SKB_FACT_TIME_WAIT.0 as u8;
 const FACT_PROMISCUOUS: u8 = skb_fact::SKB_FACT_PROMISCUOUS.0 as u8;
 
-pub const FACTS: Column = Column::new(SECTION_FACTS, |event, bytes, _| {
+pub const FACTS: Column = Column::new(SECTION_FACTS, size_of::<skb_facts>(), |event, bytes, _| {
     let (f, rest) = read::<skb_facts>(bytes)?;
     event.facts = Some(Box::new(Facts::new(&f)));
     Some(rest)

@@ -24,7 +24,7 @@ pub const MAP: Column = Column {
     json: Some(|_, event, object| {
         object.some("map", event.map.as_deref().map(MapRow::new).as_ref());
     }),
-    ..Column::new(SECTION_MAP, decode)
+    ..Column::new(SECTION_MAP, size_of::<skb_map>(), decode)
 };
 
 fn decode<'b>(event: &mut Event, bytes: &'b [u8], _: usize) -> Option<&'b [u8]> {

@@ -16,14 +16,18 @@ pub const MEMBERS: Column = Column {
     of: Of::Functions,
     behind: Some((3, text)),
     json: Some(json),
-    ..Column::new(SECTION_MEMBERS, |event, bytes, _| {
-        let (m, rest) = read::<np_members>(bytes)?;
-        let known = |i: usize| m.known & (1 << i) != 0;
-        event.members = Some(Box::new(std::array::from_fn(|i| {
-            known(i).then(|| m.values[i])
-        })));
-        Some(rest)
-    })
+    ..Column::new(
+        SECTION_MEMBERS,
+        size_of::<np_members>(),
+        |event, bytes, _| {
+            let (m, rest) = read::<np_members>(bytes)?;
+            let known = |i: usize| m.known & (1 << i) != 0;
+            event.members = Some(Box::new(std::array::from_fn(|i| {
+                known(i).then(|| m.values[i])
+            })));
+            Some(rest)
+        },
+    )
 };
 
 fn text(view: &mut View, event: &Event, line: &mut Vec<u8>) {

@@ -37,7 +37,7 @@ pub const META: Column = Column {
     }),
     behind: Some((4, tag)),
     json: Some(json),
-    ..Column::new(SECTION_META, decode)
+    ..Column::new(SECTION_META, size_of::<skb_meta>(), decode)
 };
 
 #[inline]

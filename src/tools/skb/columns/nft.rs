@@ -27,7 +27,7 @@ pub const NFT: Column = Column {
     }),
     behind: Some((1, text)),
     json: Some(json),
-    ..Column::new(SECTION_NFT, |event, bytes, _| {
+    ..Column::new(SECTION_NFT, size_of::<nf_decision>(), |event, bytes, _| {
         let (n, rest) = read::<nf_decision>(bytes)?;
         event.nft = Decision::new(&n).map(Box::new);
         Some(rest)

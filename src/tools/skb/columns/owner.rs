@@ -25,7 +25,7 @@ pub const OWNER: Column = Column {
         text,
     }),
     json: Some(json),
-    ..Column::new(SECTION_OWNER, decode)
+    ..Column::new(SECTION_OWNER, size_of::<skb_owner>(), decode)
 };
 
 fn decode<'b>(event: &mut Event, bytes: &'b [u8], _: usize) -> Option<&'b [u8]> {

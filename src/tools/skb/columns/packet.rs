@@ -17,13 +17,13 @@ pub const PACKET: Column = Column {
         text,
     }),
     json: Some(json),
-    ..Column::new(SECTION_PACKET, decode)
+    ..Column::new(SECTION_PACKET, 8, decode)
 };
 
 /// For relative time alone. XDP packets have none: their memory serves one packet after the other.
 pub const LIFE: Column = Column {
     of: Of::Skbs,
-    ..Column::new(SECTION_LIFE, decode_life)
+    ..Column::new(SECTION_LIFE, 8, decode_life)
 };
 
 fn decode_life<'b>(event: &mut Event, bytes: &'b [u8], _: usize) -> Option<&'b [u8]> {

@@ -21,7 +21,7 @@ pub const CALLER: Column = Column {
     json: Some(|view, event, object| {
         object.some("caller", event.caller.map(|c| view.frame(c)).as_ref());
     }),
-    ..Column::new(SECTION_CALLER, |event, bytes, _| {
+    ..Column::new(SECTION_CALLER, 8, |event, bytes, _| {
         let (caller, rest) = word(bytes)?;
         event.caller = Some(caller);
         Some(rest)
@@ -49,7 +49,7 @@ pub const STACK: Column = Column {
         object.some("stack", frames.as_ref());
     }),
     // To the end of the event.
-    ..Column::new(SECTION_STACK, |event, bytes, _| {
+    ..Column::new(SECTION_STACK, 0, |event, bytes, _| {
         let words = bytes.chunks_exact(8).map_while(|c| Some(word(c)?.0));
         event.stack = Some(words.collect());
         Some(&[])

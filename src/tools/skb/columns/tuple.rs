@@ -30,7 +30,7 @@ pub const TUPLE: Column = Column {
         let row = event.tuple.flatten().as_ref().map(TupleRow::new);
         object.some("tuple", row.as_ref());
     }),
-    ..Column::new(SECTION_TUPLE, decode)
+    ..Column::new(SECTION_TUPLE, size_of::<np_tuple>(), decode)
 };
 
 pub const TUNNEL: Column = Column {
@@ -50,7 +50,7 @@ pub const TUNNEL: Column = Column {
         let row = event.tunnel.flatten().as_ref().map(TupleRow::new);
         object.some("tunnel", row.as_ref());
     }),
-    ..Column::new(SECTION_TUNNEL, |event, bytes, _| {
+    ..Column::new(SECTION_TUNNEL, size_of::<np_tuple>(), |event, bytes, _| {
         let (t, rest) = read::<np_tuple>(bytes)?;
         event.tunnel = Some(tuple(&t));
         Some(rest)
