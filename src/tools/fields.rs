@@ -25,9 +25,8 @@ pub const DPORT: u32 = np_field::NP_FIELD_DPORT.0;
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Filter (all must hold; decided in the kernel)")]
 pub struct FieldArgs {
-    /// skb->mark is MARK, decimal or 0x…; with a mask: (mark & MASK) == MARK
-    #[arg(long, value_name = "MARK[/MASK]")]
-    pub filter_mark: Option<String>,
+    #[command(flatten)]
+    pub packet: PacketFieldArgs,
 
     /// In this network namespace: a path such as /proc/PID/ns/net, a name under /run/netns, or inode:N
     #[arg(long, value_name = "NETNS")]
@@ -36,6 +35,14 @@ pub struct FieldArgs {
     /// On this interface, in the namespace of --filter-netns or the current one
     #[arg(long, value_name = "NAME")]
     pub filter_ifname: Option<String>,
+}
+
+/// Those that a packet has by itself. Their heading is that of the struct which they are part of.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct PacketFieldArgs {
+    /// skb->mark is MARK, decimal or 0x…; with a mask: (mark & MASK) == MARK
+    #[arg(long, value_name = "MARK[/MASK]")]
+    pub filter_mark: Option<String>,
 
     /// Protocol above IP: tcp, udp, icmp, icmp6, sctp, … or a number
     #[arg(long, value_name = "PROTO")]
@@ -61,14 +68,7 @@ pub struct FieldArgs {
 impl FieldArgs {
     /// No filter is given.
     pub fn is_empty(&self) -> bool {
-        self.filter_mark.is_none()
-            && self.filter_netns.is_none()
-            && self.filter_ifname.is_none()
-            && self.filter_proto.is_none()
-            && self.filter_src_ip.is_none()
-            && self.filter_dst_ip.is_none()
-            && self.filter_src_port.is_none()
-            && self.filter_dst_port.is_none()
+        self.packet.is_empty() && self.filter_netns.is_none() && self.filter_ifname.is_none()
     }
 
     /// The value of the config map. Looks up namespaces and interfaces.
@@ -77,9 +77,7 @@ impl FieldArgs {
             version: VERSION,
             ..np_config::default()
         };
-        if let Some(text) = &self.filter_mark {
-            set_mark(&mut c, text)?;
-        }
+        self.packet.set(&mut c)?;
         let netns = match &self.filter_netns {
             Some(text) => Some(Netns::parse(text)?),
             None => None,
@@ -98,14 +96,32 @@ impl FieldArgs {
             c.netns = netns.inode;
             c.fields |= NETNS;
         }
+        Ok(c)
+    }
+}
+
+impl PacketFieldArgs {
+    fn is_empty(&self) -> bool {
+        self.filter_mark.is_none()
+            && self.filter_proto.is_none()
+            && self.filter_src_ip.is_none()
+            && self.filter_dst_ip.is_none()
+            && self.filter_src_port.is_none()
+            && self.filter_dst_port.is_none()
+    }
+
+    fn set(&self, c: &mut np_config) -> Result<()> {
+        if let Some(text) = &self.filter_mark {
+            set_mark(c, text)?;
+        }
         if let Some(text) = &self.filter_proto {
-            set_proto(&mut c, text)?;
+            set_proto(c, text)?;
         }
         if let Some(text) = &self.filter_src_ip {
-            set_saddr(&mut c, text)?;
+            set_saddr(c, text)?;
         }
         if let Some(text) = &self.filter_dst_ip {
-            set_daddr(&mut c, text)?;
+            set_daddr(c, text)?;
         }
         if let Some(port) = self.filter_src_port {
             c.sport = port;
@@ -115,7 +131,7 @@ impl FieldArgs {
             c.dport = port;
             c.fields |= DPORT;
         }
-        Ok(c)
+        Ok(())
     }
 }
 

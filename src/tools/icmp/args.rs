@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use crate::bpf::skb::types::np_config;
 use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
-use crate::tools::fields::FieldArgs;
+use crate::tools::fields::{FieldArgs, PacketFieldArgs};
 use crate::tools::{EngineArgs, TransportArgs};
 use crate::usage::usage;
 
@@ -144,13 +144,15 @@ impl IcmpFilterArgs {
     /// The value of the config map. Looks up namespaces and interfaces.
     pub fn config(&self) -> Result<np_config> {
         FieldArgs {
-            filter_mark: self.filter_mark.clone(),
+            packet: PacketFieldArgs {
+                filter_mark: self.filter_mark.clone(),
+                filter_proto: self.filter_proto.clone(),
+                filter_src_ip: self.filter_src_ip.clone(),
+                filter_dst_ip: self.filter_dst_ip.clone(),
+                ..PacketFieldArgs::default()
+            },
             filter_netns: self.filter_netns.clone(),
             filter_ifname: self.filter_ifname.clone(),
-            filter_proto: self.filter_proto.clone(),
-            filter_src_ip: self.filter_src_ip.clone(),
-            filter_dst_ip: self.filter_dst_ip.clone(),
-            ..FieldArgs::default()
         }
         .config()
     }

@@ -6,6 +6,7 @@ use clap::ValueEnum;
 
 use crate::run::output::OutputArgs;
 use crate::run::rotate::RotateArgs;
+use crate::tools::fields::PacketFieldArgs;
 use crate::tools::skb::style::Timestamp;
 
 /// What to make of a recording.
@@ -95,9 +96,8 @@ pub struct FilterArgs {
     #[arg(long, value_name = "REGEX")]
     pub filter_func: Option<String>,
 
-    /// skb->mark is MARK, decimal or 0x…; with a mask: (mark & MASK) == MARK
-    #[arg(long, value_name = "MARK[/MASK]")]
-    pub filter_mark: Option<String>,
+    #[command(flatten)]
+    pub packet: PacketFieldArgs,
 
     /// In this network namespace: its name then, or inode:N
     #[arg(long, value_name = "NETNS")]
@@ -106,26 +106,6 @@ pub struct FilterArgs {
     /// On interfaces of this name
     #[arg(long, value_name = "NAME")]
     pub filter_ifname: Option<String>,
-
-    /// Protocol above IP: tcp, udp, icmp, icmp6, sctp, … or a number
-    #[arg(long, value_name = "PROTO")]
-    pub filter_proto: Option<String>,
-
-    /// Source address, IPv4 or IPv6, with an optional prefix length
-    #[arg(long, value_name = "ADDR[/LEN]")]
-    pub filter_src_ip: Option<String>,
-
-    /// Destination address, IPv4 or IPv6, with an optional prefix length
-    #[arg(long, value_name = "ADDR[/LEN]")]
-    pub filter_dst_ip: Option<String>,
-
-    /// Source port
-    #[arg(long, value_name = "PORT")]
-    pub filter_src_port: Option<u16>,
-
-    /// Destination port
-    #[arg(long, value_name = "PORT")]
-    pub filter_dst_port: Option<u16>,
 }
 
 impl Args {

@@ -33,15 +33,9 @@ enum Netns {
 impl Filter {
     pub fn new(args: &FilterArgs) -> Result<Self> {
         let fields = FieldArgs {
-            filter_mark: args.filter_mark.clone(),
-            filter_proto: args.filter_proto.clone(),
-            filter_src_ip: args.filter_src_ip.clone(),
-            filter_dst_ip: args.filter_dst_ip.clone(),
-            filter_src_port: args.filter_src_port,
-            filter_dst_port: args.filter_dst_port,
+            packet: args.packet.clone(),
             // Names of this machine are not meant.
-            filter_netns: None,
-            filter_ifname: None,
+            ..FieldArgs::default()
         };
         let expression = args.filter.as_ref().map(|text| {
             let compiled = Compiled::new(text);
@@ -165,12 +159,16 @@ fn within(addr: IpAddr, prefix: [u64; 2], mask: [u64; 2]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tools::fields::PacketFieldArgs;
 
     #[test]
     fn addresses_in_prefixes() {
         let filter = |text: &str| {
             let args = FilterArgs {
-                filter_src_ip: Some(text.to_owned()),
+                packet: PacketFieldArgs {
+                    filter_src_ip: Some(text.to_owned()),
+                    ..PacketFieldArgs::default()
+                },
                 ..FilterArgs::default()
             };
             Filter::new(&args).unwrap().config
