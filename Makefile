@@ -4,26 +4,37 @@
 # Debian packages: to build, to check, to run the live tests here and in virtual machines.
 PACKAGES = clang llvm gcc make pkg-config libelf-dev zlib1g-dev libpcap-dev bpftool clang-format \
 	iproute2 iptables nftables iputils-ping tcpdump tshark \
-	xdp-tools lintian mmdebstrap rpm \
+	xdp-tools lintian mmdebstrap rpm umoci chromium \
 	qemu-system-x86 busybox-static kmod cpio xz-utils zstd lz4 python3
 C_FILES = $(wildcard src/bpf/*/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static install deb rpm packages deps test check fmt unit live fuzz fuzz-filter demo bench clean reference \
+.PHONY: build release static install deb rpm packages oci deps cross-deps cross-arm64 test-arm64 test check fmt unit live fuzz fuzz-filter demo bench clean reference \
 	documents
 
 build: deps ## debug build
 	cargo build --locked
 
 # The whole program in one piece for the optimizer: a fifth smaller, and some minutes more than plain `cargo build --release`.
+COMMIT = $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null)
 WHOLE = CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 release: deps ## release build: target/release/netprobe (glibc stays dynamic)
-	$(WHOLE) cargo build --locked --release
+	NETPROBE_COMMIT=$(COMMIT) $(WHOLE) cargo build --locked --release
 
 static: deps ## one file that runs anywhere: target/ARCH-unknown-linux-gnu/release/netprobe
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(STATIC_TARGET)
+	NETPROBE_COMMIT=$(COMMIT) RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(STATIC_TARGET)
 	@file -L target/$(STATIC_TARGET)/release/netprobe 2>/dev/null || true
+
+cross-deps:
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) gcc-aarch64-linux-gnu qemu-system-arm"
+
+cross-arm64: cross-deps ## one file for arm64 machines: target/arm64/aarch64-unknown-linux-gnu/release/netprobe
+	NETPROBE_COMMIT=$(COMMIT) CROSS_RUSTFLAGS="-C target-feature=+crt-static" packaging/cross arm64 build --locked --release
+
+# Debian has no 5.10 for arm64 any more.
+test-arm64: cross-deps ## the live tests on arm64 kernels, in emulation: some 50 minutes
+	tests/vm/live --arch arm64 6.1 6.12 newest
 
 PREFIX ?= /usr/local
 install: release ## puts netprobe, its manual pages and completions below $(DESTDIR)$(PREFIX)
@@ -34,6 +45,9 @@ deb: static ## target/packages/netprobe_VERSION_ARCH.deb: the static binary, man
 
 rpm: static ## target/packages/netprobe-VERSION-1.ARCH.rpm
 	packaging/rpm target/$(STATIC_TARGET)/release/netprobe target/packages
+
+oci: static ## target/packages/netprobe-oci: an OCI image of the static binary alone
+	packaging/oci target/$(STATIC_TARGET)/release/netprobe target/packages
 
 # Installs what is missing, and nothing the next time.
 deps: ## the Debian packages that everything here needs
@@ -75,14 +89,19 @@ live: ## the live tests in a virtual machine for each kernel
 fuzz: ## changed recordings through report for SECONDS (default: an hour)
 	NETPROBE_FUZZ_SECONDS=$(or $(SECONDS),3600) cargo test --locked --release --test recording changed_files -- --nocapture
 
-packages: ## the Debian package: built twice, installed in a new Debian root, used, purged
+packages: ## the Debian package: built twice, installed in a new Debian root, used, purged; the image; rules for Prometheus
 	cargo build --locked --release
 	packaging/test target/release/netprobe
+	packaging/oci-test target/release/netprobe
+	deploy/prometheus/test
+	deploy/clickhouse/test
 
-soak: deps ## the long forms of what the live tests do briefly: a million drops, a minute of random loss, 1,000 connections
+soak: deps ## the long forms of what the live tests do briefly: a million drops, a minute of random loss, 1,000 connections, 100 kills, a burst of 20,000
 	NETPROBE_SOAK=1 tests/vm/live all drops_burst
 	NETPROBE_SOAK=1 tests/vm/live all drops_memory
 	NETPROBE_SOAK=1 tests/vm/live all drops_nothing
+	NETPROBE_SOAK=1 tests/vm/live 6.12 record_killed
+	NETPROBE_SOAK=1 tests/vm/live 6.12 why_burst
 
 # Round after round with a new seed, each with so many comparisons in each of its two parts; a difference ends it and shows
 # the program and the packet. FUZZ_FILTER_ROUNDS=N: so many rounds.

@@ -20,7 +20,7 @@ fn main() -> Result<()> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").context("no manifest folder")?);
 
-    link_libpcap();
+    link_libpcap()?;
     what_tests_find_here();
     println!("cargo:rerun-if-changed=src/bpf");
     println!("cargo:rerun-if-changed=vmlinux");
@@ -182,28 +182,37 @@ fn bpf_sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
     Ok(sources)
 }
 
-/// Arguments for clang: examples include the kernel's own headers, as a user's program does.
+/// Arguments for clang: examples include the kernel's own headers, as a user's program does; those of another
+/// architecture are in the sysroot that the compiler for it takes.
 fn example_args(root: &Path, arch: &str) -> Vec<OsString> {
     let mut headers = OsString::from("-I");
     headers.push(root.join("src/bpf/xdp"));
+    println!("cargo:rerun-if-env-changed=PKG_CONFIG_SYSROOT_DIR");
+    let sysroot = env::var("PKG_CONFIG_SYSROOT_DIR").unwrap_or_default();
     vec![
         headers,
         OsString::from("-idirafter"),
-        OsString::from(format!("/usr/include/{arch}-linux-gnu")),
+        OsString::from(format!("{sysroot}/usr/include/{arch}-linux-gnu")),
         OsString::from("-Wall"),
         OsString::from("-Werror"),
     ]
 }
 
-/// libpcap as an archive, searched for where libelf's is (.cargo/config.toml), so that the program needs no libpcap.so.
-fn link_libpcap() {
-    println!("cargo:rerun-if-env-changed=LIBBPF_SYS_LIBRARY_PATH");
-    if let Some(folders) = env::var_os("LIBBPF_SYS_LIBRARY_PATH") {
+/// libpcap as an archive, searched for where libelf's is (.cargo/config.toml; packaging/cross has a variable for each
+/// architecture, of the name that libbpf-sys takes), so that the program needs no libpcap.so.
+fn link_libpcap() -> Result<()> {
+    let everywhere = "LIBBPF_SYS_LIBRARY_PATH".to_owned();
+    let target = env::var("TARGET")?.replace('-', "_");
+    let for_target = format!("{everywhere}_{target}");
+    println!("cargo:rerun-if-env-changed={everywhere}");
+    println!("cargo:rerun-if-env-changed={for_target}");
+    if let Some(folders) = env::var_os(for_target).or_else(|| env::var_os(everywhere)) {
         for folder in env::split_paths(&folders) {
             println!("cargo:rustc-link-search=native={}", folder.display());
         }
     }
     println!("cargo:rustc-link-lib=static=pcap");
+    Ok(())
 }
 
 /// Arguments for clang: the kernel's types of this architecture, warnings as errors.

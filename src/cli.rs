@@ -9,13 +9,13 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::run::signals;
+use crate::run::{build, signals};
 use crate::tools;
 use crate::usage::{Unexpected, UsageError};
 
 /// Where did my packet go, why, and how slowly? Answers from a live Linux kernel, by eBPF.
 #[derive(Debug, Parser)]
-#[command(name = "netprobe", version, max_term_width = 100)]
+#[command(name = "netprobe", version, long_version = build::long_version(), max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -33,6 +33,8 @@ enum Command {
     Record(Box<tools::record::Args>),
     /// Show a recording, on any machine, without privilege
     Report(Box<tools::report::args::Args>),
+    /// Follow packets from one recorded host to another
+    Join(Box<tools::join::args::Args>),
     /// Who answered a ping, on which core, and where the time went
     Icmp(Box<tools::icmp::args::Args>),
     /// Capture packets at XDP, before the stack
@@ -45,8 +47,14 @@ enum Command {
     Ctl(tools::ctl::Args),
     /// Show which process connects where over TCP, and what became of it
     Tcpconnect(Box<tools::tcpconnect::args::Args>),
+    /// Show each TCP connection when it ends: how long, how much, how fast, what held it up, how it ended
+    Tcp(Box<tools::tcp::args::Args>),
+    /// Show how long packets take from place to place in this kernel, and which are slow
+    Latency(Box<tools::latency::args::Args>),
     /// Say what this kernel can do, and what that means for each subcommand
     Features(tools::features::Args),
+    /// Be interfaces of Wireshark and tshark, which run it
+    Extcap(tools::extcap::Args),
     /// Print the script by which a shell completes netprobe's command line
     Completions(tools::completions::Args),
     /// Write manual pages into a folder
@@ -58,7 +66,7 @@ pub fn main() -> ExitCode {
     if tools::completions::answer(Cli::command) {
         return ExitCode::SUCCESS;
     }
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(tools::extcap::called(std::env::args_os().collect()));
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if is_closed_pipe(&e) => ExitCode::SUCCESS,
@@ -80,6 +88,7 @@ fn run(command: Command) -> Result<()> {
         Command::Skb(args) => tools::skb::run(&args),
         Command::Record(args) => tools::record::run(*args),
         Command::Report(args) => tools::report::run(&args),
+        Command::Join(args) => tools::join::run(&args),
         Command::Drops(args) => tools::drops::run(&args),
         Command::Icmp(args) => tools::icmp::run(&args),
         Command::Xdpdump(args) => tools::xdpdump::run(&args),
@@ -87,7 +96,10 @@ fn run(command: Command) -> Result<()> {
         Command::Filter(args) => tools::filter::run(&args),
         Command::Ctl(args) => tools::ctl::run(&args),
         Command::Tcpconnect(args) => tools::tcpconnect::run(&args),
+        Command::Tcp(args) => tools::tcp::run(&args),
+        Command::Latency(args) => tools::latency::run(&args),
         Command::Features(args) => tools::features::run(&args),
+        Command::Extcap(args) => tools::extcap::run(&args),
         Command::Completions(args) => tools::completions::run(&args),
         Command::Man(args) => tools::man::run(&args, Cli::command()),
     }

@@ -1,6 +1,9 @@
 //! The machine: its clock, page size and CPUs.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
+use nix::sys::resource::{UsageWho, getrusage};
 
 /// Now, on the clock of `bpf_ktime_get_ns`.
 pub fn monotonic_ns() -> Result<u64> {
@@ -32,6 +35,19 @@ fn parse_cpu_list(text: &str) -> Option<Vec<i32>> {
         cpus.extend(first.parse::<i32>().ok()?..=last.parse::<i32>().ok()?);
     }
     (!cpus.is_empty()).then_some(cpus)
+}
+
+/// CPU time of this process, in user space and for its system calls.
+pub fn cpu_time() -> Duration {
+    let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else {
+        return Duration::ZERO;
+    };
+    let times = [usage.user_time(), usage.system_time()];
+    let of = |t: &nix::sys::time::TimeVal| {
+        let micros = t.tv_sec() as u64 * 1_000_000 + t.tv_usec() as u64;
+        Duration::from_micros(micros)
+    };
+    times.iter().map(of).sum()
 }
 
 #[cfg(test)]

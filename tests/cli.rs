@@ -30,6 +30,48 @@ fn refused(args: &[&str], names: &str) {
 }
 
 #[test]
+fn what_wireshark_asks() {
+    let ask = |args: &[&str]| {
+        let output = netprobe(&[&["extcap"], args].concat());
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let list = ask(&["--extcap-interfaces", "--extcap-version=4.0"]);
+    assert!(
+        list.contains("interface {value=netprobe-drops}{display=netprobe: drops}\n"),
+        "{list}"
+    );
+    let of_skb = ["--extcap-interface", "netprobe-skb"];
+    let config = ask(&[&of_skb[..], &["--extcap-config"]].concat());
+    assert!(config.contains("{call=--filter-func}"), "{config}");
+    assert_eq!(
+        ask(&[&of_skb[..], &["--extcap-capture-filter", "tcp port 80"]].concat()),
+        ""
+    );
+    let wrong = ask(&[&of_skb[..], &["--extcap-capture-filter", "tcp prt"]].concat());
+    assert!(wrong.contains("tcp prt"), "{wrong}");
+    refused(
+        &["extcap", "--extcap-interface", "eth0", "--extcap-dlts"],
+        "eth0",
+    );
+    refused(
+        &["extcap", "--extcap-interface", "netprobe-skb", "--capture"],
+        "--fifo",
+    );
+    let lines = [
+        "extcap",
+        "--extcap-interface",
+        "netprobe-skb",
+        "--capture",
+        "--fifo",
+        "x",
+        "--output-json",
+    ];
+    refused(&lines, "--output-json");
+    refused(&["skb", "-w", "-"], "--write -");
+}
+
+#[test]
 fn wrong_values_of_skb() {
     for (args, names) in [
         (&["--backend", "uprobe"][..], "uprobe"),
@@ -194,6 +236,21 @@ fn each_flag_is_in_a_live_test() {
     assert!(missing.is_empty(), "no live test uses {missing:?}");
 }
 
+/// Each fault that the live tests provoke has a row in docs/why.md.
+#[test]
+fn each_fault_is_in_the_document() {
+    let document = include_str!("../docs/why.md");
+    let names = include_str!("live/faults.toml").lines();
+    let names = names.filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'));
+    let names: Vec<&str> = names.collect();
+    assert!(names.len() > 60, "{names:?}");
+    let missing = names
+        .iter()
+        .filter(|name| !document.contains(&format!("\n| {name} |")));
+    let missing: Vec<_> = missing.collect();
+    assert!(missing.is_empty(), "docs/why.md has no row for {missing:?}");
+}
+
 /// Each row of the table in docs/peers.md has a row in DEVELOPMENT.md that names live tests, and these exist.
 #[test]
 fn each_row_beside_the_peers_has_its_live_test() {
@@ -293,7 +350,7 @@ fn reference(command: clap::Command) -> String {
     page
 }
 
-/// Every subcommand but those of the installation has a section with an example in README, and a page in docs/reference that README's table links to.
+/// Every subcommand but those of the installation and Wireshark has a section with an example in README, and a page in docs/reference that README's table links to.
 #[test]
 fn readme_shows_every_subcommand() {
     let readme = include_str!("../README.md");
@@ -304,7 +361,7 @@ fn readme_shows_every_subcommand() {
     for sub in Cli::command().get_subcommands() {
         let name = sub.get_name();
         assert!(
-            ["completions", "man"].contains(&name)
+            ["completions", "extcap", "man"].contains(&name)
                 || readme.contains(&format!("# netprobe {name}")),
             "README.md has no example of {name}"
         );

@@ -33,7 +33,7 @@ fn each_subcommand_with_json_has_a_schema() {
     }
 }
 
-/// The lines of report are those of skb, and one of its own.
+/// The lines of report are those of skb and of why, and one of its own.
 #[test]
 fn report_has_the_lines_of_skb() {
     let defs = |tool: &str| {
@@ -44,6 +44,18 @@ fn report_has_the_lines_of_skb() {
     let report = defs("report");
     for (name, schema) in defs("skb") {
         assert_eq!(report.get(&name), Some(&schema), "{name}");
+    }
+    // Those of why, whose names are others there.
+    let own = report.iter().filter_map(|(name, schema)| {
+        let name = name.strip_prefix("why_")?;
+        let text = schema.to_string().replace("$defs/why_", "$defs/");
+        Some((name, serde_json::from_str::<Value>(&text).unwrap()))
+    });
+    let why = defs("why");
+    let own: Vec<_> = own.collect();
+    assert!(own.len() > 3);
+    for (name, schema) in own {
+        assert_eq!(why.get(name), Some(&schema), "{name}");
     }
 }
 

@@ -242,6 +242,11 @@ fn page_with_a_hostile_name() -> (tempfile::TempDir, PathBuf) {
 #[cfg_attr(not(has_chromium), ignore = "chromium is not installed")]
 fn the_page_runs_in_a_browser() {
     let (_folder, page) = page_with_a_hostile_name();
+    // A search for what is nowhere finds nothing, and then all is shown again.
+    let whole = fs::read_to_string(&page).unwrap();
+    let search = "<script>$('search').value = 'nowhere at all'; filter(); document.body.dataset.found = shown.length; \
+                  $('search').value = ''; filter(); document.body.dataset.all = shown.length;</script></body>";
+    fs::write(&page, whole.replacen("</body>", search, 1)).unwrap();
     let dom = Command::new("chromium")
         .args([
             "--headless",
@@ -257,6 +262,7 @@ fn the_page_runs_in_a_browser() {
         dom.contains("data-ready=\""),
         "its code has run to its end: {dom:.2000}"
     );
+    assert!(dom.contains("data-found=\"0\"") && !dom.contains("data-all=\"0\""));
     assert!(
         dom.contains("<title>netprobe report</title>"),
         "no name is code"

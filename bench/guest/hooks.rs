@@ -205,15 +205,23 @@ pub fn empty_tracepoints(names: &[&CStr]) -> Result<Vec<OwnedFd>> {
 
 /// Time to attach an empty program to the return of each of these functions of vmlinux by trampolines, ns.
 pub fn empty_trampolines(functions: &[&CStr]) -> Result<u64> {
-    const KIND: u32 = sys::BPF_TRACE_FEXIT;
+    Ok(trampolines(functions, sys::BPF_TRACE_FEXIT)?.0)
+}
+
+/// Empty programs at these functions of vmlinux, by trampolines, as long as the result lives.
+pub fn empty_entries(functions: &[&CStr]) -> Result<Vec<OwnedFd>> {
+    Ok(trampolines(functions, sys::BPF_TRACE_FENTRY)?.1)
+}
+
+fn trampolines(functions: &[&CStr], kind: u32) -> Result<(u64, Vec<OwnedFd>)> {
     let insns = returns(0);
     let mut programs = Vec::new();
     for name in functions {
         // SAFETY: the name ends in NUL.
-        let id = unsafe { sys::libbpf_find_vmlinux_btf_id(name.as_ptr(), KIND) };
+        let id = unsafe { sys::libbpf_find_vmlinux_btf_id(name.as_ptr(), kind) };
         let mut opts = sys::bpf_prog_load_opts {
             sz: size_of::<sys::bpf_prog_load_opts>() as _,
-            expected_attach_type: KIND,
+            expected_attach_type: kind,
             attach_btf_id: u32::try_from(id).with_context(|| format!("no {name:?}"))?,
             ..Default::default()
         };
@@ -237,7 +245,9 @@ pub fn empty_trampolines(functions: &[&CStr]) -> Result<u64> {
         let link = unsafe { sys::bpf_raw_tracepoint_open(std::ptr::null(), program.as_raw_fd()) };
         links.push(own(link).context("failed to attach an empty program")?);
     }
-    Ok(monotonic_ns()? - start)
+    let took = monotonic_ns()? - start;
+    links.append(&mut programs);
+    Ok((took, links))
 }
 
 /// Run count and run time of a program.

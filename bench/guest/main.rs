@@ -4,11 +4,14 @@
 //! Prints `= NAME VALUE` lines for bench/run, and `! SCENARIO: WHY` for what could not be measured.
 
 mod child;
+mod drops;
 mod filter;
 mod hooks;
+mod latency;
 mod net;
 mod rate;
 mod record;
+mod why;
 
 use std::ffi::CStr;
 use std::fs;
@@ -92,6 +95,13 @@ fn run(scenarios: &[String]) -> Result<()> {
             "tcpconnect" => bench.tcpconnect(),
             "peer-tcpconnect" => bench.peer_tcpconnect(),
             "icmp" => bench.icmp(),
+            "drops" => bench.drops(),
+            "peer-drops" => bench.peer_drops(),
+            "why" => bench.why(),
+            "tcp" => bench.tcp(),
+            "latency" => bench.latency(),
+            "peer-tcplife" => bench.peer_tcplife(),
+            "flight" => bench.flight(),
             "capture" => bench.capture(),
             "peer-capture" => bench.peer_capture(),
             "rate" => bench.rate("netprobe", netprobe_capture),
@@ -338,6 +348,47 @@ impl Bench {
         say("tcp.peer-tcpconnect", self.connect()?);
         say("memory.peer-tcpconnect", tool.memory()?.0);
         end(tool)?;
+        Ok(())
+    }
+
+    /// What `netprobe tcp` costs a connection, and its start and memory.
+    fn tcp(&mut self) -> Result<()> {
+        let before = last_program();
+        let tool = Tool::with_ready_file(&format!("{NETPROBE} tcp"), LIMIT)?;
+        say("start.tcp", tool.ready_ns);
+        tell_programs(before);
+        say("tcp.tcp", self.connect()?);
+        self.idle("tcp", &tool)?;
+        say("memory.tcp", tool.memory()?.0);
+        say("memory.tcp.file", tool.file_memory()?);
+        end(tool)
+    }
+
+    /// The same of libbpf-tools' tcplife: ready when its program is there.
+    fn peer_tcplife(&mut self) -> Result<()> {
+        let before = last_program();
+        let tool = Tool::start("peer-tcplife", LIMIT, || last_program() > before)?;
+        tool.settle()?;
+        say("tcp.peer-tcplife", self.connect()?);
+        say("memory.peer-tcplife", tool.memory()?.0);
+        end(tool)
+    }
+
+    /// A burst while a recording runs, and while a flight recorder is armed whose trigger never comes: a packet in all.
+    fn flight(&mut self) -> Result<()> {
+        let filter = format!("--filter-proto udp --filter-dst-port {}", net::PORT);
+        for (name, flags) in [
+            ("record", ""),
+            ("flight", " --flight 30s --trigger retransmit:99"),
+        ] {
+            let command = format!("{NETPROBE} record -o {name}.pcapng {filter}{flags}");
+            let tool = Tool::with_ready_file(&command, LIMIT)?;
+            tool.settle()?;
+            say(&format!("burst.{name}"), mean(2000, || self.net.udp())?);
+            self.idle(name, &tool)?;
+            say(&format!("memory.{name}"), tool.memory()?.0);
+            end(tool)?;
+        }
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use super::linktype::Linktype;
 pub const MAX_SNAPLEN: u32 = 262_144;
 
 pub const BLOCK_SHB: u32 = 0x0a0d_0d0a;
-pub(super) const BLOCK_IDB: u32 = 1;
+pub const BLOCK_IDB: u32 = 1;
 /// Obsolete: a packet, as older programs wrote it.
 pub(super) const BLOCK_PB: u32 = 2;
 pub(super) const BLOCK_SPB: u32 = 3;

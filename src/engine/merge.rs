@@ -65,6 +65,11 @@ impl Merge {
         self.batches.push_back((batch, waiting));
     }
 
+    /// All events up to this time have come and were handed out, but for late ones.
+    pub fn reached(&self) -> u64 {
+        self.watermarks.iter().copied().min().unwrap_or(u64::MAX)
+    }
+
     /// Events that wait for the watermark.
     pub fn pending(&self) -> usize {
         self.keys.len()
@@ -78,8 +83,7 @@ impl Merge {
     /// Hands out, in order of time, all that is not younger than the lowest watermark. Stops at the first error of `each`;
     /// the event it failed on counts as handed out.
     pub fn drain<E>(&mut self, each: impl FnMut(Record<'_>) -> Result<(), E>) -> Result<(), E> {
-        let mark = self.watermarks.iter().copied().min().unwrap_or(u64::MAX);
-        let result = self.drain_until(mark, each);
+        let result = self.drain_until(self.reached(), each);
         while self
             .batches
             .front()
@@ -177,8 +181,10 @@ mod tests {
         let mut m = Merge::new(2);
         m.push(batch(0, 100, &[(1, 0), (50, 0)]));
         assert_eq!(all(&mut m), []);
+        assert_eq!(m.reached(), 0);
         m.push(batch(1, 10, &[(2, 1)]));
         assert_eq!(all(&mut m), [(1, false), (2, false)]);
+        assert_eq!(m.reached(), 10);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use libbpf_sys as sys;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::batch::{Batch, BufferOptions};
+use crate::kernel::caps;
 use crate::os::page_size;
 
 /// `struct perf_event_header`: u32 type, u16 misc, u16 size (of the whole record, a multiple of 8).
@@ -139,8 +140,13 @@ impl Opened {
         };
         let Some(pb) = NonNull::new(pb) else {
             let e = std::io::Error::last_os_error();
+            let why = match e.raw_os_error() {
+                Some(libc::EACCES) => caps::why_no_perf(),
+                Some(libc::EPERM) => "this user may lock no more memory: CAP_IPC_LOCK is missing, or take a smaller --buffer-pages".into(),
+                _ => format!("{e} (a smaller --buffer-pages may help)"),
+            };
             bail!(
-                "failed to open perf buffers of {pages} pages on {} CPUs: {e} (a smaller --buffer-pages may help)",
+                "failed to open perf buffers of {pages} pages on {} CPUs: {why}",
                 cpus.len()
             );
         };

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::text::format::{push_dec, push_ip};
 
 /// What `struct np_tuple` of src/bpf/common/packet.h says; only for IP packets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tuple {
     pub saddr: IpAddr,
     pub daddr: IpAddr,
@@ -66,8 +66,17 @@ impl fmt::Display for Tuple {
     }
 }
 
-/// An address from 16 bytes in network order (IPv4 as ::ffff:a.b.c.d where `version` is 4).
-pub fn address(bytes: [u8; 16], version: u8) -> IpAddr {
+/// The 16 bytes in network order that two words of an event are.
+pub fn address_bytes(words: [u64; 2]) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&words[0].to_ne_bytes());
+    bytes[8..].copy_from_slice(&words[1].to_ne_bytes());
+    bytes
+}
+
+/// An address as events carry it, in network order (IPv4 as ::ffff:a.b.c.d where `version` is 4).
+pub fn address(words: [u64; 2], version: u8) -> IpAddr {
+    let bytes = address_bytes(words);
     match version {
         4 => Ipv4Addr::new(bytes[12], bytes[13], bytes[14], bytes[15]).into(),
         _ => Ipv6Addr::from(bytes).into(),

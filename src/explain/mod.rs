@@ -1,6 +1,8 @@
 //! What a drop means, in plain words: rules as data (reasons.toml, places.toml), compiled in; a file of the user's may add to them or
 //! replace them. It knows no tool and asks nothing of the kernel.
 
+pub mod delays;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -12,6 +14,8 @@ use serde::Deserialize;
 pub const EXPECTED: &str = "expected";
 /// The reason that says nothing; kernels before 5.17 have no other.
 pub const NOT_SPECIFIED: &str = "NOT_SPECIFIED";
+/// In rules about places: kernels without reasons only.
+const NONE: &str = "NONE";
 
 /// What a drop means.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -68,6 +72,35 @@ pub enum Fact {
     TimeExceeded,
     /// the same: it is larger than the way's MTU
     TooBig,
+    /// the same: nothing here speaks its protocol
+    NoProtocol,
+    /// this host has answered with a TCP reset
+    Reset,
+    Ip,
+    /// marked as another host's, though the frame has the device's own address; its VLAN tag was seen
+    UnknownVlan,
+    /// the same; no tag was seen
+    OwnMac,
+    /// the frame has another host's address
+    OtherMac,
+    /// its source or destination is a loopback address
+    Loopback,
+    /// its source is one that no host has: multicast, broadcast, 0.0.0.0/8
+    BadSource,
+    /// the same of its destination: 0.0.0.0/8
+    BadDestination,
+    /// its route refuses it with EINVAL, as a blackhole does
+    RouteBlackhole,
+    /// the same with EACCES
+    RouteProhibits,
+    /// the same with EHOSTUNREACH
+    RouteUnreachable,
+    /// shorter than its IP header says
+    CutOff,
+    /// its IP header has a wrong checksum
+    BadIpSum,
+    /// its device does not take IPv6
+    Ipv6Off,
 }
 
 /// What netprobe why asks the kernel about a loss: each has one function that looks for the answer.
@@ -114,6 +147,30 @@ pub enum Question {
     Tc,
     /// XDP program of the device
     Xdp,
+    /// routing rules that the packet fits
+    RoutingRules,
+    /// the VRF of the device
+    Vrf,
+    /// policies of IPsec, and its counters
+    Xfrm,
+    /// a bridge port's state and VLANs
+    BridgePort,
+    /// VLAN devices on the device
+    Vlans,
+    /// the packet's protocol, and raw sockets that take it
+    Protocol,
+    /// the fragment, and how long it may wait
+    Fragments,
+    /// what the IP header says of its length
+    Length,
+    /// the socket's filter
+    Filter,
+    /// BPF programs of the socket's cgroup
+    Cgroup,
+    /// memory of the protocol, and its limits
+    ProtoMem,
+    /// forwarding entries of a tunnel device
+    Fdb,
 }
 
 /// Which questions to ask: by rule, else by class.
@@ -148,10 +205,15 @@ struct PlaceRule {
 }
 
 impl PlaceRule {
+    /// `reason`: empty where the kernel has none.
     fn fits(&self, reason: &str, function: &str, facts: &[Fact]) -> bool {
+        let named = |name: &String| match reason {
+            "" => matches!(name.as_str(), NONE | NOT_SPECIFIED),
+            reason => name == reason,
+        };
         let reason_fits = match self.reasons.is_empty() {
-            true => reason == NOT_SPECIFIED,
-            false => self.reasons.iter().any(|r| r == reason),
+            true => matches!(reason, "" | NOT_SPECIFIED),
+            false => self.reasons.iter().any(named),
         };
         let function_fits =
             self.functions.is_empty() || self.functions.iter().any(|f| is_like(f, function));
@@ -258,15 +320,14 @@ impl Rules {
 
     /// What a drop means. `reason`: the kernel's name without SKB_DROP_REASON_; empty where it has none. `function`: the one that decided.
     pub fn explain(&self, reason: &str, function: &str, facts: &[Fact]) -> Meaning {
-        let reason = if reason.is_empty() {
-            NOT_SPECIFIED
-        } else {
-            reason
-        };
         let by_place = self
             .place
             .iter()
             .find(|rule| rule.fits(reason, function, facts));
+        let reason = match reason {
+            "" => NOT_SPECIFIED,
+            reason => reason,
+        };
         if let Some(rule) = by_place {
             return Meaning {
                 class: rule.class.clone(),
@@ -333,6 +394,22 @@ mod tests {
         assert!(what("NOT_SPECIFIED", "netlink_broadcast_filtered", &[]).is_expected());
         assert!(!what("OTHERHOST", "ip_rcv_core", &[Fact::OtherHost]).is_expected());
         assert!(what("OTHERHOST", "ip_rcv_core", &[Fact::Promiscuous]).is_expected());
+        let tagged = [Fact::OtherHost, Fact::Promiscuous, Fact::UnknownVlan];
+        assert_eq!(
+            what("OTHERHOST", "ip_rcv_core", &tagged).rule(),
+            "VLAN_UNKNOWN"
+        );
+        // What kernels without reasons do not tell may not be taken for one cause of several.
+        for (reason, rule) in [("", "SOURCE_REFUSED"), ("NOT_SPECIFIED", "IP_LOCAL_SOURCE")] {
+            assert_eq!(
+                what(reason, "ip_rcv_finish_core.constprop.0", &[]).rule(),
+                rule
+            );
+        }
+        assert_eq!(
+            what("", "udp_queue_rcv_one_skb", &[]).rule(),
+            "SOCKET_REFUSED"
+        );
         assert!(what("NO_SOCKET", "ping_rcv", &[Fact::EchoReply]).is_expected());
         assert!(!what("NO_SOCKET", "__udp4_lib_rcv", &[]).is_expected());
         assert!(what("TCP_CLOSE", "tcp_rcv_state_process", &[Fact::NoData]).is_expected());

@@ -68,9 +68,12 @@ macro_rules! set_filter {
     ($rodata:expr, $on:expr) => {
         $rodata.np_filter_on = $on;
         if $rodata.np_filter_on != 0 {
-            let pages = $crate::kernel::pages::PageVariables::find();
+            let pages = $crate::kernel::pages::Pages::find();
             $rodata.np_filter_vmemmap_base = pages.vmemmap_base;
             $rodata.np_filter_page_offset_base = pages.page_offset_base;
+            $rodata.np_filter_vmemmap = pages.vmemmap;
+            $rodata.np_filter_page_offset = pages.page_offset;
+            $rodata.np_filter_page_shift = $crate::os::page_size().ilog2();
         }
     };
 }
@@ -91,6 +94,8 @@ pub struct Filters {
     pub tunnel_l3: Option<Program>,
     /// On members of the sk_buff and what it points to.
     pub members: Option<Condition>,
+    /// The expression is asked about other addresses too (translated.bpf.h): in the form `ByBlock` for what begins with the IP header.
+    pub translations: bool,
 }
 
 impl Filters {
@@ -155,6 +160,9 @@ impl Filters {
             let nothing = Program::nothing();
             let l3 = expression.l3.as_ref().unwrap_or(&nothing);
             by_cast = Some(ebpf::translate_by_cast(&expression.l2, l3, fields)?);
+            if self.translations {
+                add("np_filter_l3", l3)?;
+            }
         } else if let Some(expression) = &self.expression {
             add("np_filter_l2", &expression.l2)?;
             match &expression.l3 {
@@ -197,6 +205,15 @@ impl Filters {
     /// follow. Where the kernel has typed loads, casts become those of the kernel.
     pub fn prepare(&self, object: &mut OpenObject, features: &Features) -> Result<()> {
         inject::inject(
+            object,
+            &self.bodies(features.skb_fields)?,
+            features.casts.as_ref(),
+        )
+    }
+
+    /// The same for an object that is prepared.
+    pub fn put_into(&self, object: &mut OpenObject, features: &Features) -> Result<()> {
+        inject::change(
             object,
             &self.bodies(features.skb_fields)?,
             features.casts.as_ref(),
@@ -267,4 +284,9 @@ pub fn inject_l2(object: &mut OpenObject, program: &Program) -> Result<()> {
 /// Takes out of an object that is prepared (see [`crate::kernel::bpf_object::prepare`]) what its constants switch off.
 pub fn prune(object: &mut OpenObject) -> Result<()> {
     inject::change(object, &[], None)
+}
+
+/// The same where `use_cast` is set: with the running kernel's numbers of what is cast to.
+pub fn prune_with_casts(object: &mut OpenObject, features: &Features) -> Result<()> {
+    inject::change(object, &[], features.casts.as_ref())
 }

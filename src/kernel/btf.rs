@@ -28,8 +28,10 @@ const INT_SIGNED: u32 = 1 << 24;
 const SYSFS: &str = "/sys/kernel/btf";
 
 /// Names that are asked for at almost every start.
-const COMMON: [&str; 24] = [
+const COMMON: [&str; 26] = [
     "__kernel_sockaddr_storage",
+    "__traceiter_devlink_trap_report",
+    "__traceiter_qdisc_drop",
     "bpf_fentry_test1",
     "bpf_iter_ksym",
     "bpf_rdonly_cast",
@@ -291,6 +293,11 @@ impl Btf {
     /// vmlinux has an enum of this name.
     pub fn has_enum(&self, name: &str) -> bool {
         !self.ids(KIND_ENUM, name).is_empty()
+    }
+
+    /// The number of a typedef of vmlinux.
+    pub(super) fn typedef_id(&self, name: &str) -> Option<u32> {
+        self.ids(KIND_TYPEDEF, name).first().copied()
     }
 
     /// The number of a function of vmlinux.

@@ -25,9 +25,33 @@ pub struct CoreBtf {
 impl CoreBtf {
     /// Of vmlinux's BTF, what objects that know `types` (a name a line: `crate::bpf::*_TYPES`) can ask for.
     pub fn new(btf: &Btf, types: &str) -> Result<Self> {
+        Self::write(&reduce(btf, named(btf, types)))
+    }
+
+    /// The same with the types of a module.
+    pub fn with_module(btf: &Btf, types: &str, module: &str) -> Result<Self> {
+        let module = btf.module(module)?;
+        let mut ids = named(btf, types);
+        ids.extend(named(&module, types));
+        Self::write(&reduce(&module, ids))
+    }
+
+    /// The same with the types of those modules that are loaded and have BTF.
+    pub fn with_modules(btf: &Btf, types: &str, modules: &[&str]) -> Result<Self> {
+        let mut reduced = Reduced::default();
+        reduced.add(btf, named(btf, types));
+        let loaded = super::btf::modules();
+        for module in modules.iter().filter(|m| loaded.iter().any(|l| l == *m)) {
+            let module = btf.module(module)?;
+            reduced.add(&module, named(&module, types));
+        }
+        Self::write(&reduced.bytes())
+    }
+
+    fn write(bytes: &[u8]) -> Result<Self> {
         let file = || -> Result<File> {
             let mut file = File::from(memfd_create("netprobe-btf", MFdFlags::MFD_CLOEXEC)?);
-            file.write_all(&reduce(btf, types))?;
+            file.write_all(bytes)?;
             Ok(file)
         };
         let file = file().context("failed to write down the kernel's types")?;
@@ -40,14 +64,80 @@ impl CoreBtf {
     }
 }
 
-/// A BTF with the types of these names, and with what they consist of. What a pointer points to is left out where nothing else needs
-/// it: no relocation goes through a pointer. Types have other numbers than the kernel's.
-fn reduce(btf: &Btf, types: &str) -> Vec<u8> {
-    let mut kept = BTreeMap::new();
-    // Kinds that relocations begin at.
-    let mut left = btf.ids_of(types.lines(), |kind| {
+/// Types of these names, of kinds that relocations begin at.
+fn named(btf: &Btf, types: &str) -> Vec<u32> {
+    btf.ids_of(types.lines(), |kind| {
         (KIND_STRUCT..=KIND_TYPEDEF).contains(&kind) || kind == KIND_ENUM64
-    });
+    })
+}
+
+/// A BTF with these types.
+fn reduce(btf: &Btf, types: Vec<u32>) -> Vec<u8> {
+    let mut reduced = Reduced::default();
+    reduced.add(btf, types);
+    reduced.bytes()
+}
+
+/// Types out of one BTF or several, and their names. A module's BTF repeats those of vmlinux that its own types consist of.
+#[derive(Debug)]
+struct Reduced {
+    words: Vec<u32>,
+    strings: Vec<u8>,
+    /// the number of the next type
+    next: u32,
+}
+
+impl Default for Reduced {
+    fn default() -> Self {
+        Self {
+            words: Vec::new(),
+            strings: vec![0],
+            next: 1,
+        }
+    }
+}
+
+impl Reduced {
+    fn bytes(&self) -> Vec<u8> {
+        encode(&self.words, &self.strings)
+    }
+
+    /// Adds types, and what they consist of. What a pointer points to is left out where nothing else needs it: no relocation goes
+    /// through a pointer. Types have other numbers than the kernel's.
+    fn add(&mut self, btf: &Btf, left: Vec<u32>) {
+        let mut kept = consist_of(btf, left);
+        for new in kept.values_mut() {
+            *new = self.next;
+            self.next += 1;
+        }
+        let kept_types = || kept.keys().filter_map(|&id| btf.get(id));
+        let mut offsets = BTreeSet::new();
+        for t in kept_types() {
+            offsets.insert(t.name_off());
+            offsets.extend(
+                t.words()
+                    .enumerate()
+                    .filter(|(i, _)| is_name(t, *i))
+                    .map(|(_, w)| w),
+            );
+        }
+        let mut places = HashMap::from([(0, 0)]);
+        for (offset, string) in offsets.iter().copied().zip(btf.strings(&offsets)) {
+            if offset != 0 {
+                places.insert(offset, self.strings.len() as u32);
+                self.strings.extend(string);
+                self.strings.push(0);
+            }
+        }
+        for t in kept_types() {
+            write(t, &kept, &places, &mut self.words);
+        }
+    }
+}
+
+/// These types and those that they consist of, by number.
+fn consist_of(btf: &Btf, mut left: Vec<u32>) -> BTreeMap<u32, u32> {
+    let mut kept = BTreeMap::new();
     while let Some(id) = left.pop() {
         let new = |t: &Type<'_>| t.kind() != KIND_FUNC_PROTO && !kept.contains_key(&id);
         let Some(t) = btf.get(id).filter(new) else {
@@ -65,34 +155,7 @@ fn reduce(btf: &Btf, types: &str) -> Vec<u8> {
             _ => {}
         }
     }
-    for (number, new) in (1..).zip(kept.values_mut()) {
-        *new = number;
-    }
-    let kept_types = || kept.keys().filter_map(|&id| btf.get(id));
-    let mut offsets = BTreeSet::new();
-    for t in kept_types() {
-        offsets.insert(t.name_off());
-        offsets.extend(
-            t.words()
-                .enumerate()
-                .filter(|(i, _)| is_name(t, *i))
-                .map(|(_, w)| w),
-        );
-    }
-    let mut strings = vec![0];
-    let mut places = HashMap::from([(0, 0)]);
-    for (offset, string) in offsets.iter().copied().zip(btf.strings(&offsets)) {
-        if offset != 0 {
-            places.insert(offset, strings.len() as u32);
-            strings.extend(string);
-            strings.push(0);
-        }
-    }
-    let mut words = Vec::new();
-    for t in kept_types() {
-        write(t, &kept, &places, &mut words);
-    }
-    encode(&words, &strings)
+    kept
 }
 
 /// The `i`th word behind this type is a string's offset.
@@ -140,7 +203,7 @@ mod tests {
     #[cfg_attr(not(has_btf), ignore = "this kernel has no BTF")]
     fn types_keep_their_layout() {
         let btf = Btf::vmlinux(None).unwrap();
-        let bytes = reduce(&btf, bpf::SKB_TYPES);
+        let bytes = reduce(&btf, named(&btf, bpf::SKB_TYPES));
         println!("{} of {} bytes", bytes.len(), btf.bytes().unwrap().len());
         assert!(bytes.len() < 500_000);
         let reduced = Btf::of(Data::parse(&bytes).unwrap());
@@ -161,6 +224,30 @@ mod tests {
         // Functions are not there, nor are structs that no program names.
         assert!(!reduced.has_function("kfree_skb"));
         assert_eq!(reduced.struct_named("btrfs_key"), None);
+    }
+
+    /// Types of several BTFs lie one after another.
+    #[test]
+    #[cfg_attr(not(has_btf), ignore = "this kernel has no BTF")]
+    fn types_of_several() {
+        let btf = Btf::vmlinux(None).unwrap();
+        let mut both = Reduced::default();
+        both.add(&btf, named(&btf, "iphdr"));
+        both.add(&btf, named(&btf, "sock"));
+        let bytes = both.bytes();
+        let reduced = Btf::of(Data::parse(&bytes).unwrap());
+        for name in ["iphdr", "sock"] {
+            let id = btf.struct_named(name).unwrap();
+            let is = reduced.struct_named(name).unwrap();
+            let names = |btf: &Btf, id| {
+                btf.members(id)
+                    .into_iter()
+                    .map(|m| m.name)
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(names(&reduced, is), names(&btf, id));
+            assert_eq!(reduced.size(is), btf.size(id));
+        }
     }
 
     /// libbpf takes it for a BTF.

@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,15 @@ use anyhow::{Context, Result};
 
 /// Where cgroup v2 is mounted: alone, or beside v1.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
+/// Where the processes of a container or a pod are.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Place {
+    /// the folder of its cgroup (v2)
+    Cgroup(PathBuf),
+    /// there is no cgroup v2: these
+    Processes(HashSet<u32>),
+}
 
 /// The id of the cgroup at a path, whole or from the mount on.
 pub fn id(text: &str) -> Result<u64> {
@@ -83,6 +93,25 @@ pub fn mount() -> Option<&'static Path> {
         nix::sys::statfs::statfs(*p)
             .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
     })
+}
+
+/// Ids of the BPF programs that see what sockets of this cgroup send, those of cgroups above it included; `None`: it cannot be asked.
+pub fn programs_at_egress(path: &str) -> Option<Vec<u32>> {
+    const MOST: usize = 64;
+    let folder = std::fs::File::open(mount()?.join(path.trim_start_matches('/'))).ok()?;
+    let (mut ids, mut count, mut flags) = ([0u32; MOST], MOST as u32, 0u32);
+    // SAFETY: an open file; room for as many ids as `count` says.
+    let code = unsafe {
+        libbpf_sys::bpf_prog_query(
+            folder.as_raw_fd(),
+            libbpf_sys::BPF_CGROUP_INET_EGRESS,
+            libbpf_sys::BPF_F_QUERY_EFFECTIVE,
+            &mut flags,
+            ids.as_mut_ptr(),
+            &mut count,
+        )
+    };
+    (code == 0).then(|| ids.into_iter().take(count as usize).collect())
 }
 
 /// Paths by id, read from the mount when an unknown id comes.

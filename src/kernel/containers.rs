@@ -11,8 +11,8 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::cgroup::{self, CgroupNames};
-use super::process;
+use super::cgroup::{self, CgroupNames, Place};
+use super::{pods, process};
 use crate::text::escape::escaped;
 use crate::text::json;
 use crate::usage::usage;
@@ -29,15 +29,6 @@ const AGAIN: Duration = Duration::from_secs(1);
 const KNOWN: usize = 4096;
 /// Containers that an error names.
 const NAMED: usize = 8;
-
-/// Where the processes of a container are.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Place {
-    /// the folder of its cgroup (v2)
-    Cgroup(PathBuf),
-    /// there is no cgroup v2: these
-    Processes(HashSet<u32>),
-}
 
 /// The container that has this name, or the only one whose id begins so.
 pub fn find(text: &str) -> Result<Place> {
@@ -159,11 +150,17 @@ fn running() -> BTreeMap<String, Runs> {
 
 /// The container of a process, by /proc/PID/cgroup.
 fn of_process(pid: u32) -> Option<String> {
+    path_of_process(pid).and_then(|path| of_path(&path))
+}
+
+/// The path in /proc/PID/cgroup that has a container.
+fn path_of_process(pid: u32) -> Option<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     // number:controllers:path
-    text.lines()
-        .filter_map(|l| l.splitn(3, ':').nth(2))
-        .find_map(of_path)
+    let mut paths = text.lines().filter_map(|l| l.splitn(3, ':').nth(2));
+    paths
+        .find(|path| of_path(path).is_some())
+        .map(str::to_owned)
 }
 
 /// The innermost container in the path of a cgroup.
@@ -322,6 +319,8 @@ fn insert(names: &mut HashMap<String, String>, id: &str, name: &str) {
 pub struct ContainerNames {
     cgroups: CgroupNames,
     names: HashMap<String, String>,
+    /// pods by uid
+    pods: HashMap<String, String>,
     read: Option<Instant>,
     /// by cgroup and, where that is not known, process
     known: HashMap<(u64, u32), Option<String>>,
@@ -345,18 +344,25 @@ impl ContainerNames {
     fn look(&mut self, cgroup: u64, pid: u32) -> Option<String> {
         let by_cgroup = match cgroup {
             0 => None,
-            id => self.cgroups.get(id).and_then(of_path),
+            id => self.cgroups.get(id).filter(|path| of_path(path).is_some()),
         };
-        let id = by_cgroup.or_else(|| of_process(pid))?;
+        let path = by_cgroup
+            .map(str::to_owned)
+            .or_else(|| path_of_process(pid))?;
+        let id = of_path(&path)?;
         let old = self.read.is_none_or(|at| at.elapsed() >= AGAIN);
         if !self.names.contains_key(&id) && old {
             self.names = names(Path::new("/"));
+            self.pods = pods::names(Path::new("/"));
             self.read = Some(Instant::now());
         }
-        let name = self
-            .names
-            .get(&id)
-            .map_or_else(|| id.get(..SHORT).unwrap_or(&id), String::as_str);
+        if let Some(name) = self.names.get(&id) {
+            return Some(escaped(name.as_bytes()));
+        }
+        let short = id.get(..SHORT).unwrap_or(&id);
+        // What no runtime names may still have a pod with a name.
+        let pod = pods::of_path(&path).and_then(|uid| self.pods.get(&uid));
+        let name = pod.map_or_else(|| short.to_owned(), |pod| format!("{pod}/{short}"));
         Some(escaped(name.as_bytes()))
     }
 }

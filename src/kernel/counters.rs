@@ -1,10 +1,11 @@
 //! Counters by which the kernel says "lost" or "error", of the calling thread's network namespace: /proc/net, rtnetlink, ethtool, sock_diag.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 
 use serde::Deserialize;
 
+use super::netns::Netns;
 use super::{netdev, routing, socket_drops};
 
 /// Where a counter is found.
@@ -119,6 +120,16 @@ pub fn devices() -> Vec<(u32, String)> {
         .into_iter()
         .map(|link| (link.index, link.name))
         .collect()
+}
+
+/// The interfaces of all namespaces, by namespace and index.
+pub fn all_devices() -> HashMap<(u32, u32), String> {
+    let mut all = HashMap::new();
+    for netns in Netns::all() {
+        let links = netns.run(devices).unwrap_or_default();
+        all.extend(links.into_iter().map(|(i, name)| ((netns.inode, i), name)));
+    }
+    all
 }
 
 /// What the CPUs' input queues refused: of the whole machine.

@@ -8,12 +8,8 @@ use libbpf_sys as sys;
 use serde::Serialize;
 
 use super::btf::Btf;
+use super::caps;
 use super::members::{Step, resolve};
-
-const CAP_NET_ADMIN: u32 = 12;
-const CAP_SYS_ADMIN: u32 = 21;
-const CAP_PERFMON: u32 = 38;
-const CAP_BPF: u32 = 39;
 
 /// What was found. Where something is missing, [`Features::require_tracing`] and its like say what to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -22,6 +18,8 @@ pub struct Features {
     pub release: String,
     /// capabilities that tracing needs and this process lacks
     pub missing_caps: Vec<&'static str>,
+    /// capabilities that some of it needs and this process lacks
+    pub missing_optional_caps: Vec<caps::Optional>,
     /// /sys/kernel/btf/vmlinux
     pub btf: bool,
     /// the kernel's BTF of modules
@@ -32,6 +30,8 @@ pub struct Features {
     pub kprobe_multi: bool,
     /// perf_event_open exists
     pub perf: bool,
+    /// perf_event_open does not refuse us
+    pub perf_open: bool,
     /// bpffs is mounted at /sys/fs/bpf
     pub bpffs: bool,
     /// `none`, `integrity`, `confidentiality`; `None` where the kernel does not say
@@ -55,6 +55,12 @@ pub struct Features {
     /// the tracepoint of drops tells the receiving socket (6.11)
     #[serde(skip)]
     pub drop_sock: bool,
+    /// the tracepoint devlink:devlink_trap_report
+    #[serde(skip)]
+    pub devlink_trap: bool,
+    /// the tracepoint qdisc:qdisc_drop (7.x)
+    #[serde(skip)]
+    pub qdisc_drop: bool,
 }
 
 /// Structs that programs cast to: `enum np_type` of compat.bpf.h, in its order.
@@ -138,12 +144,14 @@ impl Features {
             release: nix::sys::utsname::uname()
                 .map(|u| u.release().to_string_lossy().into_owned())
                 .unwrap_or_default(),
-            missing_caps: missing_caps(effective_caps()),
+            missing_caps: missing_caps(),
+            missing_optional_caps: caps::missing_optional(),
             btf: btf.is_some(),
             module_btf: !super::btf::modules().is_empty(),
             kprobe: Path::new("/sys/bus/event_source/devices/kprobe/type").exists(),
             kprobe_multi: kprobe_multi(),
             perf: Path::new("/proc/sys/kernel/perf_event_paranoid").exists(),
+            perf_open: perf_open(),
             bpffs: nix::sys::statfs::statfs("/sys/fs/bpf")
                 .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC),
             lockdown: lockdown(),
@@ -158,6 +166,8 @@ impl Features {
             // It came with the tracepoint's argument.
             drop_sock: btf.is_some_and(|b| b.has_function("sk_skb_reason_drop")),
             drop_reasons: btf.is_some_and(|b| b.has_enum("skb_drop_reason")),
+            devlink_trap: btf.is_some_and(|b| b.has_function("__traceiter_devlink_trap_report")),
+            qdisc_drop: btf.is_some_and(|b| b.has_function("__traceiter_qdisc_drop")),
         }
     }
 
@@ -182,7 +192,7 @@ impl Features {
 
     /// One line that says why raw tracepoints cannot be used, and what to do.
     pub fn require_drops(&self, tool: &str) -> Result<()> {
-        let why = self.why_no_bpf().or_else(|| self.why_no_kernel_memory());
+        let why = self.why_no_load().or_else(|| self.why_no_kernel_memory());
         match why {
             None => Ok(()),
             Some(why) => Err(anyhow!("{tool} cannot run here: {why}")),
@@ -197,17 +207,33 @@ impl Features {
         }
     }
 
-    /// The first thing that keeps BPF programs from being loaded; `None` where nothing does.
+    /// The first thing that keeps BPF programs from being loaded, or their events from being read; `None` where nothing
+    /// does.
     pub fn why_no_bpf(&self) -> Option<String> {
+        self.why_no_load()
+            .or_else(|| (!self.perf_open).then(caps::why_no_perf))
+    }
+
+    /// Why programs cannot be attached to a function by a kprobe of its own; `None`: they can.
+    pub fn why_no_kprobe(&self) -> Option<String> {
+        if !self.kprobe {
+            return Some("this kernel has no kprobes".into());
+        }
+        (!self.perf_open).then(caps::why_no_perf)
+    }
+
+    fn why_no_load(&self) -> Option<String> {
         if !self.missing_caps.is_empty() {
             return Some(format!(
-                "not permitted, {} missing: run it as root",
+                "not permitted, {} missing: run it as root, or give it that (docs/permissions.md)",
                 self.missing_caps.join(", ")
             ));
         }
         if !self.btf {
             return Some(
-                "the kernel has no BTF (/sys/kernel/btf/vmlinux): it needs CONFIG_DEBUG_INFO_BTF=y"
+                "the kernel has no BTF (/sys/kernel/btf/vmlinux): it needs CONFIG_DEBUG_INFO_BTF=y, or --kernel-btf FILE with the \
+                 types of this very kernel (BTFHub's archive has them for many distributions; `pahole --btf_encode_detached FILE vmlinux` \
+                 makes them from a vmlinux with debug information)"
                     .into(),
             );
         }
@@ -257,33 +283,49 @@ fn parse_lockdown(text: &str) -> Option<String> {
     Some(mode.to_string())
 }
 
-fn effective_caps() -> u64 {
-    fs::read_to_string("/proc/self/status")
-        .unwrap_or_default()
-        .lines()
-        .find_map(|l| l.strip_prefix("CapEff:"))
-        .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
-        .unwrap_or(0)
+/// Capabilities without which nothing is loaded.
+fn missing_caps() -> Vec<&'static str> {
+    let mut missing = caps::missing();
+    // The helper came with 5.11, as the end of such limits; programs of kprobes are not given it.
+    if missing.is_empty()
+        && caps::lacks_memlock()
+        && !helper_of(
+            sys::BPF_PROG_TYPE_SOCKET_FILTER,
+            sys::BPF_FUNC_ktime_get_coarse_ns,
+        )
+    {
+        missing.push("CAP_SYS_RESOURCE");
+    }
+    missing
 }
 
-fn missing_caps(effective: u64) -> Vec<&'static str> {
-    let has = |cap: u32| effective & (1 << cap) != 0;
-    // CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7)).
-    [
-        (CAP_BPF, "CAP_BPF"),
-        (CAP_PERFMON, "CAP_PERFMON"),
-        (CAP_NET_ADMIN, "CAP_NET_ADMIN"),
-    ]
-    .into_iter()
-    .filter(|&(cap, _)| !(has(cap) || cap != CAP_NET_ADMIN && has(CAP_SYS_ADMIN)))
-    .map(|(_, name)| name)
-    .collect()
+/// perf_event_open lets us open what perf buffers and single kprobes need.
+fn perf_open() -> bool {
+    let mut attr = sys::perf_event_attr {
+        type_: sys::PERF_TYPE_SOFTWARE,
+        size: size_of::<sys::perf_event_attr>() as u32,
+        config: u64::from(sys::PERF_COUNT_SW_BPF_OUTPUT),
+        ..Default::default()
+    };
+    attr.__bindgen_anon_1.sample_period = 1;
+    let (every, flags) = (-1, sys::PERF_FLAG_FD_CLOEXEC);
+    // SAFETY: attr is valid for the call; the others are numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_perf_event_open, &attr, every, 0, -1, flags) };
+    if fd >= 0 {
+        // SAFETY: owned here, closed once.
+        unsafe { libc::close(fd as i32) };
+    }
+    fd >= 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::EACCES)
 }
 
 /// The kernel knows this helper in kprobe programs.
 fn helper(id: u32) -> bool {
+    helper_of(sys::BPF_PROG_TYPE_KPROBE, id)
+}
+
+fn helper_of(kind: u32, id: u32) -> bool {
     // SAFETY: plain numbers; opts may be NULL.
-    unsafe { sys::libbpf_probe_bpf_helper(sys::BPF_PROG_TYPE_KPROBE, id, std::ptr::null()) == 1 }
+    unsafe { sys::libbpf_probe_bpf_helper(kind, id, std::ptr::null()) == 1 }
 }
 
 /// Asks for a kprobe.multi link over a list at a bad address: EFAULT where the kernel knows such links; EINVAL (before 5.18) or
@@ -345,11 +387,13 @@ mod tests {
         Features {
             release: "6.12.0".into(),
             missing_caps: vec![],
+            missing_optional_caps: vec![],
             btf: true,
             module_btf: true,
             kprobe: true,
             kprobe_multi: true,
             perf: true,
+            perf_open: true,
             bpffs: true,
             lockdown: Some("none".into()),
             tracefs: true,
@@ -360,6 +404,8 @@ mod tests {
             func_ip: true,
             drop_reasons: true,
             drop_sock: true,
+            devlink_trap: true,
+            qdisc_drop: true,
         }
     }
 
@@ -383,13 +429,6 @@ mod tests {
             Some("integrity")
         );
         assert_eq!(parse_lockdown(""), None);
-    }
-
-    #[test]
-    fn capabilities() {
-        assert!(missing_caps(u64::MAX).is_empty());
-        assert_eq!(missing_caps(0), ["CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"]);
-        assert_eq!(missing_caps(1 << CAP_SYS_ADMIN), ["CAP_NET_ADMIN"]);
     }
 
     #[test]

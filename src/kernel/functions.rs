@@ -140,8 +140,8 @@ pub fn addresses(wanted: impl Fn(&str) -> bool, mut found: impl FnMut(u64, &str)
     });
 }
 
-/// Where the functions of the kernel begin and end whose names are `wanted`.
-pub fn spans(wanted: impl Fn(&str) -> bool) -> Vec<(u64, u64)> {
+/// Where the functions of the kernel begin and end whose names are `wanted`; tells `also` each function.
+pub fn spans(wanted: impl Fn(&str) -> bool, mut also: impl FnMut(u64, &str)) -> Vec<(u64, u64)> {
     let mut spans: Vec<(u64, u64)> = Vec::new();
     // The list is in order of addresses: a function ends where the next one begins.
     let mut open: Vec<u64> = Vec::new();
@@ -152,6 +152,7 @@ pub fn spans(wanted: impl Fn(&str) -> bool) -> Vec<(u64, u64)> {
         if wanted(name) {
             open.push(addr);
         }
+        also(addr, name);
     });
     spans.sort_unstable();
     spans
@@ -254,7 +255,8 @@ mod tests {
 
     #[test]
     fn spans_and_what_lies_in_them() {
-        let spans = spans(|name| name == "kfree_skb_list_reason" || name == "consume_skb");
+        let wanted = |name: &str| name == "kfree_skb_list_reason" || name == "consume_skb";
+        let spans = spans(wanted, |_, _| ());
         // Addresses may be hidden here.
         for (start, end) in spans {
             assert!(start < end);

@@ -21,6 +21,22 @@ pub struct Symbol {
     pub module: Option<String>,
 }
 
+/// A function that a probe puts on top of the stack that it sees: a BPF program, or what leads to one. Some have no
+/// name (net.core.bpf_jit_kallsyms).
+pub fn is_of_a_probe(function: &str) -> bool {
+    [
+        "bpf_prog_",
+        "bpf_trampoline_",
+        "bpf_trace_run",
+        "__bpf_trace_",
+        "__traceiter_",
+        "arch_rethook_",
+        "rethook_",
+    ]
+    .iter()
+    .any(|start| function.starts_with(start))
+}
+
 /// Names of kernel addresses by a pass over kallsyms for each question, for who asks seldom: it keeps nothing but the answers, where
 /// [`KernelSymbols`] keeps all symbols (10 MB).
 #[derive(Debug, Default)]

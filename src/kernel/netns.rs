@@ -83,6 +83,10 @@ impl Netns {
     /// Moves the calling thread, and those that it starts from now on, into the namespace. The mount namespace stays, so that
     /// bpffs stays in sight.
     pub fn enter(&self) -> Result<()> {
+        // No privilege is needed to stay.
+        if Self::current().is_ok_and(|own| own.inode == self.inode) {
+            return Ok(());
+        }
         let path = self.file()?;
         let file =
             File::open(path).with_context(|| format!("failed to open {}", path.display()))?;
@@ -153,6 +157,17 @@ pub fn names() -> HashMap<u32, String> {
         names.entry(inode).or_insert_with(|| "init".to_string());
     }
     names
+}
+
+/// A process of each namespace that has one.
+pub fn processes() -> HashMap<u32, u32> {
+    let mut found = HashMap::new();
+    for pid in super::process::all() {
+        if let Ok(inode) = inode(Path::new(&format!("/proc/{pid}/ns/net"))) {
+            found.entry(inode).or_insert(pid);
+        }
+    }
+    found
 }
 
 fn inode(path: &Path) -> std::io::Result<u32> {

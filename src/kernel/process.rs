@@ -95,6 +95,13 @@ impl SocketHolders {
         self.told = Some(Told::default());
     }
 
+    /// Every answer that was given since [`SocketHolders::tell_anew`].
+    pub fn told(&self) -> Vec<(u64, Option<Process>)> {
+        let told = self.told.iter().flat_map(|told| &told.last);
+        told.map(|(inode, holder)| (*inode, holder.clone()))
+            .collect()
+    }
+
     /// New answers since the last call.
     pub fn news(&mut self) -> Vec<(u64, Option<Process>)> {
         let told = self.told.as_mut();

@@ -1,6 +1,7 @@
-//! fentry and fexit programs, loaded without libbpf: on other BPF programs, one object, opened and prepared once, its programs loaded
-//! as often as there are programs to watch (libbpf would open the object anew for each); on functions of the kernel, by the number that
-//! `btf` knows (libbpf would read all of the kernel's BTF to find it, and hold it twice meanwhile: 9 MB). It knows no tool.
+//! Programs of type tracing (fentry, fexit, tp_btf), loaded without libbpf: on other BPF programs, one object, opened
+//! and prepared once, its programs loaded as often as there are programs to watch (libbpf would open the object anew
+//! for each); on functions of the kernel, by the number that `btf` knows (libbpf would read all of the kernel's BTF to
+//! find it, and hold it twice meanwhile: 9 MB). It knows no tool.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, OsStr};
@@ -46,6 +47,8 @@ impl Target<'_> {
 pub enum AttachPoint {
     Entry,
     Exit,
+    /// a tracepoint, with typed arguments
+    Tracepoint,
 }
 
 impl AttachPoint {
@@ -53,6 +56,7 @@ impl AttachPoint {
         match self {
             AttachPoint::Entry => sys::BPF_TRACE_FENTRY,
             AttachPoint::Exit => sys::BPF_TRACE_FEXIT,
+            AttachPoint::Tracepoint => sys::BPF_TRACE_RAW_TP,
         }
     }
 }
@@ -101,7 +105,11 @@ pub fn attach(program: BorrowedFd<'_>) -> Result<OwnedFd> {
     Ok(owned(link)?)
 }
 
-/// Functions of vmlinux, by the names that sections of BPF objects have: `fentry/NAME`, `fexit/NAME`.
+/// What the kernel's BTF calls the type of a tracepoint's arguments.
+const TRACEPOINT: &str = "btf_trace_";
+
+/// Functions and tracepoints of vmlinux, by the names that sections of BPF objects have: `fentry/NAME`, `fexit/NAME`,
+/// `tp_btf/NAME`.
 #[derive(Debug)]
 pub struct Targets(BTreeMap<String, Target<'static>>);
 
@@ -112,12 +120,35 @@ impl Targets {
         Self(names.filter_map(target).collect())
     }
 
+    /// And these tracepoints, as far as vmlinux has them.
+    pub fn with_tracepoints(mut self, btf: &Btf, names: &[&str]) -> Self {
+        for name in names.iter().map(|name| format!("{TRACEPOINT}{name}")) {
+            if let Some(btf_id) = btf.typedef_id(&name) {
+                let target = Target {
+                    program: None,
+                    btf_id,
+                };
+                self.0.insert(name, target);
+            }
+        }
+        self
+    }
+
+    /// vmlinux has this one.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// What a program's section says.
     fn of(&self, section: &OsStr) -> Option<(AttachPoint, Target<'static>)> {
         let (kind, name) = section.to_str()?.split_once('/')?;
         let point = match kind {
             "fentry" => AttachPoint::Entry,
             "fexit" => AttachPoint::Exit,
+            "tp_btf" => {
+                let target = self.0.get(&format!("{TRACEPOINT}{name}"))?;
+                return Some((AttachPoint::Tracepoint, *target));
+            }
             _ => return None,
         };
         Some((point, *self.0.get(name)?))
@@ -317,14 +348,28 @@ mod tests {
             program: None,
             btf_id: 7,
         };
-        let targets = Targets(BTreeMap::from([("tcp_v4_connect".to_owned(), target)]));
+        let tracepoint = Target {
+            btf_id: 8,
+            ..target
+        };
+        let targets = Targets(BTreeMap::from([
+            ("tcp_v4_connect".to_owned(), target),
+            ("btf_trace_kfree_skb".to_owned(), tracepoint),
+        ]));
         let of = |section: &str| {
             let (point, target) = targets.of(OsStr::new(section))?;
             Some((point, target.btf_id))
         };
         assert_eq!(of("fexit/tcp_v4_connect"), Some((AttachPoint::Exit, 7)));
         assert_eq!(of("fentry/tcp_v4_connect"), Some((AttachPoint::Entry, 7)));
-        for other in ["fexit/tcp_v6_connect", "kprobe/tcp_v4_connect", "fexit", ""] {
+        assert_eq!(of("tp_btf/kfree_skb"), Some((AttachPoint::Tracepoint, 8)));
+        for other in [
+            "tp_btf/tcp_v4_connect",
+            "fexit/tcp_v6_connect",
+            "kprobe/tcp_v4_connect",
+            "fexit",
+            "",
+        ] {
             assert_eq!(of(other), None, "{other}");
         }
     }

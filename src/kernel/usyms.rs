@@ -229,19 +229,35 @@ fn parse_maps(text: &str) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// Whether a call stands right before `at`: x86-64's `call rel32`, or `call r/m` (FF /2) of 2, 3, 6 or 7 bytes.
+/// Whether a call stands right before `at`.
 fn behind_call(file: &File, at: u64) -> bool {
     let mut b = [0; 7];
     let Some(start) = at.checked_sub(7) else {
         return false;
     };
-    if !cfg!(target_arch = "x86_64") || file.read_exact_at(&mut b, start).is_err() {
+    if file.read_exact_at(&mut b, start).is_err() {
         return false;
     }
+    match std::env::consts::ARCH {
+        "x86_64" => ends_in_call_x86(&b),
+        "aarch64" => at % 4 == 0 && is_call_arm64(u32::from_le_bytes([b[3], b[4], b[5], b[6]])),
+        _ => false,
+    }
+}
+
+/// x86-64's `call rel32`, or `call r/m` (FF /2) of 2, 3, 6 or 7 bytes.
+fn ends_in_call_x86(b: &[u8; 7]) -> bool {
     b[2] == 0xe8
         || [(5, 2usize), (4, 3), (1, 6), (0, 7)]
             .iter()
             .any(|&(i, _)| b[i] == 0xff && b[i + 1] >> 3 & 7 == 2)
+}
+
+/// arm64's BL, BLR, and BLR with pointer authentication (BLRAA, BLRAB, BLRAAZ, BLRABZ).
+fn is_call_arm64(instruction: u32) -> bool {
+    instruction >> 26 == 0b10_0101
+        || instruction & 0xffff_fc1f == 0xd63f_0000
+        || instruction & 0xfeff_f800 == 0xd63f_0800
 }
 
 /// Virtual address of the first executable segment of a 64-bit little-endian ELF file.
@@ -336,6 +352,31 @@ mod tests {
                 "{pid}: {f:?}"
             );
             assert!(f.line.is_some());
+        }
+    }
+
+    #[test]
+    fn calls_of_both_architectures() {
+        assert!(ends_in_call_x86(&[0, 0, 0xe8, 1, 2, 3, 4]));
+        assert!(ends_in_call_x86(&[0, 0, 0, 0, 0, 0xff, 0xd0]), "call rax");
+        assert!(!ends_in_call_x86(&[0x90; 7]));
+        for call in [
+            0x9400_0001, // bl +4
+            0x97ff_ffff, // bl -4
+            0xd63f_0100, // blr x8
+            0xd73f_0909, // blraa x8, x9
+            0xd63f_091f, // blraaz x8
+            0xd63f_0d1f, // blrabz x8
+        ] {
+            assert!(is_call_arm64(call), "{call:x}");
+        }
+        for other in [
+            0x1400_0001, // b
+            0xd61f_0100, // br x8
+            0xd65f_03c0, // ret
+            0xd503_201f, // nop
+        ] {
+            assert!(!is_call_arm64(other), "{other:x}");
         }
     }
 

@@ -72,6 +72,17 @@ impl fmt::Display for Bad {
     }
 }
 
+/// The contents of a block, compressed: it can wait for its place in a file.
+#[derive(Debug, Clone)]
+pub struct Packed {
+    pub kind: Kind,
+    pub events: u32,
+    pub times: (u64, u64),
+    /// bytes of the contents
+    size: u32,
+    pub bytes: Vec<u8>,
+}
+
 /// Makes blocks.
 pub struct Packer {
     compressor: Compressor<'static>,
@@ -92,42 +103,70 @@ impl Packer {
         self.number = 0;
     }
 
-    /// Appends a block with these contents to `to`. `events` and `times`: as in [`Info`].
-    pub fn push(
+    /// Compresses a block's contents. `events` and `times`: as in [`Info`].
+    pub fn pack(
         &mut self,
-        to: &mut Vec<u8>,
         kind: Kind,
         (events, times): (u32, (u64, u64)),
         contents: &[u8],
-    ) -> io::Result<()> {
+    ) -> io::Result<Packed> {
         if contents.len() > MAX_CONTENTS {
             return Err(io::Error::other("a block that is too long"));
         }
+        Ok(Packed {
+            kind,
+            events,
+            times,
+            size: contents.len() as u32,
+            bytes: self.compress(contents)?,
+        })
+    }
+
+    /// One zstd frame.
+    pub fn compress(&mut self, contents: &[u8]) -> io::Result<Vec<u8>> {
+        let mut packed = vec![0; zstd::zstd_safe::compress_bound(contents.len())];
+        let compressor = &mut self.compressor;
+        let len = compressor.compress_to_buffer(contents, &mut packed[..])?;
+        packed.truncate(len);
+        Ok(packed)
+    }
+
+    /// Appends the block to `to`, by the next number.
+    pub fn frame(&mut self, to: &mut Vec<u8>, packed: &Packed) {
         let start = to.len();
         to.extend_from_slice(&BLOCK.to_le_bytes());
         to.extend_from_slice(&[0; 4]);
         let body = to.len();
         to.extend_from_slice(&MAGIC);
         to.extend_from_slice(&FORMAT.to_le_bytes());
-        to.extend_from_slice(&(kind as u16).to_le_bytes());
+        to.extend_from_slice(&(packed.kind as u16).to_le_bytes());
         to.extend_from_slice(&self.number.to_le_bytes());
-        to.extend_from_slice(&events.to_le_bytes());
-        to.extend_from_slice(&(contents.len() as u32).to_le_bytes());
-        to.extend_from_slice(&times.0.to_le_bytes());
-        to.extend_from_slice(&times.1.to_le_bytes());
-        let mut packed = vec![0; zstd::zstd_safe::compress_bound(contents.len())];
-        let len = self
-            .compressor
-            .compress_to_buffer(contents, &mut packed[..])?;
-        let sum = checksum(&to[body..], len as u32, &packed[..len]);
+        to.extend_from_slice(&packed.events.to_le_bytes());
+        to.extend_from_slice(&packed.size.to_le_bytes());
+        to.extend_from_slice(&packed.times.0.to_le_bytes());
+        to.extend_from_slice(&packed.times.1.to_le_bytes());
+        let len = packed.bytes.len() as u32;
+        let sum = checksum(&to[body..], len, &packed.bytes);
         to.extend_from_slice(&sum.to_le_bytes());
-        to.extend_from_slice(&(len as u32).to_le_bytes());
-        to.extend_from_slice(&packed[..len]);
+        to.extend_from_slice(&len.to_le_bytes());
+        to.extend_from_slice(&packed.bytes);
         to.resize(to.len().next_multiple_of(4), 0);
         let total = (to.len() - start + 4) as u32;
         to.extend_from_slice(&total.to_le_bytes());
         to[start + 4..start + 8].copy_from_slice(&total.to_le_bytes());
         self.number = self.number.wrapping_add(1);
+    }
+
+    /// Appends a block with these contents to `to`.
+    pub fn push(
+        &mut self,
+        to: &mut Vec<u8>,
+        kind: Kind,
+        about: (u32, (u64, u64)),
+        contents: &[u8],
+    ) -> io::Result<()> {
+        let packed = self.pack(kind, about, contents)?;
+        self.frame(to, &packed);
         Ok(())
     }
 }

@@ -1,4 +1,5 @@
-//! libbpf's messages: kept back, and shown when something failed or when the user asked for them.
+//! What is said on stderr while all is well, unless nobody wants it; and libbpf's messages, which are kept back, and shown when something
+//! failed or when the user asked for them.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -6,11 +7,33 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use libbpf_rs::PrintLevel;
 
+use crate::kernel::caps;
+
 /// Lines kept for the report of a failure.
 const KEEP: usize = 40;
 
 static LINES: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
 static VERBOSE: AtomicBool = AtomicBool::new(false);
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Nothing is said from now on while all is well: what is on stderr then is an error to whoever runs us.
+pub fn quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Says on stderr what is as it should be.
+pub fn note(text: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        eprintln!("netprobe: {text}");
+    }
+}
+
+/// Says what a run that traces cannot know for want of a capability, a line each.
+pub fn lacking() {
+    for line in caps::lacking() {
+        note(&line);
+    }
+}
 
 /// Routes libbpf's log here. `verbose` prints it on stderr as it comes.
 pub fn init(verbose: bool) {

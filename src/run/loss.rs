@@ -88,6 +88,25 @@ impl Loss {
         }
     }
 
+    /// What was lost since `earlier`, an account of the same run.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let cpu = |(cpu, n): (&usize, &u64)| {
+            let before = earlier.lost_by_cpu.get(cpu).unwrap_or(&0);
+            Some((*cpu, n.saturating_sub(*before))).filter(|(_, n)| *n > 0)
+        };
+        Self {
+            sent: self.sent.saturating_sub(earlier.sent),
+            received: self.received.saturating_sub(earlier.received),
+            lost: self.lost.saturating_sub(earlier.lost),
+            lost_by_cpu: self.lost_by_cpu.iter().filter_map(cpu).collect(),
+            missed: self.missed.saturating_sub(earlier.missed),
+            unreturned: self.unreturned.saturating_sub(earlier.unreturned),
+            map_full: self.map_full.saturating_sub(earlier.map_full),
+            late: self.late.saturating_sub(earlier.late),
+            undecodable: self.undecodable.saturating_sub(earlier.undecodable),
+        }
+    }
+
     /// Anything to tell?
     pub fn any(&self) -> bool {
         self.lost + self.missed + self.unreturned + self.map_full + self.late + self.undecodable > 0

@@ -1,5 +1,6 @@
 //! A run from its start to its end: signals, pins, libbpf's log, the loop, loss, and where the lines go. It knows no tool.
 
+pub mod build;
 pub mod config;
 pub mod http;
 pub mod log;

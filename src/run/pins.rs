@@ -45,8 +45,8 @@ impl Pins {
             .with_context(|| format!("failed to make {ROOT}"))?;
         clean_dead(Path::new(ROOT));
         let dir = Path::new(ROOT).join(format!("{tool}-{}", std::process::id()));
-        // Left by a dead process of the same number.
-        remove(&dir);
+        // Left by a dead process of the same number; whether it could be removed is seen at the next step.
+        let _ = fs::remove_dir_all(&dir);
         builder
             .recursive(false)
             .create(&dir)

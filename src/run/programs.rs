@@ -100,6 +100,13 @@ impl<'a, M: MapCore, A: Attached> Programs<'a, M, A> {
         self.config.pause()
     }
 
+    /// Events that full buffers have refused so far.
+    pub fn lost(&self) -> Result<u64> {
+        let mut loss = Loss::default();
+        loss.add_stats(self.stats)?;
+        Ok(loss.lost)
+    }
+
     /// Adds the programs' own counters.
     pub fn count(&self, loss: &mut Loss) -> Result<()> {
         loss.missed += self.attached.missed();

@@ -50,54 +50,34 @@ impl RotateArgs {
     }
 }
 
+/// Names with a time for files that belong to one name.
+pub struct Names {
+    path: PathBuf,
+    /// the time in the name that was given last, ms
+    last: u64,
+}
+
 /// The writer.
 pub struct Rotating {
-    path: PathBuf,
+    names: Names,
     file: Stream,
     written: u64,
     limit: u64,
-    /// the time in the name of the file put aside last, ms
-    last: u64,
     rules: RotateArgs,
     /// compresses the file put aside last
     compressing: Option<JoinHandle<io::Result<()>>>,
 }
 
-impl Rotating {
-    /// Creates the file (an older one of its name is overwritten).
-    pub fn create(path: &Path, rules: &RotateArgs) -> Result<Self> {
-        let file = create(path)?;
-        // A device or a pipe cannot be put aside.
-        let limit = match fs::metadata(path) {
-            Ok(m) if m.is_file() => rules.output_file_max_size * 1_000_000,
-            _ => u64::MAX,
-        };
-        Ok(Self {
+impl Names {
+    pub fn of(path: &Path) -> Self {
+        Self {
             path: path.to_path_buf(),
-            file,
-            written: 0,
-            limit,
             last: 0,
-            rules: rules.clone(),
-            compressing: None,
-        })
-    }
-
-    /// Puts the file aside, and begins it anew.
-    pub fn rotate(&mut self) -> io::Result<()> {
-        let aside = self.free_name();
-        fs::rename(&self.path, &aside)?;
-        self.file = Stream::create(&self.path)?;
-        self.written = 0;
-        self.wait()?;
-        if self.rules.output_file_compress {
-            self.compressing = Some(std::thread::spawn(move || compress(&aside)));
         }
-        self.prune()
     }
 
     /// `trace-2026-11-21T22-50-00.123.log` for `trace.log`, one that does not exist, and behind those before: names are in order.
-    fn free_name(&mut self) -> PathBuf {
+    pub fn free(&mut self) -> PathBuf {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -128,8 +108,8 @@ impl Rotating {
         extension.map_or_else(String::new, |e| format!(".{}", e.to_string_lossy()))
     }
 
-    /// Files that were put aside, the oldest first.
-    fn backups(&self) -> io::Result<Vec<PathBuf>> {
+    /// Files with such names, the oldest first.
+    pub fn existing(&self) -> io::Result<Vec<PathBuf>> {
         let (prefix, end) = (self.prefix(), self.extension());
         let dir = match self.path.parent() {
             Some(d) if !d.as_os_str().is_empty() => d,
@@ -150,21 +130,59 @@ impl Rotating {
         Ok(found)
     }
 
-    fn prune(&self) -> io::Result<()> {
-        let backups = self.backups()?;
-        let keep = match self.rules.output_file_max_backups {
-            0 => backups.len(),
-            n => n,
+    /// Only the newest `keep` of them stay; 0: all.
+    pub fn keep(&self, keep: usize) -> io::Result<()> {
+        let existing = self.existing()?;
+        let surplus = match keep {
+            0 => 0,
+            keep => existing.len().saturating_sub(keep),
         };
+        existing[..surplus].iter().try_for_each(|path| remove(path))
+    }
+}
+
+impl Rotating {
+    /// Creates the file (an older one of its name is overwritten).
+    pub fn create(path: &Path, rules: &RotateArgs) -> Result<Self> {
+        let file = create(path)?;
+        // A device or a pipe cannot be put aside.
+        let limit = match fs::metadata(path) {
+            Ok(m) if m.is_file() => rules.output_file_max_size * 1_000_000,
+            _ => u64::MAX,
+        };
+        Ok(Self {
+            names: Names::of(path),
+            file,
+            written: 0,
+            limit,
+            rules: rules.clone(),
+            compressing: None,
+        })
+    }
+
+    /// Puts the file aside, and begins it anew.
+    pub fn rotate(&mut self) -> io::Result<()> {
+        let aside = self.names.free();
+        fs::rename(&self.names.path, &aside)?;
+        self.file = Stream::create(&self.names.path)?;
+        self.written = 0;
+        self.wait()?;
+        if self.rules.output_file_compress {
+            self.compressing = Some(std::thread::spawn(move || compress(&aside)));
+        }
+        self.prune()
+    }
+
+    fn prune(&self) -> io::Result<()> {
+        self.names.keep(self.rules.output_file_max_backups)?;
         let age = Duration::from_secs(self.rules.output_file_max_age * 86_400);
-        for (i, path) in backups.iter().enumerate() {
-            let surplus = i + keep < backups.len();
+        for path in self.names.existing()? {
             let old = !age.is_zero()
-                && fs::metadata(path)
+                && fs::metadata(&path)
                     .and_then(|m| m.modified())
                     .is_ok_and(|t| t.elapsed().is_ok_and(|e| e > age));
-            if surplus || old {
-                remove(path)?;
+            if old {
+                remove(&path)?;
             }
         }
         Ok(())
@@ -285,7 +303,7 @@ mod tests {
         for n in 0..5 {
             r.write_all(format!("line {n}\n").as_bytes()).unwrap();
         }
-        let backups = r.backups().unwrap();
+        let backups = r.names.existing().unwrap();
         let texts: Vec<String> = backups
             .iter()
             .map(|p| fs::read_to_string(p).unwrap())
@@ -309,7 +327,7 @@ mod tests {
             r.write_all(format!("line {n}\n").as_bytes()).unwrap();
         }
         r.wait().unwrap();
-        let backups = r.backups().unwrap();
+        let backups = r.names.existing().unwrap();
         assert_eq!(backups.len(), 2);
         let mut text = String::new();
         flate2::read::GzDecoder::new(File::open(&backups[0]).unwrap())

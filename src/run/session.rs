@@ -20,6 +20,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub trait Consumer {
     /// One event, in order of time. `record.bytes` begins with `struct np_head`.
     fn event(&mut self, record: Record<'_>) -> Result<Flow>;
+    /// All events up to this time (ns of CLOCK_MONOTONIC) have been handed out. A clock does not say that: a drain thread may be held up.
+    fn reached(&mut self, _until: u64) {}
     /// After each batch and at least every 100 ms: the place to flush output.
     fn tick(&mut self) -> Result<Flow>;
 }
@@ -198,6 +200,7 @@ impl Loop {
         for batch in self.merge.spent() {
             drain.give_back(batch);
         }
+        consumer.reached(self.merge.reached());
         result
     }
 

@@ -73,7 +73,9 @@ fn blocked() -> SigSet {
 
 /// Undoes [`block`] in a child process, before it becomes another program.
 pub fn unblock() {
-    let _ = blocked().thread_unblock();
+    let mut blocked = blocked();
+    blocked.add(Signal::SIGUSR1);
+    let _ = blocked.thread_unblock();
 }
 
 fn is_ignored(signal: Signal) -> Result<bool> {
@@ -123,11 +125,22 @@ pub fn stop_channel() -> Result<Receiver<Signal>> {
 
 /// A channel that gets a message when the terminal has another size.
 pub fn resize_channel() -> Result<Receiver<()>> {
+    channel(Signal::SIGWINCH, "resize")
+}
+
+/// A channel that gets a message with SIGUSR1, which otherwise ends the process: call it before any thread is started.
+pub fn usr1_channel() -> Result<Receiver<()>> {
+    let usr1: SigSet = [Signal::SIGUSR1].into_iter().collect();
+    usr1.thread_block().context("failed to block a signal")?;
+    channel(Signal::SIGUSR1, "usr1")
+}
+
+fn channel(signal: Signal, thread: &str) -> Result<Receiver<()>> {
     let (tx, rx) = bounded(1);
     let mut set = SigSet::empty();
-    set.add(Signal::SIGWINCH);
+    set.add(signal);
     std::thread::Builder::new()
-        .name("resize".into())
+        .name(thread.into())
         .stack_size(64 * 1024)
         .spawn(move || {
             // A message that waits stands for this one too.

@@ -51,8 +51,11 @@ impl Stream {
         })
     }
 
-    /// Creates the file, or opens the pipe, device or terminal of that name.
+    /// Creates the file, or opens the pipe, device or terminal of that name; `-` is stdout.
     pub fn create(path: &Path) -> io::Result<Self> {
+        if path == Path::new("-") {
+            return Self::stdout();
+        }
         let file = File::create(path)?;
         let kind = file.metadata()?.file_type();
         if kind.is_fifo() || file.is_terminal() {

@@ -39,6 +39,16 @@ pub fn printable(text: &str) -> String {
     text.replace(hidden, "?")
 }
 
+/// The same of a text of several lines, with tabs.
+pub fn printable_lines(text: &str) -> String {
+    let tabs = |line: &str| {
+        let parts: Vec<_> = line.split('\t').map(printable).collect();
+        parts.join("\t")
+    };
+    let lines: Vec<_> = text.split('\n').map(tabs).collect();
+    lines.join("\n")
+}
+
 /// The same as a string in JSON, without a copy where nothing is to be escaped.
 #[derive(Debug, Clone, Copy)]
 pub struct Escaped<'a>(pub &'a [u8]);

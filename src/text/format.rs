@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 
+use nix::errno::Errno;
 use serde::{Serialize, Serializer};
 
 /// Longest text of a u64: 20 digits.
@@ -173,6 +174,14 @@ impl Serialize for Addr {
             }
             IpAddr::V6(a) => serializer.collect_str(&a),
         }
+    }
+}
+
+/// `ECONNREFUSED`
+pub fn errno_name(error: u32) -> String {
+    match Errno::from_raw(error as i32) {
+        Errno::UnknownErrno => format!("errno {error}"),
+        e => format!("{e:?}"),
     }
 }
 

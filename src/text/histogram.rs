@@ -54,6 +54,30 @@ impl Histogram {
         self.max = self.max.max(value);
     }
 
+    /// The part of a value: the kernel side counts by it, too.
+    pub fn part(value: u64) -> usize {
+        index(value)
+    }
+
+    /// The highest value of a part.
+    pub fn highest_of(part: usize) -> u64 {
+        highest(part)
+    }
+
+    /// `n` values of which the part is known: as the highest ones in it. `sum` is left to the caller.
+    pub fn add_part(&mut self, part: usize, n: u64) {
+        if n == 0 || part >= self.counts.len() {
+            return;
+        }
+        let value = highest(part);
+        self.counts[part] += n;
+        self.powers[power(value / UNIT)] += n;
+        self.count += n;
+        let lowest = part.checked_sub(1).map_or(0, |below| highest(below) + 1);
+        self.min = self.min.min(lowest);
+        self.max = self.max.max(value);
+    }
+
     pub fn average(&self) -> u64 {
         self.sum.checked_div(self.count).unwrap_or(0)
     }
@@ -150,6 +174,17 @@ mod tests {
         assert!((990_000..=1_000_000).contains(&p99), "{p99}");
         let p50 = h.quantile(0.5);
         assert!((500_000..=532_000).contains(&p50), "{p50}");
+    }
+
+    #[test]
+    fn values_by_their_part() {
+        let mut h = Histogram::default();
+        h.add_part(Histogram::part(7_095_430), 1);
+        // The caller knows it better.
+        h.max = 7_095_430;
+        assert_eq!(h.quantile(0.5), 7_095_430);
+        h.add_part(usize::MAX, 1);
+        assert_eq!(h.count, 1);
     }
 
     #[test]

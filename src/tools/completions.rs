@@ -10,7 +10,7 @@ use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use clap_complete::env::{CompleteEnv, Shells};
 
 use crate::explain::Rules;
-use crate::kernel::{netdev, netns};
+use crate::kernel::{netdev, netns, pods};
 use crate::run::pins;
 
 /// Set by the scripts, to the shell's name, when they ask for candidates.
@@ -75,6 +75,7 @@ fn values(arg: &Arg) -> Option<Values> {
         "iface" | "filter_ifname" => interfaces,
         "netns" | "filter_netns" => namespaces,
         "explain" => reasons,
+        "pod" => running_pods,
         "session" => sessions,
         _ => return None,
     })
@@ -89,6 +90,10 @@ fn namespaces() -> Vec<CompletionCandidate> {
     let mut names: Vec<_> = netns::names().into_values().collect();
     names.sort_unstable();
     names.into_iter().map(Into::into).collect()
+}
+
+fn running_pods() -> Vec<CompletionCandidate> {
+    pods::running_names().into_iter().map(Into::into).collect()
 }
 
 fn reasons() -> Vec<CompletionCandidate> {

@@ -10,6 +10,7 @@ use crate::filter::expr::{self, Compiled, SNAPLEN};
 use crate::filter::members::Condition;
 use crate::filter::pcap::Linktype;
 use crate::kernel::btf::Btf;
+use crate::tools::fields;
 use crate::usage::usage;
 
 /// Filters by expression, decided in the kernel. All that are given must hold, beside the field filters.
@@ -57,7 +58,22 @@ impl ExpressionArgs {
                 Linktype::RAW_IP,
             )?,
             members: self.members(kernel_btf)?,
+            translations: false,
         })
+    }
+
+    /// For tools that show drops: filters hold for what a packet was before its addresses were translated, too. `fields`: NP_FIELD_*
+    /// that are set. stderr tells if the kernel does not say what an entry of conntrack is.
+    pub fn follow_translations(filters: &mut Filters, fields: u32, btf: &Btf) {
+        if filters.expression.is_none() && fields & fields::PACKET == 0 {
+            return;
+        }
+        filters.translations = btf.struct_named("nf_conn").is_some();
+        if !filters.translations {
+            eprintln!(
+                "netprobe: drops after a translation of addresses match by their new addresses alone: this kernel's BTF has no struct nf_conn"
+            );
+        }
     }
 
     fn members(&self, kernel_btf: Option<&Path>) -> Result<Option<Condition>> {

@@ -4,7 +4,9 @@ use std::io::Write;
 
 use anyhow::{Context, Result};
 
+use crate::kernel::caps;
 use crate::kernel::features::Features;
+use crate::run::build::{self, Build};
 use crate::text::json;
 
 #[derive(Debug, clap::Args)]
@@ -14,12 +16,25 @@ pub struct Args {
     output_json: bool,
 }
 
+/// What a report of a fault needs.
+#[derive(serde::Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    build: Build,
+    #[serde(flatten)]
+    features: &'a Features,
+}
+
 pub fn run(args: &Args) -> Result<()> {
     crate::run::log::init(false);
     let features = Features::detect();
     let mut text = Vec::new();
     if args.output_json {
-        json::push(&mut text, &features).context("failed to write JSON")?;
+        let report = Report {
+            build: Build::get(),
+            features: &features,
+        };
+        json::push(&mut text, &report).context("failed to write JSON")?;
         text.push(b'\n');
     } else {
         text.extend_from_slice(table(&features).as_bytes());
@@ -35,8 +50,12 @@ fn table(f: &Features) -> String {
     let caps_text = if caps {
         "may load and attach BPF programs".to_string()
     } else {
-        format!("{} missing: run as root", f.missing_caps.join(", "))
+        format!(
+            "{} missing: run as root, or with them",
+            f.missing_caps.join(", ")
+        )
     };
+    let optional = f.missing_optional_caps.is_empty();
     let lockdown_ok = f.lockdown.as_deref() != Some("confidentiality");
     let lockdown_text = match f.lockdown.as_deref() {
         None => "not told by this kernel (no /sys/kernel/security/lockdown)".to_string(),
@@ -48,6 +67,15 @@ fn table(f: &Features) -> String {
     };
     let rows: Vec<(&str, bool, String)> = vec![
         ("capabilities", caps, caps_text),
+        (
+            "more-caps",
+            optional,
+            either(
+                optional,
+                "nothing is left out for want of one",
+                "what the lines below say is left out",
+            ),
+        ),
         ("lockdown", lockdown_ok, lockdown_text),
         (
             "btf",
@@ -87,12 +115,16 @@ fn table(f: &Features) -> String {
         ),
         (
             "perf",
-            f.perf,
-            either(
-                f.perf,
-                "perf buffers carry the events",
-                "CONFIG_PERF_EVENTS=y is needed by every subcommand",
-            ),
+            f.perf && f.perf_open,
+            if f.perf && !f.perf_open {
+                caps::why_no_perf()
+            } else {
+                either(
+                    f.perf,
+                    "perf buffers carry the events",
+                    "CONFIG_PERF_EVENTS=y is needed by every subcommand",
+                )
+            },
         ),
         (
             "bpffs",
@@ -140,11 +172,21 @@ fn table(f: &Features) -> String {
             ),
         ),
     ];
-    let mut out = format!("kernel {}\n\n", f.release);
+    let mut out = format!(
+        "netprobe {}\nkernel {}\n\n",
+        build::long_version(),
+        f.release
+    );
     for (name, yes, text) in rows {
         out += &format!("{name:<14} {:<4} {text}\n", if yes { "yes" } else { "no" });
     }
     out += "\n";
+    for cap in &f.missing_optional_caps {
+        out += &format!("without {}: {}\n", cap.name, cap.without);
+    }
+    if !optional {
+        out += "\n";
+    }
     for tool in ["skb", "tcpconnect", "icmp"] {
         out += &tool_line(tool, f.why_no_tracing());
     }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use anyhow::Result;
 
 use crate::bpf::skb::types::{np_config, np_config_version, np_field};
-use crate::event::tuple::PROTOCOLS;
+use crate::event::tuple::{PROTOCOLS, address_bytes};
 use crate::kernel::netns::Netns;
 use crate::usage::usage;
 
@@ -20,6 +20,8 @@ pub const SADDR: u32 = np_field::NP_FIELD_SADDR.0;
 pub const DADDR: u32 = np_field::NP_FIELD_DADDR.0;
 pub const SPORT: u32 = np_field::NP_FIELD_SPORT.0;
 pub const DPORT: u32 = np_field::NP_FIELD_DPORT.0;
+/// NP_FIELDS_PACKET: those that a translation of addresses may change, or that stand beside them
+pub const PACKET: u32 = PROTO | SADDR | DADDR | SPORT | DPORT;
 
 /// Filters by field, decided in the kernel. All that are given must hold.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -229,10 +231,8 @@ fn prefix(text: &str) -> Result<([u64; 2], [u64; 2])> {
 /// `ADDR[/LEN]` as a prefix length of 128 and an address in network order, IPv4 as ::ffff:a.b.c.d: the key of an LPM trie.
 pub fn prefix_bits(text: &str) -> Result<(u32, [u8; 16])> {
     let (addr, mask) = prefix(text)?;
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&addr[0].to_ne_bytes());
-    bytes[8..].copy_from_slice(&addr[1].to_ne_bytes());
-    Ok((mask[0].count_ones() + mask[1].count_ones(), bytes))
+    let len = mask[0].count_ones() + mask[1].count_ones();
+    Ok((len, address_bytes(addr)))
 }
 
 /// Two words as they stand in memory for 16 bytes in network order.
@@ -244,12 +244,7 @@ fn words(v: u128) -> [u64; 2] {
 
 /// An address and prefix length as [`prefix`] was given them.
 pub fn show_prefix(addr: [u64; 2], mask: [u64; 2]) -> String {
-    let bytes = |w: [u64; 2]| {
-        let mut b = [0; 16];
-        b[..8].copy_from_slice(&w[0].to_ne_bytes());
-        b[8..].copy_from_slice(&w[1].to_ne_bytes());
-        u128::from_be_bytes(b)
-    };
+    let bytes = |words| u128::from_be_bytes(address_bytes(words));
     let len = bytes(mask).leading_ones();
     let v6 = Ipv6Addr::from(bytes(addr));
     match v6.to_ipv4_mapped().filter(|_| len >= 96) {

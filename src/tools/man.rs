@@ -17,7 +17,7 @@ pub struct Args {
 }
 
 /// A command line of a subcommand's page, and what it does.
-pub const EXAMPLES: [(&str, &str, &str); 19] = [
+pub const EXAMPLES: [(&str, &str, &str); 26] = [
     (
         "why",
         "netprobe why -- curl -m 2 http://10.77.1.2/",
@@ -44,6 +44,11 @@ pub const EXAMPLES: [(&str, &str, &str); 19] = [
         "Record what `skb` would print of these packets.",
     ),
     (
+        "record",
+        "netprobe record -o fault.pcapng --flight 30s --trigger drop:NEIGH_FAILED --trigger retransmit:3",
+        "Write a file only when one of these happens, with the 30 seconds before it.",
+    ),
+    (
         "report",
         "netprobe report trace.pcapng",
         "Print what was recorded, as the live run would have.",
@@ -52,6 +57,36 @@ pub const EXAMPLES: [(&str, &str, &str); 19] = [
         "report",
         "netprobe report trace.pcapng --stats",
         "Count what was recorded: events by function, drops by kind.",
+    ),
+    (
+        "extcap",
+        "netprobe extcap --extcap-interface netprobe-drops --capture --fifo - | tshark -r -",
+        "Show drops in tshark; by ssh, those of another host.",
+    ),
+    (
+        "join",
+        "netprobe join web.pcapng database.pcapng",
+        "Follow packets from one recorded host to the other: which were lost between them, and how long the others took.",
+    ),
+    (
+        "tcp",
+        "netprobe tcp --only resets,retransmits -P 443",
+        "Show connections to or of port 443 that were reset, or had to send again, when they end.",
+    ),
+    (
+        "latency",
+        "netprobe latency -i 5 --by device 'tcp port 443'",
+        "Show how long the packets of port 443 take in each stage, by device, every 5 seconds.",
+    ),
+    (
+        "latency",
+        "netprobe latency --min-us 10000 --culprit",
+        "Show each packet that took 10 ms or more, with its stages and what made it slow.",
+    ),
+    (
+        "latency",
+        "netprobe latency --requests --filter-dst-port 6379",
+        "Show how long the server of port 6379 takes to answer, and the network.",
     ),
     (
         "drops",

@@ -2,17 +2,23 @@
 
 pub mod completions;
 pub mod ctl;
+pub mod drop_facts;
 pub mod drops;
 pub mod expression;
+pub mod extcap;
 pub mod features;
 pub mod fields;
 pub mod filter;
 pub mod icmp;
+pub mod join;
+pub mod latency;
 pub mod man;
+pub mod metrics;
 pub mod record;
 pub mod report;
 pub mod rules;
 pub mod skb;
+pub mod tcp;
 pub mod tcpconnect;
 pub mod who;
 pub mod why;
@@ -20,12 +26,15 @@ pub mod xdpchain;
 pub mod xdpdump;
 
 use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use libbpf_rs::OpenMapMut;
 
 use crate::engine::batch::{BufferOptions, POLL_MS};
 use crate::engine::drain::EventMap;
+use crate::kernel::btf::Btf;
+use crate::kernel::features::Features;
 use crate::os::{online_cpus, page_size};
 use crate::usage::usage;
 
@@ -54,6 +63,40 @@ pub struct EngineArgs {
     /// Show libbpf's log
     #[arg(long)]
     pub verbose: bool,
+}
+
+/// Flags of every tool that traces the kernel.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Engine")]
+pub struct TypesArgs {
+    /// Take the kernel's types from FILE (BTF, or an ELF file with it) instead of from /sys/kernel/btf/vmlinux: for a
+    /// kernel without CONFIG_DEBUG_INFO_BTF
+    #[arg(long, value_name = "FILE")]
+    pub kernel_btf: Option<PathBuf>,
+}
+
+impl TypesArgs {
+    pub fn file(&self) -> Option<&Path> {
+        self.kernel_btf.as_deref()
+    }
+
+    /// The kernel's types and features. `objects`: the names in `crate::bpf::*_TYPES`, which are looked for together. A
+    /// file that was asked for by name and cannot be used is an error; no types of the running kernel are for
+    /// [`Features`] to explain.
+    pub fn load(&self, objects: &[&str]) -> Result<(Result<Btf>, Features)> {
+        let mut btf = Btf::vmlinux(self.file());
+        if self.kernel_btf.is_some() {
+            btf = Ok(btf.context("--kernel-btf")?);
+        }
+        if let Ok(btf) = &btf {
+            objects.iter().for_each(|names| btf.await_names(names));
+        }
+        let mut features = Features::with(btf.as_ref().ok());
+        if self.kernel_btf.is_some() {
+            features.take_casts(Btf::vmlinux(None).ok().as_ref());
+        }
+        Ok((btf, features))
+    }
 }
 
 /// How events come out of the kernel.

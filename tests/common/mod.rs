@@ -42,6 +42,7 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code, unused_imports)]
 
+pub mod caps;
 mod case;
 mod env;
 mod netns;
@@ -53,11 +54,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-pub use case::{Case, case, run};
+pub use case::{Case, case, run, which};
 pub use env::{Env, mount_bpffs};
 pub use netns::{Netns, Pair};
 pub use probe::{Finished, Netprobe, Running, binary};
-pub use traffic::TcpServer;
+pub use traffic::{TcpServer, refuse_all, send_frame};
 
 /// A connect that is meant to get no answer gives up after this long.
 pub const SHORT: Duration = Duration::from_millis(300);

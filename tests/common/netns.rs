@@ -16,7 +16,7 @@ use super::wait_for;
 pub struct Netns {
     name: String,
     file: File,
-    v4: Ipv4Addr,
+    pub v4: Ipv4Addr,
     v6: Ipv6Addr,
 }
 

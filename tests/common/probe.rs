@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -30,6 +31,8 @@ pub struct Netprobe<'a> {
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     netns: Option<&'a Netns>,
+    /// not root, but nobody with these capabilities
+    caps: Option<u64>,
     ready: bool,
 }
 
@@ -40,6 +43,7 @@ impl<'a> Netprobe<'a> {
             args: vec![subcommand.into()],
             env: Vec::new(),
             netns: None,
+            caps: None,
             ready: true,
         }
     }
@@ -70,9 +74,18 @@ impl<'a> Netprobe<'a> {
         self
     }
 
+    /// Runs it as nobody, with these capabilities (numbers) alone.
+    pub fn caps(mut self, caps: &[u32]) -> Self {
+        self.caps = Some(caps.iter().map(|cap| 1 << cap).sum());
+        self
+    }
+
     /// Starts it with `--ready-file` and returns when the file is there; an error with its stderr when it ends before.
     pub fn start(mut self) -> Result<Running> {
         let dir = tempfile::tempdir()?;
+        if self.caps.is_some() {
+            std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777))?;
+        }
         let ready = dir.path().join("ready");
         // First, so that it stays an option whatever follows (`-- COMMAND`).
         self.args.splice(
@@ -103,6 +116,9 @@ impl<'a> Netprobe<'a> {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        if let Some(caps) = self.caps {
+            super::caps::confine(&mut command, caps);
+        }
         let child = match self.netns {
             Some(netns) => netns.enter(|| command.spawn())?,
             None => command.spawn(),

@@ -5,9 +5,10 @@
 use serde_json::{Map, Value};
 
 /// Each subcommand that prints JSON, and its schema.
-pub const SCHEMAS: [(&str, &str); 10] = [
+pub const SCHEMAS: [(&str, &str); 13] = [
     ("why", include_str!("../../docs/json/why.json")),
     ("skb", include_str!("../../docs/json/skb.json")),
+    ("tcp", include_str!("../../docs/json/tcp.json")),
     (
         "tcpconnect",
         include_str!("../../docs/json/tcpconnect.json"),
@@ -17,6 +18,8 @@ pub const SCHEMAS: [(&str, &str); 10] = [
     ("xdpchain", include_str!("../../docs/json/xdpchain.json")),
     ("record", include_str!("../../docs/json/skb.json")),
     ("report", include_str!("../../docs/json/report.json")),
+    ("join", include_str!("../../docs/json/join.json")),
+    ("latency", include_str!("../../docs/json/latency.json")),
     ("drops", include_str!("../../docs/json/drops.json")),
     ("features", include_str!("../../docs/json/features.json")),
 ];

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage};
 
 use super::Netns;
@@ -166,6 +166,64 @@ impl Drop for TcpServer {
             let _ = thread.join();
         }
     }
+}
+
+/// Sends a frame, from its link header on, out of a device of this thread's namespace.
+pub fn send_frame(device: &str, bytes: &[u8]) -> Result<()> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let fd = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: sockaddr_ll is integers and an array: all zeros is a value.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = libc::AF_PACKET as u16;
+    to.sll_ifindex = nix::net::if_::if_nametoindex(device)? as i32;
+    // SAFETY: both buffers live through the call, and their lengths are given.
+    let sent = unsafe {
+        libc::sendto(
+            fd.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            0,
+            (&raw const to).cast(),
+            size_of_val(&to) as u32,
+        )
+    };
+    ensure!(
+        sent == bytes.len() as isize,
+        "sent {sent}: {}",
+        std::io::Error::last_os_error()
+    );
+    Ok(())
+}
+
+/// Makes the socket take no packet, by a filter of one instruction (BPF_RET | BPF_K, 0).
+pub fn refuse_all(socket: &UdpSocket) -> Result<()> {
+    let mut code = [libc::sock_filter {
+        code: 6,
+        jt: 0,
+        jf: 0,
+        k: 0,
+    }];
+    let program = libc::sock_fprog {
+        len: 1,
+        filter: code.as_mut_ptr(),
+    };
+    // SAFETY: the program lives through the call, and its length is given.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of_val(&program) as u32,
+        )
+    };
+    ensure!(done == 0, "the filter is refused");
+    Ok(())
 }
 
 /// Sends everything back until the other side is done.

@@ -2,12 +2,11 @@
 //! of its own.
 
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::common::{Case, Env, Netprobe, Pair, case, wait_for};
+use crate::common::{Case, Env, Netprobe, Pair, case, refuse_all, send_frame, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -366,65 +365,13 @@ fn frames(net: &Pair, n: u64, spoil: impl Fn(&mut Frame)) -> Result<()> {
     let mut bytes = [&frame.to_mac[..], &frame.from, &[8, 0]].concat();
     bytes.extend_from_slice(&frame.header);
     bytes.extend_from_slice(&frame.payload);
-    send_frame(net, &bytes, n)
-}
-
-fn send_frame(net: &Pair, bytes: &[u8], n: u64) -> Result<()> {
-    let ifindex = net.client.ifindex("veth0")?;
-    net.client.enter(|| -> Result<()> {
-        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-        let fd = socket(
-            AddressFamily::Packet,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
-        // SAFETY: sockaddr_ll is integers and an array: all zeros is a value.
-        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        to.sll_family = libc::AF_PACKET as u16;
-        to.sll_ifindex = ifindex as i32;
-        for _ in 0..n {
-            // SAFETY: both buffers live through the call, and their lengths are given.
-            let sent = unsafe {
-                libc::sendto(
-                    fd.as_raw_fd(),
-                    bytes.as_ptr().cast(),
-                    bytes.len(),
-                    0,
-                    (&raw const to).cast(),
-                    size_of_val(&to) as u32,
-                )
-            };
-            ensure!(sent == bytes.len() as isize, "sent {sent}");
-        }
-        Ok(())
-    })?
+    net.client
+        .enter(|| (0..n).try_for_each(|_| send_frame("veth0", &bytes)))?
 }
 
 fn socket_filter(net: &Pair, n: u64) -> Result<()> {
     let socket = net.server.udp_bind(net.server.v4(7))?;
-    // BPF_RET | BPF_K, 0: nothing is taken.
-    let mut code = [libc::sock_filter {
-        code: 6,
-        jt: 0,
-        jf: 0,
-        k: 0,
-    }];
-    let program = libc::sock_fprog {
-        len: 1,
-        filter: code.as_mut_ptr(),
-    };
-    // SAFETY: the program lives through the call, and its length is given.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const program).cast(),
-            size_of_val(&program) as u32,
-        )
-    };
-    ensure!(done == 0, "the filter is refused");
+    refuse_all(&socket)?;
     udp(net, net.server.v4(7), n)
 }
 

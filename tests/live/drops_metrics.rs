@@ -7,10 +7,12 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use crate::common::{Case, Netprobe, Pair, Running, case, deadline, wait_for};
+use crate::who::Container;
 
 pub fn cases() -> Vec<Case> {
     vec![
         case("drops_metrics_scraped", scraped).trace(),
+        case("drops_metrics_containers", containers).trace(),
         case("drops_metrics_prometheus", prometheus)
             .trace()
             .program("prometheus")
@@ -32,7 +34,7 @@ fn lose(net: &Pair, ports: std::ops::Range<u16>) -> Result<()> {
     })?
 }
 
-fn begin(args: &[&str]) -> Result<(Running, String)> {
+pub fn begin(args: &[&str]) -> Result<(Running, String)> {
     let run = Netprobe::new("drops")
         .args(["--metrics-listen", "0", "-i", "1", "--max-cpu", "80"])
         .args(args)
@@ -45,7 +47,7 @@ fn begin(args: &[&str]) -> Result<(Running, String)> {
 }
 
 /// The whole answer.
-fn get(address: &str, path: &str) -> Result<String> {
+pub fn get(address: &str, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(deadline()))?;
     let host = address.split(':').next().unwrap_or_default();
@@ -59,7 +61,7 @@ fn get(address: &str, path: &str) -> Result<String> {
 }
 
 /// The value of the first series of this name with all of these labels.
-fn value(text: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+pub fn value(text: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
     let fits = |line: &&str| {
         line.starts_with(name)
             && labels
@@ -68,6 +70,42 @@ fn value(text: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
     };
     let line = text.lines().find(fits)?;
     line.rsplit(' ').next()?.parse().ok()
+}
+
+/// Drops in a container's namespace have its name, in rows and as a label; in another namespace they have none.
+fn containers() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let web = Container::new("npt-drops", "b1")?;
+    let script = format!("echo 0 > {}/cgroup.procs && exec cat", web.cgroup.display());
+    let mut inside = net.server.enter(|| {
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", &script]).stdin(Stdio::piped()).spawn()
+    })??;
+    wait_for("a process in the container", || {
+        let procs = std::fs::read_to_string(web.cgroup.join("cgroup.procs"))?;
+        Ok((!procs.is_empty()).then_some(()))
+    })?;
+    let (run, address) = begin(&["--output-json"])?;
+    lose(&net, 7000..7001)?;
+    let other = net.client.v4(7002);
+    net.server.udp_send(other, b"to be lost")?;
+    let line = run.wait_line("\"dport\":7000")?;
+    ensure!(line.contains("\"container\":\"npt-drops\""), "{line}");
+    let line = run.wait_line("\"dport\":7002")?;
+    ensure!(line.contains("\"container\":null"), "{line}");
+    let (server, client) = (net.server.name().to_owned(), net.client.name().to_owned());
+    for (netns, container) in [(server, "npt-drops"), (client, "")] {
+        let labels = [("netns", netns.as_str()), ("container", container)];
+        wait_for("the container's series", || {
+            let text = get(&address, "/metrics")?;
+            Ok(value(&text, "netprobe_drops_total", &labels).filter(|n| *n == 1.0))
+        })?;
+    }
+    run.stop()?.expect_success()?;
+    drop(inside.stdin.take());
+    inside.wait()?;
+    Ok(())
 }
 
 fn scraped() -> Result<()> {
@@ -133,7 +171,7 @@ impl Drop for Server {
     }
 }
 
-/// Debian's Prometheus scrapes a running netprobe, and the alert of docs/prometheus fires.
+/// Debian's Prometheus scrapes a running netprobe, and the alert of deploy/prometheus fires.
 fn prometheus() -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
@@ -142,7 +180,7 @@ fn prometheus() -> Result<()> {
     let file = |name: &str| folder.path().join(name);
     std::fs::write(
         file("netprobe.rules.yml"),
-        include_str!("../../docs/prometheus/netprobe.rules.yml"),
+        include_str!("../../deploy/prometheus/netprobe.rules.yml"),
     )?;
     std::fs::write(
         file("prometheus.yml"),

@@ -8,18 +8,14 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::icmp::{collect, cpus, pair, pinned_ping, program_path, records, steer};
-use crate::common::{Case, Netns, Netprobe, case, wait_for};
+use crate::common::{Case, Env, Netns, Netprobe, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
         case("icmp_nic", nic)
             .trace()
             .program("ping")
-            .when(|_| {
-                std::env::var_os("NETPROBE_LIVE_CARDS")
-                    .is_none()
-                    .then(|| "needs the two network cards of tests/vm/live".to_owned())
-            })
+            .when(no_cards)
             .limit(400),
         case("icmp_culprit", culprit)
             .trace()
@@ -74,7 +70,7 @@ fn hog(netns: &Netns, cgroup: &Cgroup) -> Result<Child> {
     netns.ip("link set d0 up")?;
     netns.ip("neigh add 10.9.0.2 lladdr 02:00:00:00:00:01 dev d0")?;
     let mut rules = String::from("*filter\n");
-    for i in 0..120 {
+    for i in 0..250 {
         for j in 0..250 {
             rules += &format!("-A OUTPUT -p tcp -s 1.2.{i}.{j}/32 -j DROP\n");
         }
@@ -150,16 +146,43 @@ fn culprit() -> Result<()> {
     ensure!(c["cgroup"] == "/np-live-hog", "{found}");
     ensure!(c["ran_ns"].as_u64() <= c["waited_ns"].as_u64(), "{found}");
     ensure!(c["samples"].as_u64() >= Some(1), "{found}");
+    probe.stop()?.expect_success()?;
+    // The same by netprobe latency, of any packet; alone, since each of the two holds packets up that the other one looks at.
+    let latency = Netprobe::new("latency")
+        .args(["--output-json", "--culprit", "--min-us", "1000"])
+        .args(["--culprit-hz", "999", "--filter-proto", "icmp"])
+        .start()?;
+    let found = wait_for("a packet that the load held up", || {
+        let _ = net
+            .client
+            .output(&mut pinned_ping(&["-i", "0.05", "-c", "10"])?);
+        let held_up = |line: &str| {
+            let p: Value = serde_json::from_str(line).ok()?;
+            let by_load = p["why"]["rule"] == "softirq-task" && p["way"] == "in";
+            (by_load && p["why"]["text"].as_str()?.contains("ran ping[")).then_some(p)
+        };
+        Ok(latency.stdout().lines().find_map(held_up))
+    })?;
+    ensure!(
+        found["cpu"] == 1 && found["why"]["stage"] == "softirq",
+        "{found}"
+    );
     drop(hog);
-    probe.stop()?.expect_success()
+    latency.stop()?.expect_success()
+}
+
+pub fn no_cards(_: &Env) -> Option<String> {
+    std::env::var_os("NETPROBE_LIVE_CARDS")
+        .is_none()
+        .then(|| "needs the two network cards of tests/vm/live".to_owned())
 }
 
 /// Two network cards of the virtual machine (tests/vm/run) on one cable; their driver goes with them, back to where they came from.
-struct Cards;
+pub struct Cards;
 
 impl Cards {
     /// Makes their driver look for them.
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         for module in ["virtio_pci", "virtio_net"] {
             // Built in, in some kernels.
             let _ = Command::new("modprobe").args(["-q", module]).status();
@@ -168,7 +191,7 @@ impl Cards {
     }
 
     /// Moves the card with this MAC address into a namespace as `nic0`, with an address.
-    fn give(&self, mac: &str, netns: &Netns, address: &str) -> Result<()> {
+    pub fn give(&self, mac: &str, netns: &Netns, address: &str) -> Result<()> {
         let name = wait_for("a network card of the virtual machine", || {
             for entry in fs::read_dir("/sys/class/net")? {
                 let entry = entry?;

@@ -4,12 +4,19 @@
 //! (`tests/vm/live 6.12`); what cannot run is ignored with the reason. `cargo test --test live -- NAME` picks by
 //! name. Each tool's cases are a module here with a `cases()`; how to write one is told in tests/common/mod.rs.
 
+mod caps;
 #[path = "../common/mod.rs"]
 mod common;
 mod drops;
+mod drops_device;
 mod drops_kinds;
 mod drops_metrics;
+mod drops_nat;
+mod drops_nft;
+mod drops_programs;
 mod drops_screen;
+mod extcap;
+mod faults_traffic;
 mod files;
 mod filter;
 mod filter_scenarios;
@@ -18,7 +25,10 @@ mod icmp;
 mod icmp_culprit;
 mod icmp_identity;
 mod icmp_sent;
+mod join;
+mod latency;
 mod record;
+mod record_flight;
 mod run_ends;
 mod skb;
 mod skb_ct;
@@ -30,6 +40,9 @@ mod skb_output;
 mod skb_owner;
 mod skb_programs;
 mod skb_track;
+mod tcp;
+mod tcp_events;
+mod tcp_losses;
 mod tcpconnect;
 mod tcpconnect_beside;
 mod tcpconnect_dns;
@@ -40,7 +53,9 @@ mod tunnels;
 mod who;
 mod why;
 mod why_command;
+mod why_faults;
 mod why_reasons;
+mod why_ways;
 mod xdp;
 mod xdpchain;
 mod xdpdump;
@@ -50,19 +65,30 @@ fn main() {
     if let Ok(address) = std::env::var(who::HELPER) {
         who::help(&address);
     }
+    if let Ok(file) = std::env::var(faults_traffic::HELPER) {
+        faults_traffic::help(&file);
+    }
     // Whoever starts the tests may ignore it (nohup); netprobe would inherit that.
     // SAFETY: the default action runs no code of ours.
     unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
     common::mount_bpffs();
     let mut cases = Vec::new();
     cases.extend(harness::cases());
+    cases.extend(caps::cases());
     cases.extend(icmp::cases());
     cases.extend(icmp_culprit::cases());
     cases.extend(icmp_sent::cases());
     cases.extend(icmp_identity::cases());
     cases.extend(skb_owner::cases());
     cases.extend(files::cases());
+    cases.extend(extcap::cases());
+    cases.extend(join::cases());
+    cases.extend(latency::cases());
     cases.extend(record::cases());
+    cases.extend(record_flight::cases());
+    cases.extend(tcp::cases());
+    cases.extend(tcp_events::cases());
+    cases.extend(tcp_losses::cases());
     cases.extend(tunnels::cases());
     cases.extend(skb_headers::cases());
     cases.extend(filter::cases());
@@ -71,6 +97,10 @@ fn main() {
     cases.extend(drops::cases());
     cases.extend(drops_kinds::cases());
     cases.extend(drops_metrics::cases());
+    cases.extend(drops_device::cases());
+    cases.extend(drops_nat::cases());
+    cases.extend(drops_nft::cases());
+    cases.extend(drops_programs::cases());
     cases.extend(drops_screen::cases());
     cases.extend(skb_netfilter::cases());
     cases.extend(skb_output::cases());
@@ -85,8 +115,10 @@ fn main() {
     cases.extend(run_ends::cases());
     cases.extend(why::cases());
     cases.extend(why_command::cases());
+    cases.extend(why_faults::cases());
     cases.extend(who::cases());
     cases.extend(why_reasons::cases());
+    cases.extend(why_ways::cases());
     cases.extend(tcpconnect::cases());
     cases.extend(tcpconnect_outcome::cases());
     cases.extend(tcpconnect_dns::cases());

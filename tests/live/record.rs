@@ -25,8 +25,9 @@ pub fn cases() -> Vec<Case> {
             .program("ping"),
         case("record_structs_and_tracking", structs_and_tracking).trace(),
         case("record_views", views).trace().program("tcpdump"),
-        case("record_killed", killed).trace(),
+        case("record_killed", killed).trace().limit(900),
         case("record_sizes", sizes).trace(),
+        case("record_why", why_as_live).trace(),
     ]
 }
 
@@ -366,8 +367,10 @@ fn flood() -> Result<()> {
 fn killed() -> Result<()> {
     let net = Pair::new()?;
     let folder = tempfile::tempdir()?;
-    let times = std::env::var("NETPROBE_RECORD_KILLS");
-    let times = times.ok().and_then(|n| n.parse().ok()).unwrap_or(10);
+    let times = match std::env::var_os("NETPROBE_SOAK") {
+        Some(_) => 100,
+        None => 5,
+    };
     let to = net.server.v4(9);
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -410,7 +413,7 @@ fn kills(folder: &Path, times: u64) -> Result<()> {
             events += read_of_killed(&file)?;
         }
     }
-    ensure!(events > 500, "{events} events in all");
+    ensure!(events > 300, "{events} events in all");
     Ok(())
 }
 
@@ -464,5 +467,31 @@ fn sizes() -> Result<()> {
     let together = good(Netprobe::new("report").args(&files))?;
     ensure!(together.lines_with("udp_rcv").len() == sum, "{sum}");
     ensure!(together.lines_with("SKB ").len() == 1, "one header");
+    Ok(())
+}
+
+/// The answers of why are in the file that it writes, as they were printed, with the proofs of then.
+fn why_as_live() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("w.pcapng");
+    let run = Netprobe::new("why")
+        .args(["-v", "-w"])
+        .arg(&file)
+        .arg("udp and host 10.77.0.1")
+        .start()?;
+    traffic(&net, 2)?;
+    let live = run.stop()?;
+    live.expect_success()?;
+    ensure!(live.stdout.contains("no socket"), "{live}");
+    same(&live.stdout, &good(report(&file))?.stdout)?;
+    let json = good(report(&file).args(["--format", "json"]))?;
+    let rows = json.json()?;
+    let of = |kind: &str| rows.iter().filter(|r| r["type"] == kind).count();
+    ensure!(of("packet") >= 2 && of("summary") == 1, "{json}");
+    let stats = report(&file).arg("--stats").run()?;
+    stats.expect_code(1)?;
+    stats.expect_stderr("a recording of why has no events")?;
     Ok(())
 }

@@ -423,7 +423,11 @@ fn stack() -> Result<()> {
     )
     .start()?;
     net.client.udp_send(net.server.v4(4000), b"hello")?;
-    run.wait_line("entry_SYSCALL_64")?;
+    let (outermost, system_call) = match std::env::consts::ARCH {
+        "aarch64" => ("el0t_64_sync", "el0_svc+0x"),
+        _ => ("entry_SYSCALL_64", "do_syscall_64+0x"),
+    };
+    run.wait_line(outermost)?;
     let done = run.stop()?;
     done.expect_success()?;
     let lines: Vec<&str> = done.stdout.lines().collect();
@@ -444,7 +448,7 @@ fn stack() -> Result<()> {
     );
     // From the function up to the system call, in this order.
     let mut rest = frames.iter();
-    for caller in ["udp_sendmsg+0x", "__sys_sendto+0x", "do_syscall_64+0x"] {
+    for caller in ["udp_sendmsg+0x", "__sys_sendto+0x", system_call] {
         ensure!(
             rest.any(|f| f.starts_with(caller)),
             "no {caller} in its place: {frames:?}"

@@ -24,6 +24,10 @@ pub fn cases() -> Vec<Case> {
         case("skb_drops_nft", drops_nft).trace().program("nft"),
         case("skb_drops_text", drops_text).trace(),
         case("skb_drops_filters", drops_filters).trace(),
+        case("skb_drops_normal_frees", normal_frees)
+            .trace()
+            .kernel(5, 17),
+        case("skb_drops_rules_of_a_file", rules_of_a_file).trace(),
         case("skb_drops_another_hosts_address", another_hosts_address)
             .trace()
             .program("tcpdump"),
@@ -248,7 +252,18 @@ fn drops_nft() -> Result<()> {
     ensure!(row["tuple"]["daddr"] == "10.77.0.2" && row["tuple"]["dport"] == 81);
     ensure!(row["netns"].as_u64() == Some(net.client.inode()?), "{done}");
     let reason = row["reason"].as_str().unwrap_or_default();
+    // Unasked: what it means, whose packet it was, and the rule.
+    ensure!(
+        row["class"] == "firewall" && row["change"].is_string(),
+        "{done}"
+    );
+    is_ours(row)?;
     if has_reasons() {
+        ensure!(
+            row["nft"]["table"] == "t" && row["nft"]["chain"] == "out",
+            "{done}"
+        );
+        ensure!(row["nft"]["handle"].as_u64() > Some(0), "{done}");
         ensure!(reason == "SKB_DROP_REASON_NETFILTER_DROP", "{done}");
     } else {
         ensure!(row.get("reason").is_none(), "{done}");
@@ -270,12 +285,86 @@ fn drops_text() -> Result<()> {
         "reason: {line}"
     );
     ensure!(line.contains("veth0:"), "no interface: {line}");
+    ensure!(line.contains(" (socket: "), "no words: {line}");
     let done = probe.stop()?;
     done.expect_success()?;
     ensure!(
         done.lines_with(":9(udp)").len() == 1,
         "not one line:\n{done}"
     );
+    Ok(())
+}
+
+/// What is no loss is not shown, but counted; --all shows it.
+fn normal_frees() -> Result<()> {
+    let net = Pair::new()?;
+    net.fix_neighbours()?;
+    net.server.ip("link set veth0 promisc on")?;
+    let run = |all: &[&str]| {
+        Netprobe::new("skb")
+            .args(["--drops", "--output-nft=false", "--output-owner=false"])
+            .args(["--filter-proto", "udp", "--filter-netns", net.server.name()])
+            .args(all)
+            .start()
+    };
+    let (quiet, all) = (run(&[])?, run(&["--all"])?);
+    let to = net.server.v4(7).ip();
+    net.client.ip(&format!(
+        "neigh replace {to} lladdr 02:00:00:00:00:99 dev veth0 nud permanent"
+    ))?;
+    net.client.udp_send(net.server.v4(7), b"for another host")?;
+    net.fix_neighbours()?;
+    net.client.udp_send(net.server.v4(9), b"lost")?;
+    let line = all.wait_line(":7(udp)")?;
+    ensure!(
+        line.contains(" (expected: frame for another host"),
+        "{line}"
+    );
+    let line = quiet.wait_line(":9(udp)")?;
+    // Neither the owner nor a rule: they were switched off.
+    ensure!(line.ends_with("(socket: no socket listens here)"), "{line}");
+    all.wait_line(":9(udp)")?;
+    let done = quiet.stop()?;
+    ensure!(done.lines_with(":7(udp)").is_empty(), "{done}");
+    done.expect_stderr("1 normal frees of 1 kinds, --all shows them")?;
+    let done = all.stop()?;
+    ensure!(!done.stderr.contains("normal frees"), "{done}");
+    Ok(())
+}
+
+/// --rules: the user's words come first, and a recording has them.
+fn rules_of_a_file() -> Result<()> {
+    let net = Pair::new()?;
+    let dir = tempfile::tempdir()?;
+    let (rules, file, lines) = (
+        dir.path().join("r"),
+        dir.path().join("f"),
+        dir.path().join("l"),
+    );
+    std::fs::write(
+        &rules,
+        "[[place]]\nreasons = [\"NOT_SPECIFIED\", \"NO_SOCKET\"]\n\
+         class = \"scan\"\nwhat = \"a port scan\"\n",
+    )?;
+    let run = Netprobe::new("record")
+        .args(["--drops", "--output-nft=false", "--output-owner=false"])
+        .args(["--filter-dst-port", "9", "--rules"])
+        .arg(&rules)
+        .arg("-o")
+        .arg(&file)
+        .arg("--output-file")
+        .arg(&lines)
+        .start()?;
+    net.client.udp_send(net.server.v4(9), b"nobody listens")?;
+    wait_for("a line", || {
+        let text = std::fs::read_to_string(&lines)?;
+        Ok(text.contains("(scan: a port scan)").then_some(()))
+    })?;
+    run.stop()?.expect_success()?;
+    let shown = Netprobe::new("report").arg(&file).run()?;
+    shown.expect_success()?;
+    let live = std::fs::read_to_string(&lines)?;
+    ensure!(shown.stdout == live, "{live}{shown}");
     Ok(())
 }
 

@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Case> {
         case("skb_runs_on_under_nohup", under_nohup).trace(),
         case("skb_write_is_created_first", write_first).trace(),
         case("skb_kernel_btf_of_a_condition", kernel_btf_of_a_condition).trace(),
+        case("kernel_btf_of_each_tool", kernel_btf_of_each_tool).trace(),
         case("skb_without_bpffs", without_bpffs)
             .trace()
             .program("unshare"),
@@ -420,10 +421,41 @@ fn without_bpffs() -> Result<()> {
     done.expect_stdout("ip_rcv")
 }
 
+/// The kernel's types are in a file alone. Each tool goes on until it has seen a ping, or a connect to a closed port.
+fn kernel_btf_of_each_tool() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("types.btf");
+    std::fs::copy("/sys/kernel/btf/vmlinux", &file)?;
+    let line = "--output-limit-lines 1";
+    for (tool, more, wanted) in [
+        (
+            "skb",
+            &*format!("--filter-func ip_rcv {line} icmp"),
+            "ip_rcv",
+        ),
+        ("icmp", line, "127.0.0.1"),
+        ("tcpconnect", &format!("-P 9 {line}"), " 9"),
+        ("tcp", line, "127.0.0.1:9"),
+        ("drops", "--once -i 1", "LOST"),
+        ("latency", "--once -i 1 icmp", "STAGE"),
+        ("why", "-- ping -c 1 127.0.0.1", "127.0.0.1"),
+    ] {
+        let done = unshared(&format!(
+            "mount -t tmpfs none /sys/kernel/btf && {{ \"$NETPROBE\" {tool} --kernel-btf {} {more} & }}; \
+             pid=$!; while kill -0 $pid 2>/dev/null; do ping -q -c 1 127.0.0.1 >&2; busybox nc 127.0.0.1 9 </dev/null; done; wait $pid",
+            file.display()
+        ))?;
+        done.expect_success()?;
+        done.expect_stdout(wanted)?;
+    }
+    Ok(())
+}
+
 fn without_btf() -> Result<()> {
     let done = unshared("mount -t tmpfs none /sys/kernel/btf && \"$NETPROBE\" skb")?;
     done.expect_code(1)?;
-    done.expect_stderr("CONFIG_DEBUG_INFO_BTF")
+    done.expect_stderr("CONFIG_DEBUG_INFO_BTF")?;
+    done.expect_stderr("--kernel-btf FILE")
 }
 
 fn no_function_matches() -> Result<()> {

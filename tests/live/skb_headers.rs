@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::common::{Case, Env, Finished, Netns, Netprobe, Pair, case, wait_for};
+use crate::common::{Case, Env, Finished, Netns, Netprobe, Pair, case, send_frame, wait_for};
 use crate::xdp::{IFACE, end};
 
 pub fn cases() -> Vec<Case> {
@@ -179,7 +179,7 @@ fn llc_and_vendor_frames() -> Result<()> {
     )
     .start()?;
     for kind in [[0, 38], [0x88, 0xb5], [0x89, 0x99], [8, 0]] {
-        send_frame(&net.client, &frame(kind))?;
+        net.client.enter(|| send_frame(IFACE, &frame(kind)))??;
     }
     probe.wait_line("10.3.3.4")?;
     let done = probe.stop()?;
@@ -192,39 +192,6 @@ fn llc_and_vendor_frames() -> Result<()> {
         "the frames have not come:\n{done}"
     );
     Ok(())
-}
-
-/// Sends a frame out of the pair's interface.
-fn send_frame(netns: &Netns, frame: &[u8]) -> Result<()> {
-    let ifindex = netns.ifindex(IFACE)?;
-    netns.enter(|| -> Result<()> {
-        // SAFETY: takes numbers; the descriptor is closed below. Protocol 0: it receives nothing.
-        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-        ensure!(fd >= 0, "no packet socket");
-        // SAFETY: just made, owned by nobody else.
-        let socket: std::os::fd::OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
-        // SAFETY: integers and arrays: all zeros is a value.
-        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        to.sll_family = libc::AF_PACKET as u16;
-        to.sll_ifindex = ifindex as i32;
-        // SAFETY: the frame and the address live through the call, with these lengths.
-        let sent = unsafe {
-            libc::sendto(
-                socket.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                0,
-                (&raw const to).cast(),
-                size_of::<libc::sockaddr_ll>() as u32,
-            )
-        };
-        ensure!(
-            sent == frame.len() as isize,
-            "sendto: {}",
-            std::io::Error::last_os_error()
-        );
-        Ok(())
-    })?
 }
 
 /// On the way out skb->protocol is set late: the socket's family says that it is IP.

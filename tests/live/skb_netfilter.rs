@@ -43,7 +43,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// The handle of the one rule in `chain` of `netns` that has `with` in it.
-fn handle(netns: &Netns, chain: &str, with: &str) -> Result<u64> {
+pub fn handle(netns: &Netns, chain: &str, with: &str) -> Result<u64> {
     let mut command = Command::new("nft");
     let list = netns.output(command.args(["-a", "list", "chain"]).args(chain.split(' ')))?;
     let line = list.lines().find(|l| l.contains(with));

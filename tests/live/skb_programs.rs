@@ -10,8 +10,8 @@ use libbpf_sys as sys;
 use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case};
 use crate::xdp::{LOOK, STOP};
 
-const TC: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tc_drop_port.o"));
-const XDP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_drop_port.o"));
+pub const TC: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tc_drop_port.o"));
+pub const XDP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/xdp_drop_port.o"));
 
 /// The examples' discard port.
 const DROPPED: u16 = 9;
@@ -58,13 +58,13 @@ fn skb<'a>(net: &'a Pair, args: &[&str]) -> Netprobe<'a> {
 }
 
 /// A loaded object of one program.
-struct Loaded {
-    object: Object,
-    id: u32,
+pub struct Loaded {
+    pub object: Object,
+    pub id: u32,
 }
 
 impl Loaded {
-    fn new(bytes: &[u8]) -> Result<Self> {
+    pub fn new(bytes: &[u8]) -> Result<Self> {
         let object = ObjectBuilder::default().open_memory(bytes)?.load()?;
         let id = id_of(
             object
@@ -83,7 +83,7 @@ impl Loaded {
     }
 
     /// At clsact; it goes with the interface.
-    fn attach_tc(&self, netns: &Netns, ingress: bool) -> Result<()> {
+    pub fn attach_tc(&self, netns: &Netns, ingress: bool) -> Result<()> {
         let ifindex = netns.ifindex(Pair::IFACE)? as i32;
         let program = self.object.progs().next().context("no program")?;
         let program = program.as_fd();

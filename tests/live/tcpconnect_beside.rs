@@ -107,7 +107,7 @@ fn beside() -> Result<()> {
 }
 
 /// A pseudo terminal: the end to read from, and the terminal.
-fn terminal() -> Result<(OwnedFd, OwnedFd)> {
+pub fn terminal() -> Result<(OwnedFd, OwnedFd)> {
     let (mut ours, mut terminal) = (-1, -1);
     // SAFETY: both numbers are valid for the call; no name, settings or size are given.
     let err = unsafe {

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Read;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -60,6 +60,12 @@ fn one(rows: &[Value], port: u16) -> Result<&Value> {
 fn rows(done: &Finished) -> Result<Vec<Value>> {
     done.expect_success()?;
     done.json()
+}
+
+fn packets(done: &Finished) -> Result<Vec<Value>> {
+    let mut rows = rows(done)?;
+    rows.retain(|row| row["type"] == "packet");
+    Ok(rows)
 }
 
 /// Sockets older than the run and new ones, packets from them and to them, also those that never reach them.
@@ -179,14 +185,14 @@ fn uid_and_comm() -> Result<()> {
 }
 
 /// A cgroup that looks like a container of docker, with the file that gives it its name.
-struct Container {
+pub struct Container {
     id: String,
-    cgroup: PathBuf,
+    pub cgroup: PathBuf,
     config: PathBuf,
 }
 
 impl Container {
-    fn new(name: &str, digit: &str) -> Result<Self> {
+    pub fn new(name: &str, digit: &str) -> Result<Self> {
         let id = digit.repeat(32);
         let cgroup = PathBuf::from(format!("/sys/fs/cgroup/docker-{id}.scope"));
         fs::create_dir(&cgroup).context("no cgroup v2 at /sys/fs/cgroup")?;
@@ -198,7 +204,7 @@ impl Container {
     }
 
     /// Runs a command in it.
-    fn run(&self, netns: &Netns, command: &str) -> Result<String> {
+    pub fn run(&self, netns: &Netns, command: &str) -> Result<String> {
         let procs = self.cgroup.join("cgroup.procs");
         let script = format!("echo 0 > {} && exec {command}", procs.display());
         netns.output(Command::new("/bin/sh").args(["-c", &script]))
@@ -225,23 +231,28 @@ fn container() -> Result<()> {
             .args(["--output-json", flag, value])
             .start()
     };
+    let run = why("--container", "npt-web")?;
+    ensure!(client.ping(server, 1)?, "no answer");
+    web.run(client, &ping)?;
+    let told = packets(&run.stop()?)?;
+    ensure!(told.len() == 2, "{told:#?}");
+    let request = told.iter().find(|r| r["end"] == "answered");
+    let request = request.with_context(|| format!("{told:#?}"))?;
+    ensure!(request["sender"]["comm"] == "ping", "{request:#}");
+    let name = &request["sender"]["container"];
+    ensure!(name == "npt-web", "{name}: {request:#}");
+    // Other ways to name it, by the tool that starts sooner.
     let path = web.cgroup.to_string_lossy().into_owned();
-    for (flag, value) in [
-        ("--container", "npt-web"),
-        ("--container", "a1a"),
-        ("--cgroup", &*path),
-    ] {
-        let run = why(flag, value)?;
+    for (flag, value) in [("--container", "a1a"), ("--cgroup", &*path)] {
+        let run = Netprobe::new("skb")
+            .args(["--filter-func", "ip_output|ip_rcv", flag, value])
+            .start()?;
         ensure!(client.ping(server, 1)?, "no answer");
         web.run(client, &ping)?;
-        let rows = rows(&run.stop()?)?;
-        let packets: Vec<&Value> = rows.iter().filter(|r| r["type"] == "packet").collect();
-        ensure!(packets.len() == 2, "{flag} {value}: {packets:#?}");
-        let request = packets.iter().find(|r| r["end"] == "answered");
-        let request = request.with_context(|| format!("{packets:#?}"))?;
-        ensure!(request["sender"]["comm"] == "ping", "{request:#}");
-        let name = &request["sender"]["container"];
-        ensure!(name == "npt-web", "{name}: {request:#}");
+        let done = run.stop()?;
+        let hits = done.stdout.lines().filter(|l| l.contains(" ip_rcv"));
+        let hits = hits.count();
+        ensure!(hits == 2, "a request and its reply: {done}");
     }
     for (value, says) in [("a", "a1a1a1a1a1a1"), ("npt-none", "npt-db")] {
         let done = Netprobe::new("why").args(["--container", value]).run()?;
@@ -250,7 +261,63 @@ fn container() -> Result<()> {
         done.expect_stderr(says)?;
     }
     ensure!(web.id.len() == 64, "an id");
+    let pod = Pod::new("npt", "web-1", "0b3c1d52-4a7e-4f0e-9d5f-2f6c1d0e7a11")?;
+    // The pod that had the name before has left its logs.
+    let before = Path::new("/var/log/pods/npt_web-1_1b3c1d52-4a7e-4f0e-9d5f-2f6c1d0e7a11");
+    fs::create_dir(before)?;
+    let run = why("--pod", "npt/web-1");
+    fs::remove_dir(before)?;
+    let run = run?;
+    ensure!(client.ping(server, 1)?, "no answer");
+    let procs = pod.container.join("cgroup.procs");
+    let script = format!("echo 0 > {} && exec {ping}", procs.display());
+    client.output(Command::new("/bin/sh").args(["-c", &script]))?;
+    let told = packets(&run.stop()?)?;
+    ensure!(told.len() == 2, "--pod: {told:#?}");
+    let request = told.iter().find(|r| r["end"] == "answered");
+    let name = &request.with_context(|| format!("{told:#?}"))?["sender"]["container"];
+    ensure!(name == "npt/web-1/cccccccccccc", "{name}");
+    for (value, says) in [
+        ("npt/web-2", "there are npt/web-1"),
+        ("web-1", "NAMESPACE/NAME"),
+    ] {
+        let done = Netprobe::new("why").args(["--pod", value]).run()?;
+        done.expect_code(2)?;
+        done.expect_stderr(says)?;
+    }
     Ok(())
+}
+
+/// A pod as kubelet and containerd make one: cgroups by systemd, and a folder of logs.
+struct Pod {
+    slice: PathBuf,
+    container: PathBuf,
+    logs: PathBuf,
+}
+
+impl Pod {
+    fn new(space: &str, name: &str, uid: &str) -> Result<Self> {
+        let unit = format!("kubepods-besteffort-pod{}.slice", uid.replace('-', "_"));
+        let slice = Path::new("/sys/fs/cgroup/kubepods.slice").join(unit);
+        let container = slice.join(format!("cri-containerd-{}.scope", "c".repeat(64)));
+        fs::create_dir_all(&container)?;
+        let logs = PathBuf::from(format!("/var/log/pods/{space}_{name}_{uid}"));
+        fs::create_dir_all(logs.join("nginx"))?;
+        Ok(Self {
+            slice,
+            container,
+            logs,
+        })
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.container);
+        let _ = fs::remove_dir(&self.slice);
+        let _ = self.slice.parent().map(fs::remove_dir);
+        let _ = fs::remove_dir_all(&self.logs);
+    }
 }
 
 /// The form with a command of the other two tools.

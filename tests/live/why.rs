@@ -15,9 +15,7 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("nft")
             .kernel(5, 17),
-        case("why_routes", routes).trace(),
         case("why_sockets", sockets).trace(),
-        case("why_devices", devices).trace().program("tc"),
         case("why_delivered", delivered).trace().program("nft"),
         case("why_flags", flags).trace(),
     ]
@@ -122,15 +120,15 @@ pub fn finish(run: Running, faults: &[Fault]) -> Result<Vec<Value>> {
 }
 
 /// `client` - `server` as a pair has them, and `far` behind the server: 10.78.0.3, which the server (10.78.0.2 there) forwards to.
-struct Line {
-    far: Netns,
-    net: Pair,
+pub struct Line {
+    pub far: Netns,
+    pub net: Pair,
 }
 
 const FAR: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 3);
 
 impl Line {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let net = Pair::new()?;
         net.fix_neighbours()?;
         let far = Netns::new("far")?;
@@ -248,138 +246,6 @@ fn firewall() -> Result<()> {
     Ok(())
 }
 
-/// Routes, neighbours, sizes, sysctls.
-fn routes() -> Result<()> {
-    let line = Line::new()?;
-    let (client, server) = (&line.net.client, &line.net.server);
-    for (kind, net) in [("blackhole", 1), ("prohibit", 2), ("unreachable", 3)] {
-        server.ip(&format!("route add {kind} 10.79.{net}.0/24"))?;
-    }
-    server.ip("link add small type dummy")?;
-    server.ip("link set dev small mtu 600 up")?;
-    server.ip("route add 10.80.0.0/24 dev small")?;
-    server.sysctl("net/ipv4/neigh/veth1/retrans_time_ms", "50")?;
-    server.sysctl("net/ipv4/neigh/veth1/mcast_solicit", "1")?;
-    client.ip("addr add 10.66.0.1/32 dev lo")?;
-    let to = |address: &str, port: u16| -> Result<SocketAddr> {
-        Ok((address.parse::<Ipv4Addr>()?, port).into())
-    };
-    // Each from an address of its own: the kernel limits how many errors it sends to one.
-    let socket = |port: u16| {
-        client.ip(&format!("addr add 10.77.0.{port}/24 dev veth0"))?;
-        client.udp_bind((Ipv4Addr::new(10, 77, 0, port as u8), 0).into())
-    };
-    let run = start("udp and net 10.0.0.0/8")?;
-    // No route: the server has no default route.
-    socket(30)?.send_to(b"x", to("10.99.0.1", 30)?)?;
-    socket(31)?.send_to(b"x", to("10.79.1.1", 31)?)?;
-    socket(32)?.send_to(b"x", to("10.79.2.1", 32)?)?;
-    socket(33)?.send_to(b"x", to("10.79.3.1", 33)?)?;
-    // Its TTL ends at the server.
-    let short = socket(34)?;
-    short.set_ttl(1)?;
-    short.send_to(b"x", line.far(34))?;
-    // Too large for the way on, with DF.
-    let large = socket(35)?;
-    dont_fragment(&large)?;
-    large.send_to(&[0; 900], to("10.80.0.1", 35)?)?;
-    // A neighbour that is not there.
-    socket(36)?.send_to(b"x", to("10.78.0.77", 36)?)?;
-    // A source that the server has no route back to.
-    server.sysctl("net/ipv4/conf/all/rp_filter", "1")?;
-    let socket = client.udp_bind("10.66.0.1:0".parse()?)?;
-    socket.send_to(b"x", server.v4(37))?;
-    server.sysctl("net/ipv4/conf/all/rp_filter", "0")?;
-    // Forwarding is off.
-    server.sysctl("net/ipv4/conf/veth0/forwarding", "0")?;
-    client.udp_send(line.far(38), b"x")?;
-    server.sysctl("net/ipv4/conf/veth0/forwarding", "1")?;
-    // A wrong MAC address.
-    client.ip("neigh replace 10.77.0.2 lladdr 02:00:00:00:00:99 dev veth0 nud permanent")?;
-    client.udp_send(server.v4(39), b"x")?;
-    run_until_neighbour_failed(server, "10.78.0.77")?;
-    let lost = |port, proof| Fault {
-        port,
-        proof,
-        ..Fault::LOST
-    };
-    let rejected = |port, told, proof| Fault {
-        port,
-        told,
-        proof,
-        ..Fault::REJECTED
-    };
-    finish(
-        run,
-        &[
-            rejected(
-                30,
-                "net unreachable",
-                "ip route get 10.99.0.1 from 10.77.0.30 iif veth0: ",
-            ),
-            lost(31, "ip route get 10.79.1.1"),
-            rejected(32, "administratively prohibited", "ip route get 10.79.2.1"),
-            rejected(33, "host unreachable", "ip route get 10.79.3.1"),
-            Fault {
-                rule: "TTL_EXPIRED",
-                ..rejected(34, "time exceeded", "TTL (hop limit) of 1")
-            },
-            Fault {
-                rule: "PKT_TOO_BIG",
-                ..rejected(
-                    35,
-                    "fragmentation needed",
-                    "928 bytes and DF; the MTU of small is 600",
-                )
-            },
-            Fault {
-                rule: "NEIGH_FAILED",
-                ..rejected(36, "host unreachable", "10.78.0.77 dev veth1: FAILED")
-            },
-            lost(37, ""),
-            lost(38, "net.ipv4.conf.veth0.forwarding = "),
-            Fault {
-                rule: "OTHERHOST",
-                places: &[
-                    "ip_rcv_core",
-                    "ip_rcv_core.isra.0",
-                    "ip_rcv_core.constprop.0",
-                ],
-                ..lost(39, "the frame is for 02:00:00:00:00:99; veth0 is ")
-            },
-        ],
-    )?;
-    Ok(())
-}
-
-fn dont_fragment(socket: &std::net::UdpSocket) -> Result<()> {
-    use std::os::fd::AsRawFd;
-    let on: libc::c_int = libc::IP_PMTUDISC_DO;
-    // SAFETY: the option's value is an int that lives through the call.
-    let status = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_MTU_DISCOVER,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    ensure!(
-        status == 0,
-        "IP_MTU_DISCOVER: {}",
-        std::io::Error::last_os_error()
-    );
-    Ok(())
-}
-
-fn run_until_neighbour_failed(netns: &Netns, address: &str) -> Result<()> {
-    crate::common::wait_for("the neighbour to fail", || {
-        let list = netns.ip(&format!("neigh show {address}"))?;
-        Ok(list.contains("FAILED").then_some(()))
-    })
-}
-
 /// Sockets: none, full ones, a filter; who answers.
 fn sockets() -> Result<()> {
     let net = Pair::new()?;
@@ -460,43 +326,6 @@ fn set_receive_buffer(socket: &std::net::UdpSocket, size: libc::c_int) -> Result
         "SO_RCVBUF: {}",
         std::io::Error::last_os_error()
     );
-    Ok(())
-}
-
-/// Queue disciplines, tc, a link that is down.
-fn devices() -> Result<()> {
-    let net = Pair::new()?;
-    net.fix_neighbours()?;
-    let (client, server) = (&net.client, &net.server);
-    let run = start("udp and host 10.77.0.1")?;
-    client.cmd("tc qdisc add dev veth0 root netem loss 100%")?;
-    client.udp_send(server.v4(50), b"x")?;
-    client.cmd("tc qdisc del dev veth0 root")?;
-    server.cmd("tc qdisc add dev veth0 clsact")?;
-    server.cmd("tc filter add dev veth0 ingress matchall action drop")?;
-    client.udp_send(server.v4(51), b"x")?;
-    server.cmd("tc qdisc del dev veth0 clsact")?;
-    client.cmd("tc qdisc add dev veth0 clsact")?;
-    client.cmd("tc filter add dev veth0 egress matchall action drop")?;
-    client.udp_send(server.v4(52), b"x")?;
-    client.cmd("tc qdisc del dev veth0 clsact")?;
-    let rows = {
-        let done = run.stop()?;
-        done.expect_success()?;
-        done.json()?
-    };
-    for (port, class) in [(50, "qdisc"), (51, "tc"), (52, "tc")] {
-        let row = row(&rows, port)?;
-        ensure!(row["end"] == "lost", "port {port}: {row:#}");
-        // Kernels without reasons drop here at a place that others share.
-        let drop = &row["drop"];
-        let shared = drop["class"] == "unknown" || drop["rule"] == "QDISC_OR_TC";
-        let nameless = drop["reason"] == "" && shared;
-        ensure!(
-            nameless || row["drop"]["class"] == class,
-            "port {port}: {row:#}"
-        );
-    }
     Ok(())
 }
 

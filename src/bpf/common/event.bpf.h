@@ -34,6 +34,19 @@ static __always_inline void np_count_map_full(void)
 		count->map_full++;
 }
 
+/* The name of the current thread, NUL-padded. */
+static __always_inline void np_read_comm(__u8 *comm)
+{
+	/* The helper copies as a string: 120 instructions more. */
+	if (use_cast)
+		np_load_16((__u64 *)comm,
+			   (void *)bpf_get_current_task() +
+				   bpf_core_field_offset(struct task_struct,
+							 comm));
+	else
+		bpf_get_current_comm(comm, NP_COMM_LEN);
+}
+
 /* Fills the head but for `len`, which np_output() sets. */
 static __always_inline void np_head_fill(struct np_head *head, __u16 kind)
 {
@@ -44,15 +57,7 @@ static __always_inline void np_head_fill(struct np_head *head, __u16 kind)
 	head->cpu = bpf_get_smp_processor_id();
 	head->tgid = id >> 32;
 	head->pid = (__u32)id;
-	/* The helper copies as a string: 120 instructions more. */
-	if (use_cast) {
-		np_load_16((__u64 *)head->comm,
-			   (void *)bpf_get_current_task() +
-				   bpf_core_field_offset(struct task_struct,
-							 comm));
-		return;
-	}
-	bpf_get_current_comm(head->comm, sizeof(head->comm));
+	np_read_comm(head->comm);
 }
 
 /* An event was sent, or refused by its buffer (err is not 0). */

@@ -21,24 +21,50 @@ struct {
 	__array(values, struct np_ring);
 } rings SEC(".maps");
 
+/* This CPU's. */
+static __always_inline void *np_ring_get(void)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+
+	return bpf_map_lookup_elem(&rings, &cpu);
+}
+
 /*
  * The reader is woken when the ring comes to be as full as it wants, not for
  * each record: it looks by itself now and then.
  */
+static __always_inline __u64 np_ring_flags(void *ring, __u64 len)
+{
+	__u64 there = bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA);
+
+	return there < np_ring_wakeup && there + len >= np_ring_wakeup
+		       ? BPF_RB_FORCE_WAKEUP
+		       : BPF_RB_NO_WAKEUP;
+}
+
 static __always_inline long np_ring_output(void *data, __u64 len)
 {
-	__u32 cpu = bpf_get_smp_processor_id();
-	void *ring = bpf_map_lookup_elem(&rings, &cpu);
-	__u64 there;
+	void *ring = np_ring_get();
 
 	if (!ring)
 		return -1;
-	there = bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA);
-	return bpf_ringbuf_output(ring, data, len,
-				  there < np_ring_wakeup &&
-						  there + len >= np_ring_wakeup
-					  ? BPF_RB_FORCE_WAKEUP
-					  : BPF_RB_NO_WAKEUP);
+	return bpf_ringbuf_output(ring, data, len, np_ring_flags(ring, len));
+}
+
+/*
+ * Room for an event of `len` bytes (a constant), which the caller fills, with its
+ * head, and submits with `flags`; NULL: none. Counts it as sent and, then, as lost.
+ */
+static __always_inline void *np_ring_reserve(const __u64 len, __u64 *flags)
+{
+	void *ring = np_ring_get(), *event = NULL;
+
+	if (ring) {
+		*flags = np_ring_flags(ring, len);
+		event = bpf_ringbuf_reserve(ring, len, 0);
+	}
+	np_count_output(np_stats_get(), event ? 0 : -1);
+	return event;
 }
 
 /*

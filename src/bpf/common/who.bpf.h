@@ -14,6 +14,7 @@
 #ifndef NETPROBE_WHO_BPF_H
 #define NETPROBE_WHO_BPF_H
 
+#include "common/cgroup.bpf.h"
 #include "common/who.h"
 
 /* Values of sock_common.skc_state, include/net/tcp_states.h */
@@ -119,24 +120,10 @@ static __always_inline struct cgroup *who_cgroup_of(struct sock *sk)
 	return val & 1 ? NULL : (void *)(val & ~3ULL);
 }
 
-#define WHO_DEPTH 32
-
 /* Is it the cgroup asked for, or below it? */
 static __noinline __attribute__((unused)) __u64 who_below(__u64 cgroup_ptr)
 {
-	struct cgroup *cgroup = (void *)cgroup_ptr;
-	struct cgroup_subsys_state *parent;
-
-	for (int i = 0; i < WHO_DEPTH && cgroup; i++) {
-		if (BPF_CORE_READ(cgroup, kn, id) == who_cgroup)
-			return 1;
-		parent = BPF_CORE_READ(cgroup, self.parent);
-		if (!parent)
-			break;
-		cgroup = (void *)parent -
-			 bpf_core_field_offset(struct cgroup, self);
-	}
-	return 0;
+	return np_cgroup_is_below((void *)cgroup_ptr, who_cgroup);
 }
 
 /* A full socket: one that is made for a handshake stands for its listener; NULL in TIME-WAIT. */

@@ -27,7 +27,7 @@
  *
  *	let filters = Filters { expression: Some(Compiled::new(text)?), ..Default::default() };
  *	rodata.np_filter_on = filters.on(features.skb_fields);
- *	(and the addresses of kernel::pages::PageVariables, where on() is not 0)
+ *	(and the addresses of kernel::pages::Pages, where on() is not 0)
  *	... everything else that is to be configured ...
  *	filters.prepare(open.open_object_mut(), &features)?;
  *	let skel = open.load()?;
@@ -42,12 +42,17 @@
 
 const volatile __u32 np_filter_on = 0;
 /*
- * Where the kernel's variables vmemmap_base and page_offset_base are: they lead
- * from a page to its memory. 0: bytes in page fragments cannot be read, and a
- * filter that asks for them does not match.
+ * Where struct page of the first page is, and that page's memory: they lead from
+ * a page to its bytes. Either the addresses of the kernel's variables (x86), or
+ * the numbers themselves (arm64). All 0: bytes in page fragments cannot be read,
+ * and a filter that asks for them does not match.
  */
 const volatile __u64 np_filter_vmemmap_base = 0;
 const volatile __u64 np_filter_page_offset_base = 0;
+const volatile __u64 np_filter_vmemmap = 0;
+const volatile __u64 np_filter_page_offset = 0;
+/* log2 of a page's bytes */
+const volatile __u32 np_filter_page_shift = 12;
 
 /* Bytes of header that are copied once, for all loads. */
 enum np_filter_block {
@@ -110,19 +115,22 @@ struct np_filter_frag {
 static __always_inline __u64
 np_filter_frag_address(const struct np_filter_frag *frag)
 {
-	__u64 vmemmap = 0, direct = 0,
+	__u64 vmemmap = np_filter_vmemmap, direct = np_filter_page_offset,
 	      page_size = bpf_core_type_size(struct page);
 
 	/* The lowest bit: memory of a device (net_iov), not a page. */
-	if (!np_filter_vmemmap_base || !page_size || (frag->page & 1))
+	if (!page_size || (frag->page & 1))
 		return 0;
-	bpf_probe_read_kernel(&vmemmap, sizeof(vmemmap),
-			      (void *)np_filter_vmemmap_base);
-	bpf_probe_read_kernel(&direct, sizeof(direct),
-			      (void *)np_filter_page_offset_base);
+	if (np_filter_vmemmap_base) {
+		bpf_probe_read_kernel(&vmemmap, sizeof(vmemmap),
+				      (void *)np_filter_vmemmap_base);
+		bpf_probe_read_kernel(&direct, sizeof(direct),
+				      (void *)np_filter_page_offset_base);
+	}
 	if (!vmemmap || !direct || frag->page < vmemmap)
 		return 0;
-	return direct + (((frag->page - vmemmap) / page_size) << 12) +
+	return direct +
+	       (((frag->page - vmemmap) / page_size) << np_filter_page_shift) +
 	       frag->offset;
 }
 

@@ -20,74 +20,26 @@
 #ifndef NETPROBE_NETFILTER_BPF_H
 #define NETPROBE_NETFILTER_BPF_H
 
+#include "common/nft.bpf.h"
 #include "skb/netfilter.h"
 
 /* Keep the rule of verdicts that accept, too. */
 const volatile __u8 nf_accepts = 0;
 
+/* ipt_do_table and its like, by which the older iptables is a function of a hook; 0: not there */
+const volatile __u64 nf_legacy[3] = {};
+
+#define NF_TABLES 3 /* of the older iptables at one hook: the last ones */
 #define NFT_STACK 17 /* the base chain, and NFT_JUMP_STACK_SIZE */
-#define NFT_RULES 2048 /* of a chain, looked at */
 #define NF_ENTRIES 16 /* of a hook, looked at */
-#define NFT_DREG_VERDICT 0 /* enum nft_registers */
 #define NFT_DO_CHAIN_SIZE 4096 /* code of nft_do_chain, at most */
 
-#define NF_DROP 0 /* include/uapi/linux/netfilter.h */
-#define NF_ACCEPT 1
-#define NF_QUEUE 3
-#define NFT_CODE_CONTINUE -1 /* enum nft_verdicts */
-#define NFT_CODE_BREAK -2
-#define NFT_CODE_JUMP -3
-#define NFT_CODE_GOTO -4
-#define NFT_CODE_RETURN -5
-
-/* What is read of nf_tables' own types. */
-struct nft_rule_blob___np {
-	unsigned long size;
-	unsigned char data[];
+struct nft_expr_type___np {
+	const char *name;
 } __attribute__((preserve_access_index));
 
-struct nft_table___np {
-	__u16 family : 6;
-	char *name;
-} __attribute__((preserve_access_index));
-
-struct nft_chain___np {
-	struct nft_rule_blob___np *blob_gen_0;
-	struct nft_rule_blob___np *blob_gen_1;
-	struct nft_table___np *table;
-	char *name;
-} __attribute__((preserve_access_index));
-
-struct nft_base_chain___np {
-	__u8 policy;
-	struct nft_chain___np chain;
-} __attribute__((preserve_access_index));
-
-struct nft_pktinfo___np {
-	struct sk_buff *skb;
-} __attribute__((preserve_access_index));
-
-struct nft_verdict___np {
-	__u32 code;
-	struct nft_chain___np *chain;
-} __attribute__((preserve_access_index));
-
-struct nft_regs___np {
-	struct nft_verdict___np verdict;
-} __attribute__((preserve_access_index));
-
-struct nft_data___np {
-	struct nft_verdict___np verdict;
-} __attribute__((preserve_access_index));
-
-struct nft_immediate_expr___np {
-	struct nft_data___np data;
-	__u8 dreg;
-} __attribute__((preserve_access_index));
-
-struct nft_expr___np {
-	const void *ops;
-	unsigned char data[];
+struct nft_expr_ops___np {
+	const struct nft_expr_type___np *type;
 } __attribute__((preserve_access_index));
 
 /* Of the older iptables, in the module x_tables. */
@@ -118,7 +70,9 @@ struct nf_way {
 	__u64 passed_chain;
 	__u64 passed_handle;
 	__u32 run;
-	__u32 pad;
+	__u32 table_count;
+	__u64 tables
+		[NF_TABLES]; /* struct xt_table of those that it went through */
 };
 
 /* By address of the sk_buff: from one run to the next. */
@@ -217,6 +171,34 @@ static __always_inline void nft_keep_passed(struct nf_way *way)
 	way->passed_handle = way->lost ? 0 : way->handle;
 }
 
+/* The older iptables is entered with this table. An address may be that behind an endbr64. */
+static __always_inline void nf_note_table(struct nf_way *way, __u64 func,
+					  __u64 table)
+{
+	for (int i = 0; i < 3; i++) {
+		if (!nf_legacy[i] || func + 4 - nf_legacy[i] > 4)
+			continue;
+		way->tables[0] = way->tables[1];
+		way->tables[1] = way->tables[2];
+		way->tables[2] = table;
+		return;
+	}
+}
+
+/*
+ * Entry `i` of the hook is this function with this argument. One function may stand
+ * there several times, or be called by another one: a table of the older iptables
+ * by those of mangle and of nat.
+ */
+static __always_inline bool nf_entry_is(const struct nf_way *way, __u32 i,
+					__u64 entry, __u64 func, __u64 priv)
+{
+	struct nf_hook_entries *e = (void *)way->entries;
+
+	return entry == func &&
+	       (__u64)BPF_CORE_READ(e, hooks[i & 1023].priv) == priv;
+}
+
 /* nf_hook_slow(skb, state, entries, first) */
 SEC("kprobe/nf_run")
 int nf_run(struct pt_regs *ctx)
@@ -239,12 +221,15 @@ int nf_enter(struct pt_regs *ctx)
 	way = way ? way : nf_way_of(skb);
 	if (!way)
 		return 0;
+	if (nf_accepts)
+		nf_note_table(way, func, PT_REGS_PARM1(ctx));
 	for (int i = 0; i < NF_ENTRIES && way->entries; i++) {
 		__u64 entry = nf_entry(way, way->next + i);
 
 		if (!entry)
 			return 0;
-		if (entry != func)
+		if (!nf_entry_is(way, way->next + i, entry, func,
+				 PT_REGS_PARM1(ctx)))
 			continue;
 		way->next += i + 1;
 		break;
@@ -268,45 +253,6 @@ int nft_enter(struct pt_regs *ctx)
 		return 0;
 	nft_begin(way, PT_REGS_PARM2(ctx));
 	way->do_chain = func_addr(ctx);
-	return 0;
-}
-
-/* Where the rules of a blob begin, if `expr` is among them; else 0. */
-static __always_inline __u64 nft_rules(const struct nft_rule_blob___np *blob,
-				       __u64 expr)
-{
-	__u64 at = (__u64)__builtin_preserve_access_index(&blob->data);
-
-	if (!blob || expr < at || expr >= at + BPF_CORE_READ(blob, size))
-		return 0;
-	return at;
-}
-
-/* The same of a chain. */
-static __noinline __u64 nft_rules_of(__u64 chain, __u64 expr)
-{
-	struct nft_chain___np *c = (void *)chain;
-	__u64 at;
-
-	if (!c || !bpf_core_field_exists(struct nft_chain___np, blob_gen_0))
-		return 0;
-	at = nft_rules(BPF_CORE_READ(c, blob_gen_0), expr);
-	return at ? at : nft_rules(BPF_CORE_READ(c, blob_gen_1), expr);
-}
-
-/* The handle of the rule with this expression, among those from `at` on; 0: not found. */
-static __noinline __u64 nft_handle(__u64 at, __u64 expr)
-{
-	__u64 head;
-
-	for (int i = 0; i < NFT_RULES; i++) {
-		/* struct nft_rule_dp: is_last:1, dlen:12, handle:42 */
-		if (bpf_probe_read_kernel(&head, sizeof(head), (void *)at) < 0)
-			return 0;
-		at += sizeof(head) + ((head >> 1) & 0xfff);
-		if (expr < at)
-			return (head >> 13) & ((1ULL << 42) - 1);
-	}
 	return 0;
 }
 
@@ -353,7 +299,7 @@ static __noinline int nft_verdict(struct nf_way *way, __u64 expr, __s32 code,
 		way->depth = depth;
 		way->chain = chain;
 		if ((code & 0xff) != NF_ACCEPT || nf_accepts)
-			way->handle = nft_handle(at, expr);
+			way->handle = nft_handle(nft_rule_head(at, expr));
 	}
 	return 0;
 }
@@ -386,7 +332,7 @@ int nft_eval(struct pt_regs *ctx)
 {
 	struct nft_pktinfo___np *pkt = (void *)PT_REGS_PARM3(ctx);
 	struct nft_call_key key = {
-		.context = track_context(stack_address(ctx)),
+		.context = track_context(regs_address(ctx)),
 		.func = func_addr(ctx),
 	};
 	struct nft_call call = {
@@ -403,50 +349,91 @@ int nft_eval(struct pt_regs *ctx)
 	return 0;
 }
 
+static __always_inline void nf_read_names(struct nf_decision *to,
+					  __u64 of_chain)
+{
+	to->family =
+		nft_read_names(of_chain, to->table, to->chain, NF_NAME_LEN);
+}
+
+/* Two names of 8 bytes, NUL-padded. */
+static __always_inline bool nft_same_name(const char *a, const char *b)
+{
+	for (int i = 0; i < 8; i++) {
+		if (a[i] != b[i])
+			return false;
+	}
+	return true;
+}
+
+/* An expression that translates: nat (snat, dnat), masq, redir. */
+static __always_inline bool nft_translates(__u64 expr)
+{
+	const struct nft_expr___np *e = (void *)expr;
+	char name[8] = {};
+
+	bpf_probe_read_kernel_str(name, sizeof(name),
+				  BPF_CORE_READ(e, ops, type, name));
+	return nft_same_name(name, "nat\0\0\0\0") ||
+	       nft_same_name(name, "masq\0\0\0") ||
+	       nft_same_name(name, "redir\0\0");
+}
+
+struct nf_translated {
+	struct skb_event event;
+	__u64 packet;
+	struct nf_decision decision;
+};
+
+/* netprobe why: the rule that ended the evaluation has translated the packet. */
+static __noinline int nf_translated(void *ctx, __u64 skb, __u64 expr)
+{
+	const struct np_config *cfg = np_config_get();
+	struct nf_way *way = nf_way_of(skb);
+	struct nf_translated e = {};
+
+	if (!way || !way->packet || !way->chain || way->lost ||
+	    (cfg->fields & NP_PAUSED) || !nft_translates(expr))
+		return 0;
+	np_head_fill(&e.event.head, SKB_KIND_TRANSLATED);
+	e.event.skb = skb;
+	e.event.sections = SKB_SECTION_PACKET | SKB_SECTION_NFT;
+	e.packet = way->packet;
+	e.decision.known = NF_DECIDED_RULE;
+	e.decision.verdict = NF_ACCEPT;
+	e.decision.handle = way->handle;
+	e.decision.at = way->at;
+	e.decision.run = way->run;
+	nf_read_names(&e.decision, way->chain);
+	np_output(ctx, &e.event.head, sizeof(e));
+	return 0;
+}
+
 SEC("kprobe/nft_eval_end")
 int nft_eval_end(struct pt_regs *ctx)
 {
 	struct nft_call_key key = {
-		.context = track_context(stack_address(ctx)),
+		.context = track_context(regs_address(ctx)),
 		.func = func_addr(ctx),
 	};
 	struct nft_call *call = bpf_map_lookup_elem(&nft_calls, &key);
 	struct nft_regs___np *regs;
 	struct nf_way *way;
+	__s32 code;
 
 	if (!call)
 		return 0;
 	regs = (void *)call->regs;
 	way = nf_way_of(call->skb);
-	if (way && way->in_nft)
-		nft_verdict(way, call->expr,
-			    (__s32)BPF_CORE_READ(regs, verdict.code),
+	if (way && way->in_nft) {
+		code = (__s32)BPF_CORE_READ(regs, verdict.code);
+		nft_verdict(way, call->expr, code,
 			    (__u64)BPF_CORE_READ(regs, verdict.chain));
+		if (nf_accepts && code == NF_ACCEPT)
+			nf_translated(ctx, call->skb, call->expr);
+	}
 	bpf_map_delete_elem(&nft_calls, &key);
 	return 0;
-}
-
-static __always_inline void nf_read_names(struct nf_decision *to,
-					  __u64 of_chain)
-{
-	struct nft_chain___np *chain = (void *)of_chain;
-	struct nft_table___np *table = BPF_CORE_READ(chain, table);
-
-	to->family = BPF_CORE_READ_BITFIELD_PROBED(table, family);
-	bpf_probe_read_kernel_str(to->table, sizeof(to->table),
-				  BPF_CORE_READ(table, name));
-	bpf_probe_read_kernel_str(to->chain, sizeof(to->chain),
-				  BPF_CORE_READ(chain, name));
-}
-
-/* The base chain's policy drops. */
-static __always_inline bool nft_policy_drops(const struct nf_way *way)
-{
-	struct nft_base_chain___np *base =
-		(void *)way->chains[0] -
-		bpf_core_field_offset(struct nft_base_chain___np, chain);
-
-	return BPF_CORE_READ(base, policy) == NF_DROP;
 }
 
 /* What an evaluation of nft came to, when the packet is freed at `place`. */
@@ -464,7 +451,7 @@ static __always_inline __u8 nft_outcome(const struct nf_way *way, __u64 place)
 	if (code >= 0)
 		return way->code == code && !way->lost ? NF_DECIDED_RULE
 						       : NF_DECIDED_NFT;
-	if (nft_policy_drops(way))
+	if (nft_policy_drops(way->chains[0]))
 		return NF_DECIDED_POLICY;
 	return inside ? NF_DECIDED_NFT : NF_DECIDED_HOOK;
 }
@@ -498,6 +485,19 @@ static __always_inline void nf_read(__u64 skb, __u64 place,
 	}
 }
 
+/* The name of an older table, as far as 8 bytes hold it. */
+static __always_inline __u64 nf_table_name(__u64 table)
+{
+	__u64 name = 0;
+
+	if (table && bpf_core_field_exists(struct xt_table___np, name))
+		bpf_probe_read_kernel(
+			&name, sizeof(name),
+			(void *)table + bpf_core_field_offset(
+						struct xt_table___np, name));
+	return name;
+}
+
 /* The last run of a hook over this packet, which is past it: it was let through. */
 static __always_inline void nf_read_accepted(__u64 skb, __u64 packet,
 					     struct nf_decision *to)
@@ -513,6 +513,9 @@ static __always_inline void nf_read_accepted(__u64 skb, __u64 packet,
 	to->at = way->at;
 	to->family = way->pf;
 	to->run = way->run;
+	to->hook = nf_table_name(way->tables[0]);
+	to->following[0] = nf_table_name(way->tables[1]);
+	to->following[1] = nf_table_name(way->tables[2]);
 	if (!way->passed_chain)
 		return;
 	to->handle = way->passed_handle;

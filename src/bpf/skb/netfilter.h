@@ -10,7 +10,11 @@ enum nf_decided {
 	NF_DECIDED_HOOK = 4, /* `hook`, or what follows it; not an nft chain */
 	NF_DECIDED_PASSED =
 		5, /* what follows `hook`, whose nft chain accepted */
-	/* netprobe why: a whole run let the packet pass; the last nft chain in it, if there was one */
+	/*
+	 * netprobe why: a whole run let the packet pass; the last nft chain in it, if
+	 * there was one. `hook` and `following` are then the first 8 bytes of the names
+	 * of tables of the older iptables that it went through; 0: none.
+	 */
 	NF_DECIDED_ACCEPTED = 6,
 };
 

@@ -15,8 +15,10 @@
 #include <bpf/bpf_tracing.h>
 
 #include "skb/skb_event.bpf.h"
+#include "common/translated.bpf.h"
 #include "skb/skb_helpers.bpf.h"
 #include "skb/skb_changes.bpf.h"
+#include "skb/skb_flight.bpf.h"
 
 /* How a function was hit, for passed(): its kind and these. */
 #define HOW_BEGIN (1U << 16) /* without: ours only where it is tracked */
@@ -30,7 +32,7 @@ static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	struct sock *sk = sk_ptr ? NP_CAST(sock, sk_ptr) : NULL;
 	struct hit hit = {.kind = (__u16)how, .reason = reason, .sk = sk};
-	struct skb_scratch *buf = scratch_get();
+	struct skb_scratch *buf = scratch_get(SCRATCH_PROBE);
 	struct np_tuple *tuple;
 
 	if (!skb_ptr || !buf)
@@ -48,6 +50,8 @@ static __always_inline __u64 passed_by(struct pt_regs *ctx, __u64 skb_ptr,
 		who_note(skb, sk, tuple);
 	if (sections & (SKB_SECTION_CALLER | SKB_SECTION_NFT))
 		hit.caller = caller_addr(ctx);
+	if (stack_lacks_caller)
+		hit.unseen_caller = PT_REGS_RET(ctx);
 	write_event_by(ctx, buf, skb, tuple, &hit, use_cast);
 	return 1;
 }
@@ -186,10 +190,51 @@ static __noinline __u64 drop_packet(__u64 skb_ptr, bool begin)
 	return packet;
 }
 
-/* A drop, if it is one of ours. `sk`: the socket that the packet was on its way to, or 0. */
+/* What the rules ask about a dropped packet: a function of its own, for its stack. */
+static __noinline __u64 drop_facts(__u64 skb_ptr, const struct np_tuple *tuple)
+{
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+
+	return tuple ? np_drop_facts(skb, NP_READ(skb, dev), tuple) : 0;
+}
+
+/* The filters by mark, interface and namespace. */
+static __always_inline bool drop_is_there(__u64 skb_ptr, __u64 sk_ptr,
+					  const bool use_cast)
+{
+	const struct np_config *cfg = np_config_get();
+	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
+	struct sock *sk = sk_ptr ? NP_CAST(sock, sk_ptr) : NULL;
+
+	if ((cfg->fields & NP_FIELD_MARK) && !match_mark(cfg, skb, use_cast))
+		return false;
+	return !(cfg->fields & NP_FIELDS_DEVICE) ||
+	       match_device(cfg, skb, sk, use_cast);
+}
+
+/* The filters, for what the packet was before its addresses were translated. */
+static __noinline __u64 drop_translated(__u64 skb_ptr, __u64 sk_ptr,
+					__u32 scratch)
+{
+	const struct np_config *cfg = np_config_get();
+	struct np_two_forms *forms;
+
+	if (cfg->fields & NP_PAUSED)
+		return 0;
+	if (!(use_cast ? drop_is_there(skb_ptr, sk_ptr, true)
+		       : drop_is_there(skb_ptr, sk_ptr, false)))
+		return 0;
+	forms = np_forms_of(skb_ptr, scratch);
+	return forms && np_matched_before(skb_ptr, forms);
+}
+
+/*
+ * A drop, if it is one of ours. `sk`: the socket that the packet was on its way to,
+ * or 0. `scratch`: SCRATCH_* of the program.
+ */
 static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
 				    __u64 place, __u32 reason,
-				    struct skb_drop *drop)
+				    struct skb_drop *drop, __u32 scratch)
 {
 	const struct np_config *cfg = np_config_get();
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
@@ -199,7 +244,7 @@ static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
 		.reason = reason,
 		.drop = drop,
 	};
-	struct skb_scratch *buf = scratch_get();
+	struct skb_scratch *buf = scratch_get(scratch);
 	struct np_tuple *tuple;
 
 	if (!buf)
@@ -210,16 +255,17 @@ static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
 		hit.sk = NP_CAST(sock, sk_ptr);
 	if (track)
 		hit.packet = drop_packet(skb_ptr, false);
-	if (wants_tuple(cfg))
-		np_read_tuple(skb, tuple);
+	np_read_tuple(skb, tuple);
 	if (!hit.packet && (cfg->fields & NP_FIELDS_PACKET) &&
-	    !match_tuple(cfg, tuple))
+	    !match_tuple(cfg, tuple) &&
+	    !(np_translations && drop_translated(skb_ptr, sk_ptr, scratch)))
 		return;
 	if (track && !hit.packet)
 		hit.packet = drop_packet(skb_ptr, true);
 	drop->others = drop_others(skb);
 	drop->cloned = drop_cloned(skb);
 	drop->qdisc = drop_qdisc(skb);
+	drop->facts = drop_facts(skb_ptr, tuple);
 	drop->pkt_type = BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type);
 	drop_callers(ctx, place, drop);
 	write_event_by(ctx, buf, skb, tuple, &hit, use_cast);
@@ -227,11 +273,12 @@ static __always_inline void dropped(void *ctx, __u64 skb_ptr, __u64 sk_ptr,
 
 /* Is a drop one of ours? A packet that is tracked is, whatever its headers are now. */
 static __always_inline bool drop_wanted(const struct np_config *cfg, __u64 skb,
-					__u64 sk)
+					__u64 sk, __u32 scratch)
 {
 	if (track && drop_packet(skb, false))
 		return true;
-	if (!passes_gates(cfg, (void *)skb, (void *)sk))
+	if (!passes_gates(cfg, (void *)skb, (void *)sk) &&
+	    !(np_translations && drop_translated(skb, sk, scratch)))
 		return false;
 	return !who_on || who_matches(skb, sk);
 }
@@ -244,19 +291,26 @@ SEC("raw_tp/kfree_skb")
 int skb_dropped(struct bpf_raw_tracepoint_args *ctx)
 {
 	const struct np_config *cfg = np_config_get();
-	struct skb_drop drop = {};
+	struct skb_drop *drop;
 	__u64 sk = 0;
 
-	if ((cfg->fields & NP_PAUSED) || !drop_wanted(cfg, ctx->args[0], 0))
+	if ((cfg->fields & NP_PAUSED) ||
+	    !drop_wanted(cfg, ctx->args[0], 0, SCRATCH_TRACEPOINT))
+		return 0;
+	drop = drop_new(SCRATCH_TRACEPOINT);
+	if (!drop)
 		return 0;
 	if (has_rx_sock)
 		sk = ctx->args[3];
 	else if (rx_watched)
 		sk = rx_sock_of(ctx, ctx->args[0]);
+	if (rx_watched && !has_reasons)
+		drop->lost = rx_refusal_of(ctx, ctx->args[0]);
 	if (listens)
-		drop_of_ack(ctx, ctx->args[0], &drop);
+		drop_of_ack(ctx, ctx->args[0], drop);
 	dropped(ctx, ctx->args[0], sk, ctx->args[1],
-		has_reasons ? (__u32)ctx->args[2] : 0, &drop);
+		has_reasons ? (__u32)ctx->args[2] : 0, drop,
+		SCRATCH_TRACEPOINT);
 	return 0;
 }
 
@@ -265,23 +319,47 @@ SEC("kprobe/listen_syn_end")
 int listen_syn_end(struct pt_regs *ctx)
 {
 	const struct np_config *cfg = np_config_get();
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct listen_call *call = bpf_map_lookup_elem(&listen_syns, &key);
-	struct skb_drop drop = {};
-	__u64 skb, sk, func;
+	struct listen_call ended;
+	struct skb_drop *drop;
 
 	if (!call)
 		return 0;
-	skb = call->answered ? 0 : call->skb;
-	sk = call->sk;
-	func = call->func;
-	drop.lost = call->lost;
-	drop.backlog = call->queue.held;
-	drop.limit = call->queue.limit;
+	ended = *call;
 	bpf_map_delete_elem(&listen_syns, &key);
-	if (!skb || (cfg->fields & NP_PAUSED) || !drop_wanted(cfg, skb, sk))
+	if (ended.answered || !ended.skb || (cfg->fields & NP_PAUSED) ||
+	    !drop_wanted(cfg, ended.skb, ended.sk, SCRATCH_PROBE))
 		return 0;
-	dropped(ctx, skb, sk, func, 0, &drop);
+	drop = drop_new(SCRATCH_PROBE);
+	if (!drop)
+		return 0;
+	drop->lost = ended.lost;
+	drop->backlog = ended.queue.held;
+	drop->limit = ended.queue.limit;
+	dropped(ctx, ended.skb, ended.sk, ended.func, 0, drop, SCRATCH_PROBE);
+	return 0;
+}
+
+/*
+ * --drops with tracking, f(skb, ...): where a packet may match before something
+ * changes its headers. nf_hook_slow() is where netfilter does.
+ */
+SEC("kprobe/drop_begin")
+int drop_begin(struct pt_regs *ctx)
+{
+	const struct np_config *cfg = np_config_get();
+	struct skb_scratch *buf = scratch_get(SCRATCH_PROBE);
+	__u64 skb = PT_REGS_PARM1(ctx), packet = 0;
+	struct np_tuple *tuple;
+
+	if (!buf || !passes_gates(cfg, (void *)skb, NULL) ||
+	    (who_on && !who_matches(skb, 0)))
+		return 0;
+	tuple = tuple_place(buf);
+	__builtin_memset(tuple, 0, sizeof(*tuple));
+	is_ours(cfg, ctx, PT_REGS_SP(ctx), NP_CAST(sk_buff, skb), tuple,
+		&packet, true, true, use_cast);
 	return 0;
 }
 
@@ -290,15 +368,15 @@ SEC("kprobe/listen_ack")
 int listen_ack(struct pt_regs *ctx)
 {
 	const struct np_config *cfg = np_config_get();
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct listen_call call = {
 		.sk = PT_REGS_PARM1(ctx),
 		.skb = PT_REGS_PARM2(ctx),
 		.answered = 1,
 	};
 
-	/* Its free has to pass them too, or the entry would stay for another packet. */
-	if (!passes_gates(cfg, (void *)call.skb, NULL))
+	/* Its free has to be wanted too, or the entry would stay for another packet. */
+	if (!drop_wanted(cfg, call.skb, 0, SCRATCH_PROBE))
 		return 0;
 	call.lost = np_accept_queue_full((void *)call.sk, &call.queue)
 			    ? SKB_LOST_ACCEPT_QUEUE

@@ -25,6 +25,10 @@ enum skb_kind {
 	SKB_KIND_NO_ROUTE = 9,
 	/* struct skb_change; `reason`: SKB_CHANGED_* */
 	SKB_KIND_CHANGE = 10,
+	/* A rule of nft translates it. Sections PACKET and NFT */
+	SKB_KIND_TRANSLATED = 11,
+	/* struct skb_trigger */
+	SKB_KIND_TRIGGER = 12,
 };
 
 /*
@@ -113,6 +117,27 @@ struct skb_owner {
 	__u8 comm[NP_COMM_LEN]; /* its name then */
 };
 
+/* What may trigger the flight recorder (netprobe record --flight). */
+enum skb_trigger_what {
+	SKB_TRIGGER_DROP = 1, /* `value`: enum skb_drop_reason */
+	SKB_TRIGGER_RETRANSMIT = 2, /* `value`: first unacknowledged byte */
+	SKB_TRIGGER_RST_SENT = 3,
+	SKB_TRIGGER_RST_RECEIVED = 4,
+	SKB_TRIGGER_CONNECT_BEGIN = 5,
+	SKB_TRIGGER_CONNECT_END = 6, /* `value`: it is established */
+	SKB_TRIGGER_REASONS = 8, /* drop reasons at most */
+};
+
+struct skb_trigger {
+	struct np_head head;
+	struct np_tuple tuple; /* of the packet */
+	__u64 sk; /* address of the socket */
+	__u32 what; /* SKB_TRIGGER_* */
+	__u32 value;
+	__u32 netns; /* inode */
+	__u32 pad;
+};
+
 /* A constant that user space looks for in the loaded instructions. */
 enum skb_program {
 	SKB_PROGRAM_ID = 0x4e50b1d0,
@@ -135,13 +160,20 @@ struct skb_data {
 	__u16 vlan_type; /* its EtherType, host byte order; 0: there is none */
 };
 
-/* What a listening socket lost, and the kernel frees as consumed or for no reason. */
+/* What the kernel frees as consumed or for no reason, though it is lost. */
 enum skb_lost {
 	SKB_LOST_ACCEPT_QUEUE = 1, /* its accept queue is full */
 	SKB_LOST_SYN_QUEUE = 2, /* its queue of SYNs is full */
 	SKB_LOST_SYN = 3, /* a SYN that got no answer, for another cause */
 	SKB_LOST_CHILD =
 		4, /* a handshake that made no socket, for another cause */
+	/* On kernels without reasons: who has refused it */
+	SKB_LOST_FILTER = 5, /* a socket's filter */
+	SKB_LOST_POLICY = 6, /* a policy of IPsec */
+	SKB_LOST_CSUM = 7, /* its checksum is wrong */
+	SKB_LOST_BUFFER = 8, /* the socket's receive buffer is full */
+	SKB_LOST_MEMORY = 9, /* the protocol's memory is used up */
+	SKB_LOST_RPFILTER = 10, /* the reverse path filter */
 };
 
 #define SKB_DROP_CALLERS 4
@@ -155,7 +187,8 @@ struct skb_drop {
 	__s32 others; /* sk_buffs that hold the same packet now; -1: none do */
 	__u8 pkt_type; /* PACKET_* of include/uapi/linux/if_packet.h */
 	__u8 cloned; /* others held the same packet once, TCP's own queue aside */
-	__u8 pad[2];
+	__u8 facts; /* enum drop_fact */
+	__u8 pad;
 	__u32 qdisc; /* reason that the qdisc left in the packet; 0: the kernel keeps none */
 };
 
@@ -168,6 +201,11 @@ enum skb_fact {
 	SKB_FACT_ROUTE = 2, /* ifindex to gateway */
 	SKB_FACT_TIME_WAIT = 4, /* its socket is in TIME-WAIT */
 	SKB_FACT_PROMISCUOUS = 8, /* its device takes frames for others, too */
+	/* its Ethernet header has the device's own address, or that of a group */
+	SKB_FACT_OWN_MAC = 16,
+	SKB_FACT_OTHER_MAC = 32, /* or the address of another host */
+	SKB_FACT_IPV6_OFF = 64, /* its device does not take IPv6 */
+	SKB_FACT_FILTER = 128, /* its socket has a filter */
 };
 
 /* What decides beside the packet, for netprobe why. */

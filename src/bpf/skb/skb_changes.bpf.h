@@ -67,9 +67,10 @@ static __always_inline struct skb_change *change_new(__u32 what, __u32 netns)
 	return c;
 }
 
-static __always_inline void change_begin(void *ctx, struct skb_change *c)
+static __always_inline void change_begin(struct pt_regs *ctx,
+					 struct skb_change *c)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 
 	bpf_map_update_elem(&changes, &key, c, BPF_ANY);
 }
@@ -78,7 +79,7 @@ static __always_inline void change_begin(void *ctx, struct skb_change *c)
 SEC("kprobe/change_end")
 int change_end(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct skb_change *c = bpf_map_lookup_elem(&changes, &key);
 
 	if (!c)

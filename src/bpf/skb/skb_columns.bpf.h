@@ -8,6 +8,7 @@
 #ifndef NETPROBE_SKB_COLUMNS_BPF_H
 #define NETPROBE_SKB_COLUMNS_BPF_H
 
+#include "common/scratch.bpf.h"
 #include "skb/skb.h"
 #include "skb/skb_source.bpf.h"
 #include "skb/skb_ct.bpf.h"
@@ -160,7 +161,7 @@ struct skb_scratch {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, SCRATCH_COUNT);
 	__type(key, __u32);
 	__type(value, struct skb_scratch);
 } scratch SEC(".maps");

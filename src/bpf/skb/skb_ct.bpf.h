@@ -10,52 +10,15 @@
 #ifndef NETPROBE_SKB_CT_BPF_H
 #define NETPROBE_SKB_CT_BPF_H
 
+#include "common/ct.bpf.h"
 #include "skb/skb_ct.h"
 #include "skb/skb_source.bpf.h"
-
-#define NP_NFCT_INFO 7UL /* NFCT_INFOMASK of include/linux/skbuff.h */
-#define NP_ICMPV6 58
 
 struct skb_ct skb_ct_type;
 enum skb_ct_known skb_ct_known_type;
 enum skb_ct_info skb_ct_info_type;
 enum skb_ct_status skb_ct_status_type;
 enum skb_ct_zone skb_ct_zone_type;
-
-/* One of an entry's tuples. */
-static __always_inline void ct_tuple(struct np_tuple *to,
-				     const struct nf_conntrack_tuple *from)
-{
-	__be16 ends[2] = {};
-	__u16 family = 0;
-
-	__builtin_memset(to, 0, sizeof(*to));
-	bpf_core_read(&family, sizeof(family), &from->src.l3num);
-	bpf_core_read(&to->l4_proto, 1, &from->dst.protonum);
-	switch (family) {
-	case NP_AF_INET:
-		to->l3_version = 4;
-		to->saddr[1] = bpf_htonl(0xffff);
-		to->daddr[1] = bpf_htonl(0xffff);
-		bpf_core_read((__u8 *)to->saddr + 12, 4, &from->src.u3);
-		bpf_core_read((__u8 *)to->daddr + 12, 4, &from->dst.u3);
-		break;
-	case NP_AF_INET6:
-		to->l3_version = 6;
-		bpf_core_read(to->saddr, 16, &from->src.u3);
-		bpf_core_read(to->daddr, 16, &from->dst.u3);
-		break;
-	}
-	bpf_core_read(&ends[0], 2, &from->src.u);
-	bpf_core_read(&ends[1], 2, &from->dst.u);
-	to->sport = bpf_ntohs(ends[0]);
-	if (to->l4_proto == IPPROTO_ICMP || to->l4_proto == NP_ICMPV6) {
-		to->icmp_type = bpf_ntohs(ends[1]) >> 8;
-		to->icmp_code = bpf_ntohs(ends[1]);
-	} else {
-		to->dport = bpf_ntohs(ends[1]);
-	}
-}
 
 static __always_inline void ct_entry(struct skb_ct *to,
 				     const struct nf_conn *ct)
@@ -80,10 +43,10 @@ static __always_inline void ct_entry(struct skb_ct *to,
 		to->zone = BPF_CORE_READ(ct, zone.id);
 		to->zone_dir = BPF_CORE_READ(ct, zone.dir);
 	}
-	ct_tuple(&to->tuples[0],
-		 __builtin_preserve_access_index(&ct->tuplehash[0].tuple));
-	ct_tuple(&to->tuples[1],
-		 __builtin_preserve_access_index(&ct->tuplehash[1].tuple));
+	np_ct_tuple(&to->tuples[0],
+		    __builtin_preserve_access_index(&ct->tuplehash[0].tuple));
+	np_ct_tuple(&to->tuples[1],
+		    __builtin_preserve_access_index(&ct->tuplehash[1].tuple));
 }
 
 static __always_inline __u64 write_ct(const struct skb_source *from, void *to)

@@ -13,6 +13,8 @@
 #ifndef NETPROBE_SKB_DROPS_BPF_H
 #define NETPROBE_SKB_DROPS_BPF_H
 
+#include "common/drop_facts.bpf.h"
+#include "common/scratch.bpf.h"
 #include "common/listen.bpf.h"
 
 /* Handshakes of listening sockets are watched. */
@@ -55,7 +57,7 @@ struct {
 SEC("kprobe/listen_syn")
 int listen_syn(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct listen_call call = {
 		.sk = PT_REGS_PARM3(ctx),
 		.skb = PT_REGS_PARM4(ctx),
@@ -77,7 +79,7 @@ int listen_syn(struct pt_regs *ctx)
 SEC("kprobe/listen_answer")
 int listen_answer(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct listen_call *call = bpf_map_lookup_elem(&listen_syns, &key);
 
 	if (call)
@@ -89,7 +91,7 @@ int listen_answer(struct pt_regs *ctx)
 SEC("kprobe/listen_ack_end")
 int listen_ack_end(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct listen_call *call = bpf_map_lookup_elem(&listen_acks, &key);
 
 	if (!call)
@@ -106,7 +108,7 @@ struct rx_call {
 	__u64 skb;
 	__u64 sk; /* 0: not known as yet */
 	__u32 depth; /* functions that handle it, within each other */
-	__u32 pad;
+	__u32 refused; /* SKB_LOST_*: one of them has refused it; 0: none has */
 };
 
 struct {
@@ -116,14 +118,17 @@ struct {
 	__type(value, struct rx_call);
 } rx_calls SEC(".maps");
 
-static __always_inline void rx_begin(void *ctx, __u64 skb, __u64 sk)
+static __always_inline void rx_begin(struct pt_regs *ctx, __u64 skb, __u64 sk)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct rx_call *call = bpf_map_lookup_elem(&rx_calls, &key);
 	struct rx_call new = {.skb = skb, .sk = sk, .depth = 1};
 
 	if (call && call->skb == skb) {
-		call->depth++;
+		if (!call->depth++) {
+			call->refused = 0;
+			call->sk = sk;
+		}
 		if (sk)
 			call->sk = sk;
 		return;
@@ -153,7 +158,7 @@ int rx_packet(struct pt_regs *ctx)
 SEC("kprobe/rx_found")
 int rx_found(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct rx_call *call = bpf_map_lookup_elem(&rx_calls, &key);
 
 	if (call && PT_REGS_RC(ctx))
@@ -161,16 +166,109 @@ int rx_found(struct pt_regs *ctx)
 	return 0;
 }
 
+/* One of these functions ends. What it refused (`lost`: SKB_LOST_*) is freed by a caller. */
+static __always_inline int rx_leave(struct pt_regs *ctx, __u32 lost)
+{
+	__u64 key = track_context(regs_address(ctx));
+	struct rx_call *call = bpf_map_lookup_elem(&rx_calls, &key);
+
+	if (!call || !call->depth)
+		return 0;
+	if (lost)
+		call->refused = lost;
+	if (!--call->depth && !call->refused)
+		bpf_map_delete_elem(&rx_calls, &key);
+	return 0;
+}
+
 /* The end of rx_sock's and rx_packet's functions */
 SEC("kprobe/rx_end")
 int rx_end(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
-	struct rx_call *call = bpf_map_lookup_elem(&rx_calls, &key);
+	return rx_leave(ctx, 0);
+}
 
-	if (call && !--call->depth)
-		bpf_map_delete_elem(&rx_calls, &key);
+/*
+ * Functions that refuse a packet by what they return, for kernels whose drops have
+ * no reasons: sk_filter_trim_cap(sk, skb, cap)
+ */
+SEC("kprobe/rx_filter")
+int rx_filter(struct pt_regs *ctx)
+{
+	rx_begin(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx));
 	return 0;
+}
+
+SEC("kprobe/rx_filter_end")
+int rx_filter_end(struct pt_regs *ctx)
+{
+	return rx_leave(ctx, (__s32)PT_REGS_RC(ctx) ? SKB_LOST_FILTER : 0);
+}
+
+/* __xfrm_policy_check(sk, dir, skb, family) */
+SEC("kprobe/rx_policy")
+int rx_policy(struct pt_regs *ctx)
+{
+	rx_begin(ctx, PT_REGS_PARM3(ctx), PT_REGS_PARM1(ctx));
+	return 0;
+}
+
+SEC("kprobe/rx_policy_end")
+int rx_policy_end(struct pt_regs *ctx)
+{
+	return rx_leave(ctx, (__s32)PT_REGS_RC(ctx) ? 0 : SKB_LOST_POLICY);
+}
+
+/* __skb_checksum_complete(skb) */
+SEC("kprobe/rx_sum")
+int rx_sum(struct pt_regs *ctx)
+{
+	rx_begin(ctx, PT_REGS_PARM1(ctx), 0);
+	return 0;
+}
+
+SEC("kprobe/rx_sum_end")
+int rx_sum_end(struct pt_regs *ctx)
+{
+	return rx_leave(ctx, (__u16)PT_REGS_RC(ctx) ? SKB_LOST_CSUM : 0);
+}
+
+#define RX_ENOMEM -12
+#define RX_EXDEV -18
+#define RX_ENOBUFS -105
+
+/* __udp_enqueue_schedule_skb(sk, skb) */
+SEC("kprobe/rx_enqueue")
+int rx_enqueue(struct pt_regs *ctx)
+{
+	rx_begin(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx));
+	return 0;
+}
+
+SEC("kprobe/rx_enqueue_end")
+int rx_enqueue_end(struct pt_regs *ctx)
+{
+	__s32 error = (__s32)PT_REGS_RC(ctx);
+
+	if (error == RX_ENOBUFS)
+		return rx_leave(ctx, SKB_LOST_MEMORY);
+	return rx_leave(ctx, error == RX_ENOMEM ? SKB_LOST_BUFFER : 0);
+}
+
+/* ip_route_input_noref(skb, daddr, saddr, tos, dev) */
+SEC("kprobe/rx_route")
+int rx_route(struct pt_regs *ctx)
+{
+	rx_begin(ctx, PT_REGS_PARM1(ctx), 0);
+	return 0;
+}
+
+SEC("kprobe/rx_route_end")
+int rx_route_end(struct pt_regs *ctx)
+{
+	__s32 error = (__s32)PT_REGS_RC(ctx);
+
+	return rx_leave(ctx, error == RX_EXDEV ? SKB_LOST_RPFILTER : 0);
 }
 
 /* The socket that this packet was on its way to; 0: none is known. */
@@ -179,7 +277,23 @@ static __always_inline __u64 rx_sock_of(void *ctx, __u64 skb)
 	__u64 key = track_context(stack_address(ctx));
 	struct rx_call *call = bpf_map_lookup_elem(&rx_calls, &key);
 
-	return call && call->skb == skb ? call->sk : 0;
+	return call && call->skb == skb && call->depth ? call->sk : 0;
+}
+
+/* What refused this packet, which is freed now: SKB_LOST_*; 0: nothing is known. */
+static __always_inline __u32 rx_refusal_of(void *ctx, __u64 skb)
+{
+	__u64 key = track_context(stack_address(ctx));
+	struct rx_call *call = bpf_map_lookup_elem(&rx_calls, &key);
+	__u32 lost;
+
+	if (!call || call->skb != skb)
+		return 0;
+	lost = call->refused;
+	call->refused = 0;
+	if (!call->depth)
+		bpf_map_delete_elem(&rx_calls, &key);
+	return lost;
 }
 
 #define SKB_DATAREF_SHIFT 16 /* include/linux/skbuff.h */
@@ -227,6 +341,23 @@ static __always_inline __u32 drop_qdisc(struct sk_buff *skb)
 	if (bpf_core_field_exists(struct tc_skb_cb___np, drop_reason))
 		reason = BPF_CORE_READ(cb, drop_reason);
 	return reason;
+}
+
+/* What is known of the drop at hand: too much for the BPF stack. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, SCRATCH_COUNT);
+	__type(key, __u32);
+	__type(value, struct skb_drop);
+} drop_at_hand SEC(".maps");
+
+static __always_inline struct skb_drop *drop_new(__u32 scratch)
+{
+	struct skb_drop *drop = bpf_map_lookup_elem(&drop_at_hand, &scratch);
+
+	if (drop)
+		__builtin_memset(drop, 0, sizeof(*drop));
+	return drop;
 }
 
 #define DROP_FRAMES 24

@@ -74,15 +74,40 @@ static __always_inline __u64 event_tuple(struct skb_scratch *buf, __u64 len,
 	return len;
 }
 
+/*
+ * A single kprobe on arm64 hits before the function has made its frame: its
+ * caller is in the link register alone, and bpf_get_stack passes over it.
+ */
+const volatile __u8 stack_lacks_caller = 0;
+
+/* Such a stack, with the caller behind the first frame. */
+static __always_inline long get_stack_with(void *ctx, __u64 *frames,
+					   __u64 caller)
+{
+	long stack = bpf_get_stack(ctx, frames + 1,
+				   (SKB_STACK_DEPTH - 1) * sizeof(__u64), 0);
+
+	if (stack <= 0)
+		return 0;
+	frames[0] = frames[1];
+	frames[1] = caller;
+	return stack + sizeof(__u64);
+}
+
 /* The stack, which comes last; and out. */
 static __always_inline void event_end(void *ctx, struct skb_scratch *buf,
-				      __u64 len)
+				      __u64 len, const struct hit *hit)
 {
 	long stack;
 
 	if (sections & SKB_SECTION_STACK) {
-		stack = bpf_get_stack(ctx, &buf->bytes[len],
-				      SKB_STACK_DEPTH * sizeof(__u64), 0);
+		if (stack_lacks_caller && hit->unseen_caller)
+			stack = get_stack_with(ctx, (__u64 *)&buf->bytes[len],
+					       hit->unseen_caller);
+		else
+			stack = bpf_get_stack(ctx, &buf->bytes[len],
+					      SKB_STACK_DEPTH * sizeof(__u64),
+					      0);
 		if (stack > 0)
 			len += stack & (1024 - 1);
 	}
@@ -137,21 +162,20 @@ static __always_inline void write_event_by(void *ctx, struct skb_scratch *buf,
 		len += sizeof(struct np_tuple);
 	if (sections & SKB_SECTIONS_MORE)
 		len = write_more(buf, len, &from);
-	event_end(ctx, buf, len);
+	event_end(ctx, buf, len, hit);
 }
 
-static __always_inline struct skb_scratch *scratch_get(void)
+/* `place`: SCRATCH_* of the program's kind. */
+static __always_inline struct skb_scratch *scratch_get(__u32 place)
 {
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch, &zero);
+	return bpf_map_lookup_elem(&scratch, &place);
 }
 
 static __always_inline void write_event(void *ctx, struct sk_buff *skb,
 					const struct np_tuple *tuple,
 					const struct hit *hit)
 {
-	struct skb_scratch *buf = scratch_get();
+	struct skb_scratch *buf = scratch_get(SCRATCH_PROBE);
 
 	if (!buf)
 		return;

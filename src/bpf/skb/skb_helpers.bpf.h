@@ -141,7 +141,7 @@ int skb_map_delete(struct pt_regs *ctx)
 SEC("kprobe/skb_map_lookup")
 int skb_map_lookup(struct pt_regs *ctx)
 {
-	__u64 key = track_context(PT_REGS_SP(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct map_call call;
 
 	if (map_called(ctx, &call))
@@ -152,7 +152,7 @@ int skb_map_lookup(struct pt_regs *ctx)
 /* The end of a look-up. */
 static __always_inline void map_found(struct pt_regs *ctx, bool element)
 {
-	__u64 key = track_context(PT_REGS_SP(ctx)), value = PT_REGS_RC(ctx);
+	__u64 key = track_context(regs_address(ctx)), value = PT_REGS_RC(ctx);
 	struct map_call *call = bpf_map_lookup_elem(&map_calls, &key);
 	struct bpf_map *map;
 	__u32 type;

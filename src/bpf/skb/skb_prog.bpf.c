@@ -302,7 +302,7 @@ static __always_inline void write_xdp(void *ctx, struct xdp_buff *xdp,
 		np_read_members(xdp, (struct np_members *)&buf->bytes[len]);
 		len += sizeof(struct np_members);
 	}
-	event_end(ctx, buf, len);
+	event_end(ctx, buf, len, hit);
 }
 
 static __always_inline void enter_xdp(void *ctx, struct xdp_buff *xdp)

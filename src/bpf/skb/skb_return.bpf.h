@@ -29,31 +29,11 @@ struct {
 	__type(value, struct skb_entered);
 } entered SEC(".maps");
 
-/*
- * A pointer whose type the verifier knows (a context, an argument of a traced
- * program) as a number, to compute with or to pass on: it forbids both for the
- * pointer.
- */
-static __always_inline __u64 as_number(void *ptr)
-{
-	void *copy = ptr;
-	__u64 addr = 0;
-
-	bpf_probe_read_kernel(&addr, sizeof(addr), &copy);
-	return addr;
-}
-
-/* An address on the stack that this code runs on: the registers are there. */
-static __always_inline __u64 stack_address(void *ctx)
-{
-	return as_number(ctx);
-}
-
-static __always_inline void return_expect(void *ctx, __u64 func, __u64 skb,
-					  __u64 packet)
+static __always_inline void return_expect(struct pt_regs *ctx, __u64 func,
+					  __u64 skb, __u64 packet)
 {
 	struct skb_entered_key key = {
-		.context = track_context(stack_address(ctx)),
+		.context = track_context(regs_address(ctx)),
 		.func = func,
 	};
 	struct skb_entered value = {.skb = skb, .packet = packet};
@@ -85,7 +65,7 @@ SEC("kprobe/skb_return")
 int skb_return(struct pt_regs *ctx)
 {
 	struct skb_entered_key key = {
-		.context = track_context(stack_address(ctx)),
+		.context = track_context(regs_address(ctx)),
 		.func = bpf_get_func_ip(ctx),
 	};
 	struct skb_entered *e = bpf_map_lookup_elem(&entered, &key);

@@ -9,6 +9,7 @@
 struct hit {
 	__u64 func;
 	__u64 caller;
+	__u64 unseen_caller; /* what the stack lacks behind its first frame, or 0 */
 	__u64 packet; /* identity, where tracking is on */
 	struct sock *sk; /* the function's own, or NULL */
 	const struct skb_drop *drop; /* with SKB_SECTION_DROP */

@@ -17,6 +17,7 @@
 #ifndef NETPROBE_SKB_TRACK_BPF_H
 #define NETPROBE_SKB_TRACK_BPF_H
 
+#include "common/stack.bpf.h"
 #include "skb/skb.h"
 
 /* --filter-track-skb */
@@ -148,17 +149,6 @@ static __always_inline __u64 track_life(struct sk_buff *skb)
 	life = track_number();
 	track_set(skb, life, false);
 	return life;
-}
-
-/* Where this code runs: the task, or the CPU where not on the task's stack. */
-static __always_inline __u64 track_context(__u64 sp)
-{
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	__u64 stack = (__u64)BPF_CORE_READ(task, stack);
-
-	if (sp - stack < 64 * 1024)
-		return (__u64)task;
-	return bpf_get_smp_processor_id();
 }
 
 static __always_inline struct track_stack *track_stack_get(void)

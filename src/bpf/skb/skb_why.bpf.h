@@ -8,6 +8,7 @@
 #ifndef NETPROBE_SKB_WHY_BPF_H
 #define NETPROBE_SKB_WHY_BPF_H
 
+#include "common/outer.h"
 #include "skb/skb.h"
 
 struct skb_facts skb_facts_type;
@@ -27,6 +28,45 @@ static __always_inline void facts_of_sock(struct sock *sk, struct skb_facts *f)
 	f->backlog = BPF_CORE_READ(sk, sk_ack_backlog);
 	f->limit = BPF_CORE_READ(sk, sk_max_ack_backlog);
 	f->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	if (BPF_CORE_READ(sk, sk_filter))
+		f->known |= SKB_FACT_FILTER;
+}
+
+/* The frame's destination, beside the device's address. */
+static __always_inline __u8 facts_of_mac(struct sk_buff *skb,
+					 struct net_device *dev)
+{
+	__u16 offset = NP_READ(skb, mac_header);
+	__u64 frame = 0, own = 0;
+
+	if (offset == NP_NO_HEADER ||
+	    !BPF_CORE_READ_BITFIELD_PROBED(skb, pkt_type) ||
+	    BPF_CORE_READ(dev, type) != NP_ARPHRD_ETHER)
+		return 0;
+	bpf_probe_read_kernel(&frame, 6, NP_READ(skb, head) + offset);
+	bpf_probe_read_kernel(&own, 6, BPF_CORE_READ(dev, dev_addr));
+	/* The lowest bit of the first byte: a group's address. */
+	return frame == own || (((__u8 *)&frame)[0] & 1) ? SKB_FACT_OWN_MAC
+							 : SKB_FACT_OTHER_MAC;
+}
+
+static __always_inline __u8 facts_of_dev(struct sk_buff *skb,
+					 struct net_device *dev)
+{
+	struct inet6_dev *v6;
+	__u8 known;
+
+	if (!np_is_pointer(dev))
+		return 0;
+	known = facts_of_mac(skb, dev);
+	if (NP_READ(dev, promiscuity))
+		known |= SKB_FACT_PROMISCUOUS;
+	if (NP_READ(skb, protocol) != bpf_htons(NP_TYPE_IPV6))
+		return known;
+	v6 = BPF_CORE_READ(dev, ip6_ptr);
+	if (!v6 || BPF_CORE_READ(v6, cnf.disable_ipv6))
+		known |= SKB_FACT_IPV6_OFF;
+	return known;
 }
 
 /* The route, where the packet has one. */
@@ -74,8 +114,7 @@ read_facts(__u64 skb_ptr, __u64 to, struct skb_facts *f)
 	if (!f)
 		return 0;
 	__builtin_memset(f, 0, sizeof(*f));
-	if (np_is_pointer(dev) && NP_READ(dev, promiscuity))
-		f->known |= SKB_FACT_PROMISCUOUS;
+	f->known = facts_of_dev(skb, dev);
 	if (sk)
 		facts_of_sock((struct sock *)sk, f);
 	facts_of_route(skb, f);
@@ -104,7 +143,7 @@ SEC("kprobe/why_icmp")
 int why_icmp(struct pt_regs *ctx)
 {
 	struct sk_buff *skb = NP_CAST(sk_buff, PT_REGS_PARM1(ctx));
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct why_error error = {
 		.skb = PT_REGS_PARM1(ctx),
 		.packet = track_find(skb),
@@ -121,7 +160,7 @@ int why_icmp(struct pt_regs *ctx)
 SEC("kprobe/why_pushed")
 int why_pushed(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct why_error *error = bpf_map_lookup_elem(&why_errors, &key);
 	const struct np_config *cfg = np_config_get();
 
@@ -135,7 +174,7 @@ int why_pushed(struct pt_regs *ctx)
 SEC("kprobe/why_icmp_end")
 int why_icmp_end(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 
 	bpf_map_delete_elem(&why_errors, &key);
 	return 0;
@@ -154,17 +193,28 @@ struct {
 	__type(value, struct why_flow_call);
 } why_flows SEC(".maps");
 
+/*
+ * The process that runs asks in its own namespace. While it sends, this CPU may
+ * handle a packet that has arrived in another one, whose errors need routes, too.
+ */
+static __always_inline bool why_is_own(__u64 net)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+
+	return (__u64)BPF_CORE_READ(task, nsproxy, net_ns) == net;
+}
+
 /* ip_route_output_key_hash_rcu(net, flow, ...), asked by a process whose packets are followed */
 SEC("kprobe/why_route")
 int why_route(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct why_flow_call call = {
 		.net = PT_REGS_PARM1(ctx),
 		.flow = PT_REGS_PARM2(ctx),
 	};
 
-	if (who_current())
+	if (who_current() && why_is_own(call.net))
 		bpf_map_update_elem(&why_flows, &key, &call, BPF_ANY);
 	return 0;
 }
@@ -207,7 +257,7 @@ static __always_inline void why_read_flow(const struct why_flow_call *call,
 SEC("kprobe/why_route_end")
 int why_route_end(struct pt_regs *ctx)
 {
-	__u64 key = track_context(stack_address(ctx));
+	__u64 key = track_context(regs_address(ctx));
 	struct why_flow_call *call = bpf_map_lookup_elem(&why_flows, &key);
 	const struct np_config *cfg = np_config_get();
 	__s64 error = (__s64)PT_REGS_RC(ctx);

@@ -275,26 +275,35 @@ static __always_inline int dns_leave(void *ctx, int got, __u32 room)
 			    call.flags, got, room);
 }
 
-/* These kernels have no `noblock` before the flags. */
-SEC("kprobe.multi")
-int BPF_KPROBE(dns_udp4_entry, struct sock *sk, struct msghdr *msg, __u64 len,
-	       __u64 flags)
+/*
+ * By kprobe.multi, or by single kprobes where there is neither that nor a
+ * trampoline (arm64 before 6.12). The flags stand behind `noblock` where there
+ * is one (before 5.19).
+ */
+static __always_inline int dns_entry(struct pt_regs *ctx, bool stream)
 {
-	return dns_enter(sk, msg, flags, false);
+	__u64 flags = recv_args == 6 ? PT_REGS_PARM5(ctx) : PT_REGS_PARM4(ctx);
+
+	return dns_enter((void *)PT_REGS_PARM1(ctx), (void *)PT_REGS_PARM2(ctx),
+			 flags, stream);
 }
 
 SEC("kprobe.multi")
-int BPF_KPROBE(dns_udp6_entry, struct sock *sk, struct msghdr *msg, __u64 len,
-	       __u64 flags)
+int dns_udp4_entry(struct pt_regs *ctx)
 {
-	return dns_enter(sk, msg, flags, false);
+	return dns_entry(ctx, false);
 }
 
 SEC("kprobe.multi")
-int BPF_KPROBE(dns_tcp_entry, struct sock *sk, struct msghdr *msg, __u64 len,
-	       __u64 flags)
+int dns_udp6_entry(struct pt_regs *ctx)
 {
-	return dns_enter(sk, msg, flags, true);
+	return dns_entry(ctx, false);
+}
+
+SEC("kprobe.multi")
+int dns_tcp_entry(struct pt_regs *ctx)
+{
+	return dns_entry(ctx, true);
 }
 
 SEC("kretprobe.multi")

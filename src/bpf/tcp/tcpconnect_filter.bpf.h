@@ -7,7 +7,7 @@
 #ifndef NETPROBE_TCPCONNECT_FILTER_BPF_H
 #define NETPROBE_TCPCONNECT_FILTER_BPF_H
 
-#define CGROUP_DEPTH 32
+#include "common/cgroup.bpf.h"
 
 const volatile struct tcp_filter filter = {};
 
@@ -95,28 +95,6 @@ static __always_inline bool match_cgroupmap(void)
 	return is_key(&cgroupmap, bpf_get_current_cgroup_id());
 }
 
-/*
- * The current cgroup (v2) or one above it has this id. A walk, since
- * bpf_get_current_ancestor_cgroup_id is not for kprobes before 5.15.
- */
-static __always_inline bool is_below(__u64 id)
-{
-	struct task_struct *task = (void *)bpf_get_current_task();
-	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp);
-	struct cgroup_subsys_state *parent;
-
-	for (int i = 0; i < CGROUP_DEPTH && cgroup; i++) {
-		if (BPF_CORE_READ(cgroup, kn, id) == id)
-			return true;
-		parent = BPF_CORE_READ(cgroup, self.parent);
-		if (!parent)
-			break;
-		cgroup = (void *)parent -
-			 bpf_core_field_offset(struct cgroup, self);
-	}
-	return false;
-}
-
 /* What the caller of connect decides, cheapest first. */
 static __always_inline bool match_process(void)
 {
@@ -132,7 +110,7 @@ static __always_inline bool match_process(void)
 	    !passes(TCP_FILTER_COMM, match_comm()))
 		return false;
 	if ((filter.on & TCP_FILTER_CGROUP) &&
-	    !passes(TCP_FILTER_CGROUP, is_below(filter.cgroup)))
+	    !passes(TCP_FILTER_CGROUP, np_current_is_below(filter.cgroup)))
 		return false;
 	if ((filter.on & TCP_FILTER_CGROUPMAP) && !match_cgroupmap())
 		return false;

@@ -13,9 +13,8 @@
 #define NETPROBE_TCPCONNECT_LOSS_BPF_H
 
 #include "common/listen.bpf.h"
+#include "tcp/tcp_l3.bpf.h"
 
-#define ETH_P_IP 0x0800
-#define ETH_P_IPV6 0x86dd
 #define ETH_P_8021Q 0x8100
 #define ETH_P_8021AD 0x88a8
 #define NP_ICMPV6 58
@@ -30,44 +29,6 @@ const volatile __u8 has_drop_reason = 0;
 /* Reasons for which a copy is dropped; 0 where the kernel does not have them. */
 const volatile __u32 reason_otherhost = 0;
 const volatile __u32 reason_packet_sock = 0;
-
-/* An IP header as far as it is followed. */
-struct tcp_l3 {
-	const void *l4;
-	__u8 proto;
-};
-
-/* False where there is no IP header, or a later fragment. */
-static __always_inline bool read_l3(const void *l3, __u16 ethertype,
-				    struct tcp_l3 *to)
-{
-	struct ipv6hdr ip6;
-	struct iphdr ip;
-	__u8 ext[4];
-
-	if (ethertype == bpf_htons(ETH_P_IP)) {
-		if (bpf_probe_read_kernel(&ip, sizeof(ip), l3) < 0 ||
-		    ip.ihl < 5 || (ip.frag_off & bpf_htons(NP_FRAGMENT_OFFSET)))
-			return false;
-		to->proto = ip.protocol;
-		to->l4 = l3 + ip.ihl * 4;
-		return true;
-	}
-	if (ethertype != bpf_htons(ETH_P_IPV6) ||
-	    bpf_probe_read_kernel(&ip6, sizeof(ip6), l3) < 0)
-		return false;
-	to->proto = ip6.nexthdr;
-	to->l4 = l3 + sizeof(ip6);
-	for (int i = 0; i < NP_IPV6_EXTENSIONS; i++) {
-		if (to->proto != 0 && to->proto != 43 && to->proto != 60)
-			break;
-		if (bpf_probe_read_kernel(ext, sizeof(ext), to->l4) < 0)
-			return false;
-		to->proto = ext[0];
-		to->l4 += (ext[1] + 1) * 8;
-	}
-	return true;
-}
 
 /* Does this ICMP message quote the packet that it is about? */
 static __always_inline bool is_icmp_error(__u8 proto, __u8 type)

@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use crate::bpf::drops::types::drop_by;
 use crate::run::http;
 use crate::run::output::OutputArgs;
+use crate::tools::TypesArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 use crate::tools::who::WhoArgs;
@@ -21,6 +22,8 @@ pub enum By {
     Netns,
     Proto,
     Port,
+    /// the nft rule that dropped
+    Rule,
 }
 
 /// What the rows are sorted by.
@@ -61,12 +64,13 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top: usize,
 
-    /// Group drops by these; the class of a drop needs reason and place
+    /// Group drops by these; the class of a drop needs reason and place. `rule`, the nft rule that dropped, costs each packet that
+    /// passes a chain of nft some instructions, where nf_tables is loaded when netprobe starts
     #[arg(
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "reason,place,iface,netns,proto,port"
+        default_value = "reason,place,iface,netns,proto,port,rule"
     )]
     pub by: Vec<By>,
 
@@ -90,6 +94,11 @@ pub struct Args {
     #[arg(long, value_name = "REASON")]
     pub explain: Option<String>,
 
+    /// Count what XDP, tc and cgroup programs drop, by program: a fexit program on each of them, which costs each run of it. A program
+    /// that is loaded later is counted from the next table on
+    #[arg(long)]
+    pub programs: bool,
+
     /// Serve all counts for Prometheus at http://ADDR:PORT/metrics (a PORT alone: at 127.0.0.1); they are as new as the last table
     #[arg(long, value_name = "ADDR:PORT", value_parser = http::address)]
     pub metrics_listen: Option<SocketAddr>,
@@ -106,6 +115,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub output: OutputArgs,
+
+    #[command(flatten)]
+    pub types: TypesArgs,
 
     /// Show libbpf's log
     #[arg(long)]
@@ -126,6 +138,7 @@ impl Args {
             By::Netns => drop_by::DROP_BY_NETNS,
             By::Proto => drop_by::DROP_BY_PROTO,
             By::Port => drop_by::DROP_BY_PORT,
+            By::Rule => drop_by::DROP_BY_RULE,
         };
         self.by.iter().fold(0, |all, by| all | bit(by).0 as u8)
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{UsageWho, getrusage};
+use crate::os::cpu_time as cpu;
 
 /// Rows that always have their example: the largest ones.
 const ALWAYS: u64 = 20;
@@ -52,19 +52,6 @@ impl Guard {
     fn budget(&self, part: f64) -> Duration {
         self.began.elapsed().mul_f64(self.share * part)
     }
-}
-
-/// CPU time of this process, in user space and for its system calls.
-pub fn cpu() -> Duration {
-    let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else {
-        return Duration::ZERO;
-    };
-    let times = [usage.user_time(), usage.system_time()];
-    let of = |t: &nix::sys::time::TimeVal| {
-        let micros = t.tv_sec() as u64 * 1_000_000 + t.tv_usec() as u64;
-        Duration::from_micros(micros)
-    };
-    times.iter().map(of).sum()
 }
 
 #[cfg(test)]

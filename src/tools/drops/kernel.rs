@@ -8,9 +8,11 @@ use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel, Skel};
 use libbpf_rs::{Link, MapCore, MapFlags, OpenObject};
 
-use crate::bpf::drops::types::{drop_count, drop_example, drop_key};
+use crate::bpf::drops::types::{
+    drop_count, drop_example, drop_key, drop_rule, drop_slot, drop_slots,
+};
 use crate::bpf::drops::{DropsSkel, DropsSkelBuilder};
-use crate::bpf::read;
+use crate::bpf::{bytes_of, read};
 use crate::filter::{Filters, set_filter};
 use crate::kernel::bpf_object;
 use crate::kernel::btf_core::CoreBtf;
@@ -22,6 +24,8 @@ use crate::tools::skb::hooks::{ENDS, Hook, WHO, WHO_PROCESSES};
 use crate::tools::who::{self, FORKS, Who, WhoWants};
 
 use super::args::Args;
+use super::device;
+use super::nft::Rules;
 
 /// A row as the kernel counts it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,6 +41,8 @@ pub struct Taken {
     pub count: Count,
     /// its first packet
     pub example: Option<drop_example>,
+    /// the nft rule that dropped it, or the devlink trap
+    pub rule: Option<drop_rule>,
 }
 
 /// The programs and what is attached; dropping it detaches.
@@ -53,7 +59,7 @@ impl<'a> Programs<'a> {
         args: &Args,
         features: &Features,
         (filters, who): (&Filters, &Who),
-        core: &CoreBtf,
+        (core, nft): (&CoreBtf, Option<u32>),
         storage: &'a mut MaybeUninit<OpenObject>,
     ) -> Result<Self> {
         let mut open = object::open(DropsSkelBuilder::default(), Some(core.path()), storage)?;
@@ -65,19 +71,31 @@ impl<'a> Programs<'a> {
         rodata.use_cast = u8::from(features.rdonly_cast);
         rodata.has_reasons = u8::from(features.drop_reasons);
         rodata.has_rx_sock = u8::from(features.drop_sock);
+        rodata.has_qdisc_drop = u8::from(features.qdisc_drop);
         rodata.by = args.by();
-        let frees = functions::spans(only_frees);
+        rodata.np_translations = u8::from(filters.translations);
+        let mut of_nft = Vec::new();
+        let frees = functions::spans(only_frees, |addr, name| {
+            if nft.is_some() && Rules::wants(name) {
+                of_nft.push((name.to_owned(), addr));
+            }
+        });
+        let rules = nft.map(|_| Rules::new(&of_nft, features));
+        rodata.frees_start.fill(u64::MAX);
         for (i, (start, end)) in frees.iter().take(rodata.frees_start.len()).enumerate() {
             rodata.frees_start[i] = *start;
             rodata.frees_end[i] = *end;
-            rodata.frees_count = i as u32 + 1;
         }
         set_filter!(rodata, filters.on(features.skb_fields));
         rodata.who_on = who.on;
         rodata.who_uid = who.uid;
         rodata.who_cgroup = who.cgroup;
         rodata.who_comm = who.comm;
-        if !features.kprobe {
+        Rules::prepare(&mut open, rules.as_ref(), nft.unwrap_or(0))?;
+        device::prepare(&mut open, features)?;
+        open.progs.drops_qdisc.set_autoload(features.qdisc_drop);
+        let no_kprobe = features.why_no_kprobe();
+        if no_kprobe.is_some() {
             open.progs.drops_listen.set_autoload(false);
             open.progs.drops_time_wait.set_autoload(false);
         }
@@ -93,6 +111,14 @@ impl<'a> Programs<'a> {
         let skel = object::load(open)?;
         // Sockets first: a drop must not be seen before its socket can be known.
         let mut links = attach(&skel, &hooks)?;
+        if let Some(rules) = &rules {
+            links.extend(rules.attach(&skel)?);
+        }
+        if features.qdisc_drop {
+            let said = skel.progs.drops_qdisc.attach_raw_tracepoint("qdisc_drop");
+            links.push(said.context("failed to attach to the tracepoint qdisc:qdisc_drop")?);
+        }
+        links.extend(device::attach(&skel, features)?);
         let freed = skel
             .progs
             .drops_freed
@@ -112,13 +138,13 @@ impl<'a> Programs<'a> {
             ),
         ];
         for (program, function, without) in kprobes {
-            if !features.kprobe {
-                eprintln!("netprobe: {without}: this kernel has no kprobes");
+            if let Some(why) = &no_kprobe {
+                eprintln!("netprobe: {without}: {why}");
                 continue;
             }
             match program.attach_kprobe(false, function) {
                 Ok(link) => links.push(link),
-                Err(e) => eprintln!("netprobe: {without}: {:?}", anyhow::Error::new(e)),
+                Err(e) => eprintln!("netprobe: {without}: {:#}", anyhow::Error::new(e)),
             }
         }
         Ok(Self {
@@ -149,13 +175,15 @@ impl<'a> Programs<'a> {
                 key,
                 count: sum(per_cpu.unwrap_or_default()),
                 example: None,
+                rule: self.rule(&key),
             });
             rows.delete(bytes).context("failed to take a row out")?;
         }
+        self.take_slots(full, &mut taken)?;
         // The largest rows first: time may not be enough for all examples.
         taken.sort_by_key(|row| std::cmp::Reverse(row.count.packets));
         for row in &mut taken {
-            let key = crate::bpf::bytes_of(&row.key);
+            let key = bytes_of(&row.key);
             if example() {
                 let found = examples.lookup(key, MapFlags::ANY).ok().flatten();
                 row.example = found.and_then(|bytes| Some(read(&bytes)?.0));
@@ -164,6 +192,50 @@ impl<'a> Programs<'a> {
             let _ = examples.delete(key);
         }
         Ok(taken)
+    }
+
+    /// Adds what each CPU counted beside the book, and clears it.
+    fn take_slots(&self, full: u32, taken: &mut [Taken]) -> Result<()> {
+        const SLOTS: u32 = drop_slots::DROP_SLOTS.0;
+        let slots = &self.skel.maps.slots;
+        for at in full * SLOTS..(full + 1) * SLOTS {
+            let at = at.to_ne_bytes();
+            let per_cpu = slots
+                .lookup_percpu(&at, MapFlags::ANY)
+                .context("failed to read the counts")?
+                .unwrap_or_default();
+            let used = per_cpu
+                .iter()
+                .filter_map(|bytes| Some(read::<drop_slot>(bytes)?.0));
+            let used: Vec<drop_slot> = used.filter(|slot| slot.taken != 0).collect();
+            if used.is_empty() {
+                continue;
+            }
+            for slot in used {
+                let key = bytes_of(&slot.key);
+                let mut rows = taken.iter_mut();
+                // A slot's row is in the book since its first packet.
+                if let Some(row) = rows.find(|row| bytes_of(&row.key) == key) {
+                    row.count.packets += slot.count.packets;
+                    row.count.bytes += slot.count.bytes;
+                }
+            }
+            let empty: Vec<Vec<u8>> = per_cpu.iter().map(|bytes| vec![0; bytes.len()]).collect();
+            slots
+                .update_percpu(&at, &empty, MapFlags::ANY)
+                .context("failed to clear the counts")?;
+        }
+        Ok(())
+    }
+
+    /// The nft rule or the devlink trap that dropped the packets of a row.
+    fn rule(&self, key: &drop_key) -> Option<drop_rule> {
+        if key.decider == 0 || key.qdisc_reason != 0 || device::is_queue(key.reason) {
+            return None;
+        }
+        let rules = &self.skel.maps.rules_seen;
+        let found = rules.lookup(&key.decider.to_ne_bytes(), MapFlags::ANY);
+        Some(read(&found.ok().flatten()?)?.0)
     }
 
     /// Lets drops go into the other book; gives the one that nobody writes to any more.
@@ -222,9 +294,10 @@ fn sum(per_cpu: Vec<Vec<u8>>) -> Count {
 /// so.
 fn hooks(wants: WhoWants, features: &Features) -> Vec<Hook> {
     let mut hooks = Vec::new();
-    if wants.any && !features.kprobe {
+    let no_kprobe = features.why_no_kprobe().filter(|_| wants.any);
+    if let Some(why) = no_kprobe {
         eprintln!(
-            "netprobe: packets to sockets that are made during the run are not known before they reach them: this kernel has no kprobes"
+            "netprobe: packets to sockets that are made during the run are not known before they reach them: {why}"
         );
     } else if wants.any {
         hooks.extend(WHO);

@@ -171,9 +171,8 @@ impl Ledger {
 
     /// Remembers what has grown up to now: all of it has been freed when the programs are paused.
     pub fn settle(&mut self) {
-        let sum = |parts: Vec<(String, u64)>| parts.iter().map(|(_, n)| n).sum();
         let all = self.accounts().into_iter();
-        self.before = all.map(|(account, parts)| (account, sum(parts))).collect();
+        self.before = all.map(|(account, parts)| (account, sum(&parts))).collect();
     }
 
     /// Compares what grew since the start with what was `seen`; `last`: the counters were read once more after the last drop that was seen.
@@ -190,18 +189,19 @@ impl Ledger {
             Drops::of(&self.seen_before)
         };
         let mut counted = vec![false; seen.len()];
-        for (account, parts) in self.accounts() {
+        let accounts = self.accounts();
+        for (account, parts) in &accounts {
             let Some(entry) = table().find(account.source, &account.name) else {
                 continue;
             };
-            let grew: u64 = parts.iter().map(|(_, n)| n).sum();
+            let grew = sum(parts);
             if grew == 0 && !entry.exact {
                 continue;
             }
             if grew > 0 {
-                now.mark(&account, entry, &mut counted);
+                now.mark(account, entry, &mut counted);
             }
-            let sure = settled.count(&account, entry, true);
+            let sure = settled.count(account, entry, true);
             let mut found = Difference {
                 netns: account.netns,
                 ifindex: account.ifindex,
@@ -209,9 +209,12 @@ impl Ledger {
                 name: account.name.clone(),
                 entry,
                 // What had grown by the last look has been freed since.
-                grew: self.before.get(&account).copied().unwrap_or(0),
-                seen: now.count(&account, entry, false),
-                parts,
+                grew: self.before.get(account).copied().unwrap_or(0),
+                // A packet that a queue refused is told to its program, too.
+                seen: now
+                    .count(account, entry, false)
+                    .max(told(&accounts, account, entry)),
+                parts: parts.clone(),
             };
             if entry.note {
                 found.grew = grew;
@@ -251,6 +254,22 @@ impl Ledger {
             .iter()
             .flat_map(|(netns, tracks)| tracks.iter().map(|(id, track)| (*netns, id, track.grew)))
     }
+}
+
+fn sum(parts: &[(String, u64)]) -> u64 {
+    parts.iter().map(|(_, n)| n).sum()
+}
+
+/// What programs were told of, which moved the account's counters as well.
+fn told(accounts: &BTreeMap<Account, Vec<(String, u64)>>, account: &Account, entry: &Entry) -> u64 {
+    let of = |name: &String| {
+        let other = Account {
+            name: name.clone(),
+            ..account.clone()
+        };
+        accounts.get(&other).map_or(0, |parts| sum(parts))
+    };
+    entry.told.iter().map(of).sum()
 }
 
 fn devices(now: &BTreeMap<u32, Values>) -> HashMap<(u32, u32), String> {
@@ -423,6 +442,22 @@ mod tests {
         ledger.settle();
         let found = ledger.balance(true);
         assert_eq!((found.unexplained.len(), found.packets()), (2, 7));
+    }
+
+    #[test]
+    fn what_a_program_was_told_of_is_no_loss_of_a_packet() {
+        let mut ledger = Ledger::default();
+        let both = |discards, told| {
+            let mut all = values("IpOutDiscards", discards);
+            let more = values("UdpSndbufErrors", told).remove(&9).unwrap();
+            all.get_mut(&9).unwrap().extend(more);
+            all
+        };
+        ledger.take(both(0, 0));
+        ledger.take(both(7, 5));
+        ledger.settle();
+        let found = ledger.balance(true);
+        assert_eq!((found.packets(), found.notes.len()), (2, 1));
     }
 
     #[test]

@@ -3,38 +3,26 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::SocketAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::registry::Registry;
 
+use crate::kernel::counters;
 use crate::kernel::netns::{self, Netns};
-use crate::kernel::{counters, process};
-use crate::run::http::Page;
 use crate::text::escape::escaped;
+use crate::tools::metrics::{Exporter, Labels, OVERFLOW, SERIES, Series, metric, of_process};
 
-use super::guard;
 use super::kernel::Count;
 use super::ledger::Ledger;
+use super::nft;
 use super::present::{Table, source};
 use super::rows::Row;
 
-const PATH: &str = "/metrics";
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// Series of a family, at most.
-const SERIES: usize = 2000;
 /// The interface or namespace of drops whose own has gone.
 const GONE: &str = "gone";
-/// The labels of drops that have no series of their own.
-const OVERFLOW: &str = "overflow";
-
-/// Labels of a series.
-type Labels = Vec<(&'static str, String)>;
-type Series<V> = Vec<(Labels, V)>;
 
 /// What a series of drops is made of.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,38 +30,37 @@ struct Kind {
     class: String,
     rule: String,
     place: String,
+    /// the nft rule; empty: none, or not known
+    nft: String,
     /// `None`: it has gone
     netns: Option<u32>,
     /// 0: none; `None`: it has gone
     ifindex: Option<u32>,
+    /// empty: none, or not known
+    container: String,
 }
 
 /// The drops since the start, and the page that shows them.
 pub struct Metrics {
-    page: Page,
+    exporter: Exporter,
     drops: BTreeMap<Kind, Count>,
     /// drops beyond the last series
     overflow: Count,
     normal: u64,
     examples_left_out: u64,
     tables_delayed: u64,
-    started: f64,
 }
 
 impl Metrics {
     /// Begins to listen.
     pub fn listen(address: SocketAddr) -> Result<Self> {
-        let page = Page::serve(address, PATH, OPEN_METRICS)?;
-        eprintln!("netprobe: metrics at http://{}{PATH}", page.address);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Ok(Self {
-            page,
+            exporter: Exporter::listen(address)?,
             drops: BTreeMap::new(),
             overflow: Count::default(),
             normal: 0,
             examples_left_out: 0,
             tables_delayed: 0,
-            started: now.unwrap_or_default().as_secs_f64(),
         })
     }
 
@@ -94,18 +81,13 @@ impl Metrics {
         let devices = match ledger {
             Some(ledger) => &ledger.devices,
             None => {
-                read = devices();
+                read = counters::all_devices();
                 &read
             }
         };
         self.forget(devices);
         let snapshot = self.snapshot(table, ledger, devices, missed);
-        let mut registry = Registry::default();
-        registry.register_collector(Box::new(snapshot));
-        let mut text = String::new();
-        text::encode(&mut text, &registry).context("failed to write the metrics")?;
-        self.page.set(text);
-        Ok(())
+        self.exporter.give_out(snapshot)
     }
 
     fn add(&mut self, row: &Row) {
@@ -117,8 +99,10 @@ impl Metrics {
             class: row.meaning.class.clone(),
             rule: row.meaning.rule().to_owned(),
             place: row.place.clone(),
+            nft: row.nft.as_ref().map_or_else(String::new, nft::text),
             netns: Some(row.key.netns),
             ifindex: Some(row.key.ifindex),
+            container: row.container.clone().unwrap_or_default(),
         };
         let full = self.drops.len() >= SERIES && !self.drops.contains_key(&kind);
         let count = match full {
@@ -140,6 +124,9 @@ impl Metrics {
                 kind.ifindex = None;
             }
             kind.netns = kind.netns.filter(|n| *n == 0 || namespaces.contains(n));
+            if kind.netns.is_none() && !kind.container.is_empty() {
+                GONE.clone_into(&mut kind.container);
+            }
             let sum = self.drops.entry(kind).or_default();
             sum.packets += count.packets;
             sum.bytes += count.bytes;
@@ -163,7 +150,15 @@ impl Metrics {
             packets.push((labels.clone(), count.packets));
             bytes.push((labels, count.bytes));
         }
-        let other = ["class", "rule", "place", "netns", "interface"];
+        let other = [
+            "class",
+            "rule",
+            "place",
+            "nft",
+            "netns",
+            "interface",
+            "container",
+        ];
         let other: Labels = other.iter().map(|l| (*l, OVERFLOW.to_owned())).collect();
         packets.push((other.clone(), self.overflow.packets));
         bytes.push((other, self.overflow.bytes));
@@ -195,19 +190,9 @@ impl Metrics {
                     self.tables_delayed,
                 ),
             ],
-            started: self.started,
+            started: self.exporter.started,
         }
     }
-}
-
-/// The interfaces of all namespaces.
-fn devices() -> HashMap<(u32, u32), String> {
-    let mut all = HashMap::new();
-    for netns in Netns::all() {
-        let links = netns.run(counters::devices).unwrap_or_default();
-        all.extend(links.into_iter().map(|(i, name)| ((netns.inode, i), name)));
-    }
-    all
 }
 
 /// What numbers are called.
@@ -237,8 +222,10 @@ impl Names<'_> {
             ("class", kind.class.clone()),
             ("rule", kind.rule.clone()),
             ("place", escaped(kind.place.as_bytes())),
+            ("nft", kind.nft.clone()),
             ("netns", kind.netns.map_or_else(gone, |n| self.netns(n))),
             ("interface", interface),
+            ("container", kind.container.clone()),
         ]
     }
 }
@@ -330,22 +317,7 @@ impl Collector for Snapshot {
                 metric(&mut to, name, help, &ConstGauge::new(value as f64))?;
             }
         }
-        let cpu = ConstCounter::new(guard::cpu().as_secs_f64());
-        metric(&mut to, "process_cpu_seconds", "CPU time of netprobe", &cpu)?;
-        let memory = ConstGauge::new(process::resident_memory() as f64);
-        metric(
-            &mut to,
-            "process_resident_memory_bytes",
-            "Memory of netprobe",
-            &memory,
-        )?;
-        let started = ConstGauge::new(self.started);
-        metric(
-            &mut to,
-            "process_start_time_seconds",
-            "When netprobe began",
-            &started,
-        )
+        of_process(&mut to, self.started)
     }
 }
 
@@ -362,14 +334,4 @@ fn family(
         ConstCounter::new(*value).encode(of_labels)?;
     }
     Ok(())
-}
-
-fn metric(
-    to: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    value: &impl EncodeMetric,
-) -> fmt::Result {
-    let encoder = to.encode_descriptor(name, help, None, value.metric_type())?;
-    value.encode(encoder)
 }

@@ -1,14 +1,17 @@
 //! `netprobe drops`: what this machine loses, by cause, against the kernel's own counters.
 
 pub mod args;
+mod device;
 mod guard;
 mod kernel;
 mod ledger;
 mod metrics;
+mod nft;
 mod present;
 mod rows;
 mod screen;
 mod table;
+mod verdicts;
 
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
@@ -18,10 +21,8 @@ use libbpf_rs::MapCore;
 
 use crate::bpf;
 use crate::engine::merge::Record;
-use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
-use crate::kernel::features::Features;
 use crate::run::Flow;
 use crate::run::config::Config;
 use crate::run::loss::Loss;
@@ -29,16 +30,19 @@ use crate::run::output::{self, Output};
 use crate::run::pins::Pins;
 use crate::run::session::{self, Consumer, Tool};
 use crate::run::{log, signals};
+use crate::tools::expression::ExpressionArgs;
 use crate::tools::rules;
 use crate::tools::who::{self, command::Running};
 
-use args::Args;
+use args::{Args, By};
 use guard::Guard;
 use kernel::Programs;
 use ledger::Ledger;
 use metrics::Metrics;
+use nft::RuleNames;
 use present::{Presenter, Table};
 use rows::Names;
+use verdicts::Verdicts;
 
 /// The longest time between a counter of the kernel and the free of its packet.
 const IN_FLIGHT: Duration = Duration::from_millis(2);
@@ -50,17 +54,21 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let config = args.fields.config()?;
     let mut who = args.who.resolve()?;
-    let filters = args.expression.filters(None)?;
+    let mut filters = args.expression.filters(args.types.file())?;
     log::init(args.verbose);
-    let btf = Btf::vmlinux(None);
-    if let Ok(btf) = &btf {
-        btf.await_names(bpf::DROPS_TYPES);
-    }
-    let features = Features::with(btf.as_ref().ok());
+    let (btf, features) = args.types.load(&[bpf::DROPS_TYPES])?;
     features.require_drops("drops")?;
+    log::lacking();
     let btf = btf?;
+    ExpressionArgs::follow_translations(&mut filters, config.fields, &btf);
     let reasons = DropReasons::load(&btf);
-    let core = CoreBtf::new(&btf, bpf::DROPS_TYPES)?;
+    let nft = args.by.contains(&By::Rule);
+    let nft = nft.then(|| nft::Types::find(&btf, &features)).flatten();
+    let core = match nft {
+        Some(nft::Types::Module) => CoreBtf::with_module(&btf, bpf::DROPS_TYPES, nft::MODULE)?,
+        _ => CoreBtf::new(&btf, bpf::DROPS_TYPES)?,
+    };
+    let nft = nft.and_then(|_| reasons.number("NETFILTER_DROP"));
     drop(btf);
     let stop = signals::stop_channel()?;
     let presenter = Presenter::new(args);
@@ -70,7 +78,13 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let out = Output::open(&args.output)?;
     let mut storage = MaybeUninit::uninit();
-    let mut programs = Programs::begin(args, &features, (&filters, &who), &core, &mut storage)?;
+    let mut programs = Programs::begin(
+        args,
+        &features,
+        (&filters, &who),
+        (&core, nft),
+        &mut storage,
+    )?;
     drop(core);
     let pins = Pins::create("drops");
     if let Some(pins) = &pins {
@@ -80,6 +94,11 @@ pub fn run(args: &Args) -> Result<()> {
     let maps = who::maps!(programs.skel);
     who.seed(&maps)?;
     let metrics = args.metrics_listen.map(Metrics::listen).transpose()?;
+    let mut watchers = MaybeUninit::uninit();
+    let verdicts = match args.programs {
+        true => Some(Verdicts::begin(&mut watchers)?),
+        false => None,
+    };
     // What was dropped before the ledger begins is in no growth of its counters.
     programs.take(|| false)?;
     let ledger = args.is_whole().then(Ledger::begin);
@@ -87,9 +106,10 @@ pub fn run(args: &Args) -> Result<()> {
         command: None,
         args,
         presenter,
-        names: Names::new(rules, reasons),
+        names: Names::new(rules, reasons, RuleNames::new(nft.is_some())),
         ledger,
         metrics,
+        verdicts,
         guard: Guard::new(args.max_cpu),
         since: Instant::now(),
         total: Total::default(),
@@ -125,6 +145,7 @@ struct Drops<'a, M> {
     command: Option<Running>,
     ledger: Option<Ledger>,
     metrics: Option<Metrics>,
+    verdicts: Option<Verdicts<'a>>,
     guard: Guard,
     since: Instant,
     total: Total,
@@ -158,6 +179,10 @@ impl<M: MapCore> Drops<'_, M> {
         });
         let mut table = Table::new(&rows, balance, self.since.elapsed(), self.args);
         table.examples_left_out = left_out;
+        if let Some(verdicts) = &mut self.verdicts {
+            verdicts.look()?;
+            table.verdicts = verdicts.take()?;
+        }
         table.delayed = std::mem::take(&mut self.guard.delayed);
         self.total.lost += table.lost;
         self.total.expected += table.expected;

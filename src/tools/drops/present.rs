@@ -1,6 +1,7 @@
 //! Tables of losses: text that is redrawn on a terminal, plain tables in a pipe, JSON lines.
 
 use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -12,11 +13,14 @@ use crate::run::Flow;
 use crate::run::output::Output;
 use crate::text::columns::push_time_of_day;
 use crate::text::escape::escaped;
+use crate::tools::skb::netfilter::Nft;
 
 use super::args::{Args, Sort};
 use super::ledger::{Balance, Difference};
+use super::nft;
 use super::rows::Row;
 use super::screen::{self, Size};
+use super::verdicts::Verdict;
 use crate::kernel::counters::Source;
 use crate::kernel::netdev;
 
@@ -35,6 +39,8 @@ pub struct Table {
     /// by --max-cpu: rows without their example, tables that came later
     pub examples_left_out: u64,
     pub delayed: u64,
+    /// with --programs
+    pub verdicts: Vec<Verdict>,
 }
 
 impl Table {
@@ -75,6 +81,7 @@ impl Table {
             cut,
             examples_left_out: 0,
             delayed: 0,
+            verdicts: Vec::new(),
         }
     }
 
@@ -170,7 +177,19 @@ impl Presenter {
     fn cells(&self, row: &Row, table: &Table) -> [String; 6] {
         let mut what = row.meaning.what.clone();
         if let Some(e) = row.example.as_ref().filter(|e| e.limit > 0) {
-            what += &format!(" ({} of {})", e.backlog, e.limit);
+            what += &format!(" (backlog {} of {})", e.backlog, e.limit);
+        }
+        if let Some((handle, why)) = &row.qdisc {
+            what += &format!(" (qdisc {handle} {why})");
+        }
+        if let Some(queue) = row.queue {
+            what += &format!(" (queue {queue})");
+        }
+        if let Some((group, name)) = &row.trap {
+            what += &format!(" (devlink trap {name} of {group})");
+        }
+        if let Some(rule) = &row.nft {
+            what += &format!(" ({})", nft::text(rule));
         }
         if row.meaning.class == "unknown" && !row.place.is_empty() {
             what += &format!(" in {}", escaped(row.place.as_bytes()));
@@ -183,9 +202,7 @@ impl Presenter {
             ),
             what,
             self.place(row),
-            row.owner.as_ref().map_or("-".into(), |(pid, comm)| {
-                format!("{}[{pid}]", escaped(comm.as_bytes()))
-            }),
+            who(row),
             row.example.as_ref().map_or("-".into(), example),
         ]
     }
@@ -216,6 +233,9 @@ impl Presenter {
             for difference in differences {
                 out.json_line(&DifferenceJson::new(kind, difference))?;
             }
+        }
+        for verdict in &table.verdicts {
+            out.json_line(&ProgramJson::new(verdict))?;
         }
         out.json_line(&TableJson {
             kind: "table",
@@ -268,6 +288,19 @@ fn foot(text: &mut Vec<u8>, table: &Table, all: bool) {
         for difference in differences {
             push_difference(text, kind, difference);
         }
+    }
+    for v in &table.verdicts {
+        let _ = writeln!(
+            text,
+            "  program: {} {} (id {}) dropped {} at interface {} of netns {} ({})",
+            v.kind.name(),
+            v.name,
+            v.id,
+            v.packets,
+            v.ifindex,
+            v.netns,
+            v.verdict
+        );
     }
     if table.examples_left_out + table.delayed > 0 {
         let _ = writeln!(
@@ -381,6 +414,27 @@ fn ring(d: &Difference) -> Option<(u32, u32)> {
     here.then(|| netdev::receive_ring(device)).flatten()
 }
 
+/// `statsd[771]@web 10.0.0.5:8125`, or as much of it as is known.
+fn who(row: &Row) -> String {
+    let mut who = match &row.owner {
+        Some((pid, comm)) => format!("{}[{pid}]", escaped(comm.as_bytes())),
+        None => String::new(),
+    };
+    if let Some(container) = &row.container {
+        who += &format!("@{container}");
+    }
+    if let (Some(local), true) = (row.example.as_ref().and_then(local), row.owner.is_some()) {
+        who += &format!(" {local}");
+    }
+    if who.is_empty() { "-".into() } else { who }
+}
+
+/// The address of the example's socket.
+fn local(e: &drop_example) -> Option<SocketAddr> {
+    let version = e.local_version;
+    (version != 0).then(|| SocketAddr::new(address(e.local, version), e.local_port))
+}
+
 fn ifname(e: &drop_example) -> String {
     let name: Vec<u8> = e.ifname.iter().copied().take_while(|b| *b != 0).collect();
     escaped(&name)
@@ -396,7 +450,7 @@ fn example(e: &drop_example) -> String {
         None => format!("ip-proto-{}", tuple.proto),
     };
     let ends = if tuple.has_ports() {
-        let end = |addr, port| std::net::SocketAddr::new(addr, port);
+        let end = |addr, port| SocketAddr::new(addr, port);
         format!(
             "{} > {}",
             end(tuple.saddr, tuple.sport),
@@ -411,12 +465,7 @@ fn example(e: &drop_example) -> String {
 /// `None` where the packet is no IP.
 fn tuple(e: &drop_example) -> Option<Tuple> {
     let t = &e.tuple;
-    let address = |words: [u64; 2]| {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&words[0].to_ne_bytes());
-        bytes[8..].copy_from_slice(&words[1].to_ne_bytes());
-        address(bytes, t.l3_version)
-    };
+    let address = |of: [u64; 2]| address(of, t.l3_version);
     (t.l3_version != 0).then(|| Tuple {
         saddr: address(t.saddr),
         daddr: address(t.daddr),
@@ -454,6 +503,15 @@ struct RowJson {
     backlog: u32,
     limit: u32,
     example: String,
+    container: Option<String>,
+    /// of the example's socket
+    socket: Option<String>,
+    qdisc: Option<String>,
+    qdisc_reason: Option<String>,
+    nft: Option<Nft>,
+    queue: Option<u32>,
+    trap: Option<String>,
+    trap_group: Option<String>,
 }
 
 impl RowJson {
@@ -480,6 +538,14 @@ impl RowJson {
             backlog: e.map_or(0, |e| e.backlog),
             limit: e.map_or(0, |e| e.limit),
             example: e.map_or(String::new(), example),
+            container: row.container.clone(),
+            socket: e.and_then(local).map(|local| local.to_string()),
+            qdisc: row.qdisc.as_ref().map(|q| q.0.clone()),
+            qdisc_reason: row.qdisc.as_ref().map(|q| q.1.clone()),
+            nft: row.nft.clone(),
+            queue: row.queue,
+            trap: row.trap.as_ref().map(|t| t.1.clone()),
+            trap_group: row.trap.as_ref().map(|t| t.0.clone()),
         }
     }
 }
@@ -531,6 +597,35 @@ impl DifferenceJson {
                     grew: *grew,
                 })
                 .collect(),
+        }
+    }
+}
+
+/// What a BPF program dropped.
+#[derive(Serialize)]
+struct ProgramJson<'a> {
+    #[serde(rename = "type")]
+    row: &'static str,
+    kind: &'static str,
+    id: u32,
+    name: &'a str,
+    verdict: &'static str,
+    packets: u64,
+    netns: u32,
+    ifindex: u32,
+}
+
+impl<'a> ProgramJson<'a> {
+    fn new(v: &'a Verdict) -> Self {
+        Self {
+            row: "program",
+            kind: v.kind.name(),
+            id: v.id,
+            name: &v.name,
+            verdict: v.verdict,
+            packets: v.packets,
+            netns: v.netns,
+            ifindex: v.ifindex,
         }
     }
 }

@@ -1,21 +1,22 @@
 //! Counts of the kernel side to rows: what was lost, where, whose.
 
-use crate::bpf::drops::types::{drop_example, drop_fact, drop_key};
-use crate::explain::{Fact, Meaning, NOT_SPECIFIED, Rules};
+use std::cell::LazyCell;
+
+use crate::bpf::drops::types::{drop_example, drop_key};
+use crate::explain::{Meaning, NOT_SPECIFIED, Rules};
+use crate::kernel::containers::ContainerNames;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::ksyms::FewSymbols;
 use crate::kernel::listen;
+use crate::kernel::netns::{self, Netns};
 use crate::kernel::process::SocketHolders;
+use crate::tools::drop_facts::facts;
+use crate::tools::skb::netfilter::Nft;
 
+use super::device;
 use super::kernel::{Count, Taken};
+use super::nft::RuleNames;
 use super::table::Seen;
-
-/// PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST of include/uapi/linux/if_packet.h.
-const PKT_TYPES: [(u8, Fact); 3] = [
-    (1, Fact::Broadcast),
-    (2, Fact::Multicast),
-    (3, Fact::OtherHost),
-];
 
 /// One row of a table.
 #[derive(Debug, Clone)]
@@ -31,6 +32,16 @@ pub struct Row {
     pub example: Option<drop_example>,
     /// who holds the example's socket now
     pub owner: Option<(u32, String)>,
+    /// the container of that socket, else of the namespace; escaped
+    pub container: Option<String>,
+    /// the handle of the qdisc that dropped, and why in its own words
+    pub qdisc: Option<(String, String)>,
+    /// the device's transmit queue that timed out
+    pub queue: Option<u32>,
+    /// the devlink trap: its group and its name, escaped
+    pub trap: Option<(String, String)>,
+    /// the rule that dropped
+    pub nft: Option<Nft>,
 }
 
 impl Row {
@@ -57,21 +68,28 @@ pub struct Names {
     reasons: DropReasons,
     symbols: FewSymbols,
     holders: Option<SocketHolders>,
+    containers: ContainerNames,
+    /// netprobe's own namespace
+    own: u32,
+    nft: RuleNames,
 }
 
 impl Names {
-    pub fn new(rules: Rules, reasons: DropReasons) -> Self {
+    pub fn new(rules: Rules, reasons: DropReasons, nft: RuleNames) -> Self {
         Self {
             rules,
             reasons,
             symbols: FewSymbols::default(),
             holders: None,
+            containers: ContainerNames::default(),
+            own: Netns::current().map_or(0, |netns| netns.inode),
+            nft,
         }
     }
 
     /// The name of a reason without what all of the core's have in common.
     pub fn reason(&mut self, value: u32) -> String {
-        if let Some(name) = listen::reason(value) {
+        if let Some(name) = listen::reason(value).or_else(|| device::reason(value)) {
             return name.to_owned();
         }
         if value == 0 {
@@ -86,15 +104,30 @@ impl Names {
     pub fn rows(&mut self, taken: &[Taken]) -> Vec<Row> {
         self.resolve(taken);
         let mut rows = Vec::new();
+        // Who is in the namespaces of this table: looked up once, if at all.
+        let processes = LazyCell::new(netns::processes);
         for Taken {
             key,
             count,
             example,
+            rule,
         } in taken
         {
             let (place, offset) = self.place(key);
             let reason = self.reason(key.reason);
-            let inode = example.as_ref().map_or(0, |e| e.inode);
+            let owner = self.owner(example.as_ref().map_or(0, |e| e.inode));
+            let pid = owner.as_ref().map_or(0, |(pid, _)| *pid);
+            let mut container = match example.as_ref().map_or(0, |e| e.cgroup) {
+                0 if pid == 0 => None,
+                cgroup => self.containers.of(cgroup, pid),
+            };
+            if container.is_none() && ![0, self.own].contains(&key.netns) {
+                let pid = processes.get(&key.netns).copied();
+                container = pid.and_then(|pid| self.containers.of(0, pid));
+            }
+            if rule.is_none() && reason == "NETFILTER_DROP" {
+                self.nft.missed();
+            }
             rows.push(Row {
                 count: *count,
                 meaning: self.rules.explain(&reason, &place, &facts(key.facts)),
@@ -102,11 +135,29 @@ impl Names {
                 place,
                 offset,
                 key: *key,
-                owner: self.owner(inode),
+                owner,
+                container,
+                qdisc: self.qdisc(key),
                 example: *example,
+                queue: device::queue(key),
+                trap: rule.as_ref().and_then(|rule| device::trap(key, rule)),
+                nft: (!device::is_device(key.reason))
+                    .then(|| Some(self.nft.of(rule.as_ref()?)))
+                    .flatten(),
             });
         }
         rows
+    }
+
+    fn qdisc(&mut self, key: &drop_key) -> Option<(String, String)> {
+        if key.qdisc_reason == 0 {
+            return None;
+        }
+        let name = self
+            .reasons
+            .name(u32::from(key.qdisc_subsys) << 16 | u32::from(key.qdisc_reason));
+        let name = name.strip_prefix("QDISC_DROP_").unwrap_or(&name).to_owned();
+        Some((format!("{:x}:", key.decider >> 16), name))
     }
 
     fn owner(&mut self, inode: u64) -> Option<(u32, String)> {
@@ -130,38 +181,5 @@ impl Names {
             None if key.place == 0 => (String::new(), 0),
             None => (format!("{:#x}", key.place), 0),
         }
-    }
-}
-
-/// What a rule may ask about the row's packets.
-fn facts(bits: u8) -> Vec<Fact> {
-    let bits = u32::from(bits);
-    let pkt_type = bits & drop_fact::DROP_PKT_TYPE.0;
-    let mut facts: Vec<Fact> = PKT_TYPES
-        .iter()
-        .filter(|(value, _)| u32::from(*value) == pkt_type)
-        .map(|(_, fact)| *fact)
-        .collect();
-    let more = [
-        (drop_fact::DROP_PROMISCUOUS, Fact::Promiscuous),
-        (drop_fact::DROP_ECHO_REPLY, Fact::EchoReply),
-        (drop_fact::DROP_NO_IP, Fact::NoIp),
-        (drop_fact::DROP_TIME_WAIT, Fact::TimeWait),
-        (drop_fact::DROP_NO_DATA, Fact::NoData),
-    ];
-    let set = more.into_iter().filter(|(bit, _)| bits & bit.0 != 0);
-    facts.extend(set.map(|(_, fact)| fact));
-    facts
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn facts_of_bits() {
-        let bits = 3 | drop_fact::DROP_PROMISCUOUS.0 as u8;
-        assert_eq!(facts(bits), [Fact::OtherHost, Fact::Promiscuous]);
-        assert_eq!(facts(0), []);
     }
 }

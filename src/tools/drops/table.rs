@@ -47,6 +47,8 @@ pub struct Entry {
     #[serde(default)]
     pub exact: bool,
     #[serde(default)]
+    pub told: Vec<String>,
+    #[serde(default)]
     pub shared: String,
     #[serde(default)]
     pub group: String,

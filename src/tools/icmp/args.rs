@@ -7,7 +7,7 @@ use crate::bpf::skb::types::np_config;
 use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::{FieldArgs, PacketFieldArgs};
-use crate::tools::{EngineArgs, TransportArgs};
+use crate::tools::{EngineArgs, TransportArgs, TypesArgs};
 use crate::usage::usage;
 
 /// What a time stamp counts from.
@@ -98,6 +98,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub engine: EngineArgs,
+
+    #[command(flatten)]
+    pub types: TypesArgs,
 
     #[command(flatten)]
     pub transport: TransportArgs,

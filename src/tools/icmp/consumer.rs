@@ -8,7 +8,6 @@ use serde::Serialize;
 
 use crate::engine::merge::Record;
 use crate::kernel::drop_reason::DropReasons;
-use crate::os::monotonic_ns;
 use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
@@ -22,9 +21,6 @@ use super::present::Presenter;
 use super::requests::{Part, Request, Requests};
 use super::stages::Stage;
 use super::summary::{ByCpu, FigureRow, Figures};
-
-/// Older than this, an event has come out of the buffers.
-const SETTLED_NS: u64 = 100_000_000;
 
 /// Events to lines and figures.
 pub struct Session<'a> {
@@ -41,6 +37,8 @@ pub struct Session<'a> {
     culprits: Culprits,
     names: Names,
     pub undecodable: u64,
+    /// see [`Consumer::reached`]
+    reached: u64,
 }
 
 /// For the summary.
@@ -104,6 +102,7 @@ impl<'a> Session<'a> {
             culprits: Culprits::default(),
             names: Names::default(),
             undecodable: 0,
+            reached: 0,
         })
     }
 
@@ -294,9 +293,13 @@ impl Consumer for Session<'_> {
         Ok(Flow::Continue)
     }
 
+    fn reached(&mut self, until: u64) {
+        self.reached = until;
+    }
+
     fn tick(&mut self) -> Result<Flow> {
         // What is younger may still have events in the buffers.
-        let flow = self.release(monotonic_ns()?.saturating_sub(SETTLED_NS))?;
+        let flow = self.release(self.reached)?;
         self.interval()?;
         self.out.flush()?;
         Ok(flow)

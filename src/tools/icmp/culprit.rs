@@ -56,6 +56,20 @@ impl Culprits {
             .filter(|w| w.gap.is_some())
     }
 
+    /// What is known of the longest gap of this CPU that began or ended between these times.
+    pub fn within(&self, cpu: u16, from: u64, to: u64) -> Option<&Waited> {
+        let shared = |waited: &Waited| {
+            let gap = waited.gap.as_ref().filter(|gap| gap.cpu == cpu)?;
+            let ns = gap.entry.min(to).saturating_sub(gap.raise.max(from));
+            (ns > 0).then_some(ns)
+        };
+        let all = self
+            .by_softirq
+            .values()
+            .filter_map(|w| Some((shared(w)?, w)));
+        all.max_by_key(|(ns, _)| *ns).map(|(_, waited)| waited)
+    }
+
     fn entry(&mut self, softirq: Softirq) -> &mut Waited {
         if !self.by_softirq.contains_key(&softirq) {
             if self.order.len() >= REMEMBERED {
@@ -192,6 +206,25 @@ fn most_frequent(samples: &[&Sample], name: impl Fn(u64) -> String) -> (usize, V
 }
 
 impl Culprit {
+    /// Whether the CPU had nothing to run.
+    pub fn is_idle(&self) -> bool {
+        self.task.pid == 0
+    }
+
+    /// `name[pid]`, with the innermost function of its stack.
+    pub fn who(&self) -> String {
+        let symbol = self.stack.iter().find_map(|frame| frame.symbol.as_ref());
+        let place = symbol.map_or(String::new(), |s| {
+            format!(" in {}", escaped(s.name.as_bytes()))
+        });
+        format!("{}[{}]{place}", self.task.comm, self.task.tgid)
+    }
+
+    /// ns that this task ran in the gap.
+    pub fn ran(&self) -> u64 {
+        self.task.ran_ns
+    }
+
     /// Lines below the echo's own, each begun by a newline.
     pub fn push_text(&self, line: &mut Vec<u8>) {
         // Writes to a Vec do not fail.
@@ -316,6 +349,26 @@ mod tests {
             ..t
         };
         assert!(c.of(&elsewhere).is_none());
+    }
+
+    #[test]
+    fn a_packet_finds_the_gap_of_its_time() {
+        let mut c = Culprits::default();
+        for (cpu, raise, entry) in [(1, 100, 900), (1, 1000, 1100), (0, 100, 950)] {
+            c.gap(Gap {
+                cpu,
+                raise,
+                entry,
+                runs: vec![run(3, entry - raise)],
+            });
+        }
+        let ran = |from, to| {
+            let waited = c.within(1, from, to)?;
+            Some(waited.by_time()?.0.ns)
+        };
+        assert_eq!(ran(150, 920), Some(800));
+        assert_eq!(ran(990, 1200), Some(100));
+        assert_eq!(ran(920, 980), None);
     }
 
     #[test]

@@ -235,15 +235,9 @@ fn softirq(s: &icmp_softirq) -> Softirq {
 }
 
 fn key(k: &icmp_key) -> Option<Key> {
-    let bytes = |w: [u64; 2]| {
-        let mut b = [0; 16];
-        b[..8].copy_from_slice(&w[0].to_ne_bytes());
-        b[8..].copy_from_slice(&w[1].to_ne_bytes());
-        b
-    };
     matches!(k.version, 4 | 6).then(|| Key {
-        saddr: address(bytes(k.saddr), k.version),
-        daddr: address(bytes(k.daddr), k.version),
+        saddr: address(k.saddr, k.version),
+        daddr: address(k.daddr, k.version),
         netns: k.netns,
         id: k.id,
         seq: k.seq,

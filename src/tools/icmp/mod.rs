@@ -3,8 +3,8 @@
 mod answers;
 pub mod args;
 mod consumer;
-mod culprit;
-mod decode;
+pub mod culprit;
+pub mod decode;
 mod present;
 mod present_sent;
 mod probes;
@@ -19,10 +19,8 @@ use libbpf_rs::MapCore;
 
 use crate::bpf;
 use crate::engine::merge::Record;
-use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
-use crate::kernel::features::Features;
 use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
@@ -39,14 +37,11 @@ pub fn run(args: &Args) -> Result<()> {
     let filter = args.filter.config()?;
     args.transport.check(&args.engine)?;
     args.check_stages()?;
-    let filters = args.expression.filters(None)?;
+    let filters = args.expression.filters(args.types.file())?;
     log::init(args.engine.verbose);
-    let btf = Btf::vmlinux(None);
-    if let Ok(btf) = &btf {
-        btf.await_names(bpf::ICMP_TYPES);
-    }
-    let features = Features::with(btf.as_ref().ok());
+    let (btf, features) = args.types.load(&[bpf::ICMP_TYPES])?;
     features.require_tracing("icmp")?;
+    log::lacking();
     let btf = btf?;
     let reasons = if args.sent {
         DropReasons::load(&btf)
@@ -82,6 +77,10 @@ struct Icmp<'a, M> {
 impl<M: MapCore> Consumer for Icmp<'_, M> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
         self.session.event(record)
+    }
+
+    fn reached(&mut self, until: u64) {
+        self.session.reached(until);
     }
 
     fn tick(&mut self) -> Result<Flow> {

@@ -1,12 +1,19 @@
-//! The files of a recording: one, or one after the other.
+//! The files of a recording: one, or one after the other, or one at each trigger.
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::run::rotate::{RotateArgs, Rotating};
-use crate::tools::skb::record::{MakeSink, Sink};
+use crossbeam_channel::Receiver;
+
+use crate::filter::expr::Compiled;
+use crate::run::rotate::{Names, RotateArgs, Rotating};
+use crate::run::stream::Stream;
+use crate::tools::skb::flight::{Flight, MakeFile, Options};
+use crate::tools::skb::record::{MakeTarget, Sink, Target};
+use crate::tools::skb::trigger::Triggers;
 
 /// Which files, and how large they may become; in bytes.
 pub struct Files {
@@ -28,19 +35,19 @@ struct Writer {
     written: (u64, u64),
 }
 
-impl MakeSink for Files {
-    fn make(&self) -> Result<Box<dyn Sink>> {
+impl MakeTarget for Files {
+    fn make(&self, _: Option<&Compiled>) -> Result<Target> {
         let rules = RotateArgs {
             output_file_max_backups: self.keep,
             ..RotateArgs::never()
         };
-        Ok(Box::new(Writer {
+        Ok(Target::File(Box::new(Writer {
             file: Rotating::create(&self.path, &rules)?,
             name: self.path.display().to_string(),
             max_size: self.max_size,
             rotate_size: self.rotate_size.unwrap_or(u64::MAX),
             written: (0, 0),
-        }))
+        })))
     }
 }
 
@@ -65,5 +72,57 @@ impl Sink for Writer {
 
     fn is_over(&self) -> bool {
         self.max_size > 0 && self.written.1 >= self.max_size
+    }
+}
+
+/// A flight recorder, and its files.
+pub struct Flights {
+    pub path: PathBuf,
+    /// files that are kept; 0: all
+    pub keep: usize,
+    pub before: Duration,
+    pub after: Duration,
+    pub interval: Duration,
+    pub memory: usize,
+    pub triggers: Triggers,
+    pub usr1: Option<Receiver<()>>,
+}
+
+struct OnTrigger {
+    names: Names,
+    keep: usize,
+}
+
+impl MakeTarget for Flights {
+    fn make(&self, expression: Option<&Compiled>) -> Result<Target> {
+        let options = Options {
+            before: self.before,
+            after: self.after,
+            memory: self.memory,
+            interval: self.interval,
+            triggers: self.triggers.clone(),
+            expression: expression.cloned(),
+            usr1: self.usr1.clone(),
+        };
+        let files = OnTrigger {
+            names: Names::of(&self.path),
+            keep: self.keep,
+        };
+        let flight = Flight::new(options, Box::new(files));
+        Ok(Target::Flight(Box::new(flight)))
+    }
+}
+
+impl MakeFile for OnTrigger {
+    fn make(&mut self) -> Result<(Box<dyn Write>, String)> {
+        let path = self.names.free();
+        let name = path.display().to_string();
+        let file = Stream::create(&path).with_context(|| format!("failed to create {name}"))?;
+        Ok((Box::new(file), name))
+    }
+
+    fn made(&mut self) -> Result<()> {
+        let kept = self.names.keep(self.keep);
+        kept.context("failed to remove the oldest file")
     }
 }

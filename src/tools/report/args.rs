@@ -72,6 +72,10 @@ pub struct Args {
     #[arg(long, value_enum, help_heading = "Output")]
     pub timestamp: Option<Timestamp>,
 
+    /// Show normal frees among drops too, as if the recorded run had done so
+    #[arg(long, help_heading = "Output")]
+    pub all: bool,
+
     /// Show TCP flags after the addresses, as if the recorded run had done so
     #[arg(long, help_heading = "Output")]
     pub output_tcp_flags: bool,

@@ -58,6 +58,15 @@ impl Filter {
         })
     }
 
+    /// Every event is to be shown.
+    pub fn is_empty(&self) -> bool {
+        self.config.fields == 0
+            && self.netns.is_none()
+            && self.ifname.is_none()
+            && self.func.is_none()
+            && self.expression.is_none()
+    }
+
     /// The event is to be shown.
     pub fn matches(&mut self, event: &Event, of: &mut Recorded) -> bool {
         self.device(event.meta.as_ref(), of)

@@ -1,13 +1,13 @@
 //! `netprobe report`: what a recording shows, on any machine, without privilege. It knows what an event is by `tools::skb` alone.
 
 pub mod args;
-mod filter;
+pub(super) mod filter;
 mod html;
-mod input;
+pub(super) mod input;
 mod perfetto;
 mod show;
 mod sort;
-mod stats;
+pub(super) mod stats;
 
 use anyhow::Result;
 use crossbeam_channel::Receiver;
@@ -18,9 +18,11 @@ use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::signals;
+use crate::text::json;
 use crate::tools::skb::event::Event;
 use crate::tools::skb::record::{End, Head, identity};
 use crate::tools::skb::recorded::Recorded;
+use crate::tools::why::file::{Answer, TOOL};
 use crate::usage::usage;
 
 use args::{Args, Format, Sort};
@@ -67,6 +69,7 @@ pub fn run_until(args: &Args, stop: &Receiver<Signal>) -> Result<()> {
         filter,
         show,
         recorded: None,
+        answers: false,
         sort,
         sorter: Sorter::default(),
         number: 0,
@@ -83,6 +86,8 @@ struct Report<'a> {
     filter: Filter,
     show: Box<dyn Show>,
     recorded: Option<Recorded>,
+    /// the recording at hand is of answers (`netprobe why -w`), not of events
+    answers: bool,
     sort: Option<Sort>,
     /// events that wait for the end of the recording
     sorter: Sorter,
@@ -98,6 +103,7 @@ impl View for Report<'_> {
     fn begin(&mut self, head: Head, goes_on: bool) -> Result<()> {
         let mut style = head.style.clone();
         style.timestamp = self.args.timestamp.unwrap_or(style.timestamp);
+        style.all |= self.args.all;
         style.tcp_flags |= self.args.output_tcp_flags;
         style.netns_names |= self.args.output_netns_names;
         let same = |recorded: &Recorded| goes_on && recorded.style == style;
@@ -105,6 +111,15 @@ impl View for Report<'_> {
             return Ok(());
         }
         self.end_of_recording()?;
+        if let Some(t) = &head.triggered {
+            eprintln!("netprobe: {}", t.words());
+        }
+        self.answers = head.tool == TOOL;
+        if self.answers {
+            self.recorded = None;
+            let lines = self.sort.is_none() && self.filter.is_empty();
+            return self.show.begin_answers(lines);
+        }
         let recorded = Recorded::new(&head, style)?;
         self.show.begin(&recorded, &head)?;
         self.recorded = Some(recorded);
@@ -112,6 +127,9 @@ impl View for Report<'_> {
     }
 
     fn item(&mut self, item: Item<'_>) -> Result<Flow> {
+        if self.answers {
+            return self.answer(item);
+        }
         let Some(recorded) = &mut self.recorded else {
             return Ok(Flow::Continue);
         };
@@ -128,6 +146,9 @@ impl View for Report<'_> {
         }
         let event = &self.event;
         if !self.filter.matches(event, recorded) {
+            return Ok(Flow::Continue);
+        }
+        if recorded.hides(event)? {
             return Ok(Flow::Continue);
         }
         let Some(sort) = self.sort else {
@@ -151,8 +172,25 @@ impl View for Report<'_> {
 }
 
 impl Report<'_> {
+    /// An answer of why.
+    fn answer(&mut self, item: Item<'_>) -> Result<Flow> {
+        let Item::News(bytes) = item else {
+            return Ok(Flow::Continue);
+        };
+        match json::read::<Answer>(bytes) {
+            Ok(answer) => self.show.answer(&answer),
+            Err(_) => {
+                self.undecodable += 1;
+                Ok(Flow::Continue)
+            }
+        }
+    }
+
     /// Everything of the recording has been read, or as much of it as is wanted.
     fn end_of_recording(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.answers) {
+            return self.show.end(self.loss.take().as_ref());
+        }
         let Some(recorded) = &mut self.recorded else {
             return Ok(());
         };
@@ -178,6 +216,7 @@ impl Report<'_> {
             eprintln!("netprobe: {} events could not be decoded", self.undecodable);
         }
         self.undecodable = 0;
+        recorded.tell_hidden();
         self.show.end(self.loss.take().as_ref())
     }
 

@@ -3,23 +3,32 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustc_hash::FxHashSet;
 
 use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::stream::Stream;
+use crate::text::escape::{printable, printable_lines};
 use crate::tools::skb::capture::Capture;
 use crate::tools::skb::event::Event;
 use crate::tools::skb::record::{Head, identity};
 use crate::tools::skb::recorded::Recorded;
+use crate::tools::why::file::Answer;
 
 /// What becomes of events.
 pub trait Show {
     /// The events of a recording follow.
     fn begin(&mut self, of: &Recorded, head: &Head) -> Result<()>;
     fn event(&mut self, of: &mut Recorded, event: &Event, late: bool) -> Result<Flow>;
+    /// Answers of why follow; `plain`: no filter and no order is asked for.
+    fn begin_answers(&mut self, _plain: bool) -> Result<()> {
+        bail!("a recording of why has no events, but answers: --format text or json shows them")
+    }
+    fn answer(&mut self, _: &Answer) -> Result<Flow> {
+        Ok(Flow::Continue)
+    }
     /// There are no more of this recording. `loss`: what it says that it lost.
     fn end(&mut self, loss: Option<&Loss>) -> Result<()>;
     fn flush(&mut self) -> Result<()>;
@@ -39,6 +48,30 @@ impl Show for Lines {
 
     fn event(&mut self, of: &mut Recorded, event: &Event, late: bool) -> Result<Flow> {
         of.line(&mut self.0, event, late)
+    }
+
+    fn begin_answers(&mut self, plain: bool) -> Result<()> {
+        match plain {
+            true => Ok(()),
+            false => {
+                bail!("a recording of why has no events: it can be neither filtered nor sorted")
+            }
+        }
+    }
+
+    fn answer(&mut self, answer: &Answer) -> Result<Flow> {
+        let text = match self.0.json() {
+            true if answer.json.is_empty() => return Ok(Flow::Continue),
+            true => printable(&answer.json),
+            false => printable_lines(&answer.text),
+        };
+        match answer.event {
+            true => self.0.event(|b| b.extend_from_slice(text.as_bytes())),
+            false => {
+                self.0.line(|b| b.extend_from_slice(text.as_bytes()))?;
+                Ok(Flow::Continue)
+            }
+        }
     }
 
     fn end(&mut self, loss: Option<&Loss>) -> Result<()> {

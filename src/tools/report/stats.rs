@@ -11,6 +11,7 @@ use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::text::escape::printable;
 use crate::tools::skb::event::Event;
+use crate::tools::skb::flight::Triggered;
 use crate::tools::skb::record::{Head, identity};
 use crate::tools::skb::recorded::Recorded;
 
@@ -153,13 +154,15 @@ fn count<K: Ord>(counts: &mut BTreeMap<K, u64>, key: K) {
 
 impl Show for Stats {
     fn begin(&mut self, _: &Recorded, head: &Head) -> Result<()> {
+        let why = head.triggered.as_ref().map(Triggered::words);
         self.counts = Counts {
             recorded: printable(&format!(
-                "recorded by netprobe {} on Linux {} {}: {}",
+                "recorded by netprobe {} on Linux {} {}: {}{}",
                 head.netprobe,
                 head.kernel,
                 head.machine,
-                head.command.join(" ")
+                head.command.join(" "),
+                why.map_or(String::new(), |why| format!("; {why}"))
             )),
             ..Counts::default()
         };

@@ -1,18 +1,19 @@
 //! The flags of `netprobe skb`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use regex::Regex;
 
+use crate::engine::batch::BufferOptions;
 use crate::filter::members::Condition;
 use crate::kernel::btf::Btf;
 use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 use crate::tools::who::WhoArgs;
-use crate::tools::{EngineArgs, TransportArgs};
+use crate::tools::{EngineArgs, TransportArgs, TypesArgs};
 use crate::usage::usage;
 
 use super::columns::{self, ColumnArgs, Types};
@@ -20,6 +21,10 @@ use super::event::{
     SECTION_DATA, SECTION_DROP, SECTION_LIFE, SECTION_MAP, SECTION_MEMBERS, SECTION_PACKET,
 };
 use super::style::{Style, Timestamp};
+use super::trigger::Triggers;
+
+/// What has not woken the reader of a flight recorder's buffers waits so long for it.
+const FLIGHT_POLL_MS: u16 = 250;
 
 /// How functions are attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -31,7 +36,7 @@ pub enum Backend {
 }
 
 /// Follow packets through the kernel, function by function.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// How to attach; the default is kprobe-multi where the kernel has it
     #[arg(long, value_enum)]
@@ -57,10 +62,6 @@ pub struct Args {
     /// error
     #[arg(long)]
     pub all_kmods: bool,
-
-    /// Take the kernel's types from FILE (BTF, or an ELF file with it) instead of from /sys/kernel/btf/vmlinux
-    #[arg(long, value_name = "FILE")]
-    pub kernel_btf: Option<PathBuf>,
 
     /// Attach this many functions at a time (with kprobe-multi; 0: all)
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -90,11 +91,11 @@ pub struct Args {
     pub filter_non_skb_funcs: Vec<String>,
 
     /// Show each run of a tc, tcx or netkit program, with its verdict. Programs that are loaded later are traced within 0.1 s
-    #[arg(long, help_heading = "BPF programs", conflicts_with_all = ["drops", "pid", "comm", "uid", "cgroup", "container", "command"])]
+    #[arg(long, help_heading = "BPF programs", conflicts_with_all = ["drops", "pid", "comm", "uid", "cgroup", "container", "pod", "command"])]
     pub filter_trace_tc: bool,
 
     /// Show each run of an XDP program, with its verdict. Programs that are loaded later are traced within 0.1 s
-    #[arg(long, help_heading = "BPF programs", conflicts_with_all = ["drops", "pid", "comm", "uid", "cgroup", "container", "command"])]
+    #[arg(long, help_heading = "BPF programs", conflicts_with_all = ["drops", "pid", "comm", "uid", "cgroup", "container", "pod", "command"])]
     pub filter_trace_xdp: bool,
 
     /// A condition in C on members of an XDP packet's xdp_buff: 'xdp->rxq->queue_index == 3' (--filter-skb-expr does not apply to
@@ -124,10 +125,19 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216), help_heading = "Tracking")]
     pub track_entries: u32,
 
-    /// Print one line for each dropped packet, with its reason and place. Uses the kernel's tracepoint of drops, and probes on the
-    /// few functions that drop handshakes when a listen queue is full
-    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "filter_kprobe_batch", "kmods", "all_kmods", "output_retval", "output-caller"])]
+    /// Print one line for each dropped packet: its reason, its place, what that means, the owner of its socket, and the firewall rule.
+    /// Uses the kernel's tracepoint of drops, and probes on functions that drop handshakes, make sockets and run firewall rules
+    #[arg(long, conflicts_with_all = ["filter_func", "filter_track_skb_by_stackid", "filter_non_skb_funcs", "filter_kprobe_batch", "kmods", "all_kmods", "output_retval", "output-caller"])]
     pub drops: bool,
+
+    /// With --drops: show the normal frees too (a TCP acknowledgement that was taken, multicast that nobody asked for). Without the
+    /// flag their number is told at the end
+    #[arg(long, requires = "drops")]
+    pub all: bool,
+
+    /// With --drops: rules that say what a drop means, before the built-in ones
+    #[arg(long, value_name = "FILE", requires = "drops")]
+    pub rules: Option<PathBuf>,
 
     #[command(flatten)]
     pub columns: ColumnArgs,
@@ -163,7 +173,7 @@ pub struct Args {
     #[arg(long, help_heading = "Output")]
     pub output_netns_names: bool,
 
-    /// Write each event's packet to FILE as pcapng, with function, reason, skb and process as its comment (beside the lines)
+    /// Write each event's packet to FILE (-: stdout) as pcapng, with function, reason, skb and process as its comment (beside the lines)
     #[arg(
         short = 'w',
         long,
@@ -192,11 +202,18 @@ pub struct Args {
     pub engine: EngineArgs,
 
     #[command(flatten)]
+    pub types: TypesArgs,
+
+    #[command(flatten)]
     pub transport: TransportArgs,
 
     /// The events are recorded (`netprobe record`), with the packets' bytes and the numbers of sk_buffs' lives.
     #[arg(skip)]
     pub recorded: bool,
+
+    /// What writes the files of a flight recorder (`netprobe record --flight`).
+    #[arg(skip)]
+    pub triggers: Triggers,
 
     // Last: its COMMAND comes behind the expression.
     #[command(flatten)]
@@ -214,7 +231,13 @@ impl Args {
             (self.drops, SECTION_DROP),
         ];
         let others = others.iter().filter(|(wanted, _)| *wanted);
-        others.fold(self.columns.sections, |sum, (_, section)| sum | section)
+        let with_drops = if self.drops {
+            self.columns.with_drops
+        } else {
+            0
+        };
+        let columns = self.columns.sections | with_drops;
+        others.fold(columns, |sum, (_, section)| sum | section)
     }
 
     /// The same, with those that only some events have.
@@ -250,14 +273,25 @@ impl Args {
         let Some(text) = &self.filter_xdp_expr else {
             return Ok(None);
         };
-        let mut btf = Btf::vmlinux(self.kernel_btf.as_deref());
-        if self.kernel_btf.is_some() {
+        let mut btf = Btf::vmlinux(self.types.kernel_btf.as_deref());
+        if self.types.kernel_btf.is_some() {
             btf = btf.context("--kernel-btf");
         }
         let btf = btf?;
         Condition::parse(text, ("xdp", "xdp_buff"), &btf)
             .map(Some)
             .map_err(|e| usage(format!("--filter-xdp-expr '{text}': {e:#}")))
+    }
+
+    /// A capture and lines cannot both go to stdout.
+    pub fn check_write(&self) -> Result<()> {
+        let both = self.write.as_deref() == Some(Path::new("-"));
+        if both && self.output.output_file.is_none() {
+            return Err(usage(
+                "--write -: stdout has the lines; write them elsewhere, by --output-file FILE",
+            ));
+        }
+        Ok(())
     }
 
     /// Packets are followed by their skb.
@@ -276,6 +310,18 @@ impl Args {
         self.write.is_some() || self.recorded
     }
 
+    /// Nobody waits for the events of a flight recorder: its readers sleep longer.
+    pub fn buffer(&self) -> BufferOptions {
+        let buffer = self.engine.buffer();
+        BufferOptions {
+            poll_ms: match self.triggers.0.is_empty() {
+                true => buffer.poll_ms,
+                false => FLIGHT_POLL_MS,
+            },
+            ..buffer
+        }
+    }
+
     /// How events are shown.
     pub fn style(&self) -> Style {
         Style {
@@ -283,6 +329,7 @@ impl Args {
             snap_len: self.snap_len(),
             timestamp: self.timestamp(),
             drops: self.drops,
+            all: self.all,
             tcp_flags: self.output_tcp_flags,
             netns_names: self.output_netns_names,
         }

@@ -245,11 +245,11 @@ impl programs::Attached for Attached {
     }
 }
 
-/// Detaches, however the run ends. Single kprobes take the kernel up to 100 ms each: where there are many, a child process that
-/// holds the last reference to them does the waiting, and the user does not. The run pauses the programs.
+/// Detaches, however the run ends. A single kprobe takes the kernel up to 100 ms, and so does a link of many: where there are many
+/// links, a child process that holds the last reference to them does the waiting, and the user does not. The run pauses the programs.
 impl Drop for Attached {
     fn drop(&mut self) {
-        if self.backend == Backend::Kprobe && self.links.len() > 16 {
+        if self.links.len() > 16 {
             attach::close_in_child(std::mem::take(&mut self.links));
         }
     }

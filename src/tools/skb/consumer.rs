@@ -30,6 +30,23 @@ pub struct Skb<'a, 'p, M> {
     pub programs: run::Programs<'a, M, Attached>,
 }
 
+impl<M: MapCore> Skb<'_, '_, M> {
+    fn record(&mut self) -> Result<()> {
+        let wants_loss = self.recorder.as_ref().is_some_and(Recorder::wants_loss);
+        let mut loss = Loss::default();
+        if wants_loss {
+            self.count(&mut loss)?;
+        }
+        let Some(recorder) = &mut self.recorder else {
+            return Ok(());
+        };
+        if wants_loss {
+            recorder.loss(loss)?;
+        }
+        recorder.tick(self.lines.presenter)
+    }
+}
+
 impl<M: MapCore> Consumer for Skb<'_, '_, M> {
     fn event(&mut self, record: Record<'_>) -> Result<Flow> {
         match &mut self.recorder {
@@ -38,10 +55,14 @@ impl<M: MapCore> Consumer for Skb<'_, '_, M> {
         }
     }
 
-    fn tick(&mut self) -> Result<Flow> {
+    fn reached(&mut self, until: u64) {
         if let Some(recorder) = &mut self.recorder {
-            recorder.tick(self.lines.presenter)?;
+            recorder.reached = until;
         }
+    }
+
+    fn tick(&mut self) -> Result<Flow> {
+        self.record()?;
         let flow = self.lines.tick()?;
         // Nobody knows here which packets are still under way.
         match self.command.as_mut().is_some_and(|c| c.is_over(false)) {
@@ -74,6 +95,7 @@ impl<M: MapCore> Tool for Skb<'_, '_, M> {
     }
 
     fn report(&mut self, loss: &Loss) -> Result<()> {
+        self.lines.presenter.hidden.tell();
         loss.report(self.lines.out)
     }
 }
@@ -95,6 +117,9 @@ impl Lines<'_, '_> {
     /// The line of the event, and its packet in a capture file.
     pub fn shown(&mut self, late: bool) -> Result<Flow> {
         let event = &self.event;
+        if self.presenter.hides(event)? {
+            return Ok(Flow::Continue);
+        }
         let flow = self.presenter.event(self.out, event, late)?;
         if let Some(capture) = &mut self.capture {
             let comment = self.presenter.comment(event);

@@ -14,6 +14,7 @@ const KIND_ENTER: u16 = skb_kind::SKB_KIND_ENTER.0 as u16;
 const KIND_LEAVE: u16 = skb_kind::SKB_KIND_LEAVE.0 as u16;
 const KIND_ICMP: u16 = skb_kind::SKB_KIND_ICMP.0 as u16;
 const KIND_NO_ROUTE: u16 = skb_kind::SKB_KIND_NO_ROUTE.0 as u16;
+const KIND_TRANSLATED: u16 = skb_kind::SKB_KIND_TRANSLATED.0 as u16;
 
 /// Sections that most events have, and no others.
 const USUAL: u32 = SECTION_META | SECTION_TUPLE;
@@ -66,6 +67,7 @@ fn fixed(event: &mut Event, e: &skb_event) {
         _ => None,
     };
     event.icmp = (e.head.kind == KIND_ICMP).then_some(((e.reason >> 8) as u8, e.reason as u8));
+    event.translated = e.head.kind == KIND_TRANSLATED;
     event.no_route = (e.head.kind == KIND_NO_ROUTE).then_some(e.reason as i32);
 }
 

@@ -12,6 +12,15 @@ const ACCEPT_QUEUE: u32 = skb_lost::SKB_LOST_ACCEPT_QUEUE.0;
 const SYN_QUEUE: u32 = skb_lost::SKB_LOST_SYN_QUEUE.0;
 const SYN: u32 = skb_lost::SKB_LOST_SYN.0;
 const CHILD: u32 = skb_lost::SKB_LOST_CHILD.0;
+const CSUM: u32 = skb_lost::SKB_LOST_CSUM.0;
+/// What refused a packet on kernels without reasons, and the reason that newer ones give.
+const REFUSED: [(u32, &str); 5] = [
+    (skb_lost::SKB_LOST_FILTER.0, "SOCKET_FILTER"),
+    (skb_lost::SKB_LOST_POLICY.0, "XFRM_POLICY"),
+    (skb_lost::SKB_LOST_BUFFER.0, "SOCKET_RCVBUFF"),
+    (skb_lost::SKB_LOST_MEMORY.0, "PROTO_MEM"),
+    (skb_lost::SKB_LOST_RPFILTER.0, "IP_RPFILTER"),
+];
 /// PACKET_BROADCAST, PACKET_MULTICAST, PACKET_OTHERHOST, PACKET_LOOPBACK
 const BROADCAST: u8 = 1;
 const MULTICAST: u8 = 2;
@@ -29,6 +38,7 @@ pub struct Drop {
     others: i32,
     pkt_type: u8,
     cloned: bool,
+    facts: u8,
     qdisc: u32,
 }
 
@@ -61,25 +71,37 @@ impl Drop {
             others: d.others,
             pkt_type: d.pkt_type,
             cloned: d.cloned != 0,
+            facts: d.facts,
             qdisc: d.qdisc,
         }
     }
 
-    /// Why, in our own words, where the kernel has none: it says `reason`.
-    pub fn reason(&self, reason: Option<&str>) -> Option<&'static str> {
+    /// Why, in our own words, where the kernel has none: it says `reason`. `place`: the function that dropped it.
+    pub fn reason(&self, reason: Option<&str>, place: &str) -> Option<&'static str> {
         let none = reason.is_none_or(|r| r.ends_with("NOT_SPECIFIED"));
         match self.lost {
             ACCEPT_QUEUE => Some("ACCEPT_QUEUE_FULL"),
             SYN_QUEUE => Some("SYN_QUEUE_FULL"),
             SYN => Some("SYN_UNANSWERED"),
             CHILD if none => Some("HANDSHAKE_FAILED"),
-            _ => None,
+            CSUM if place.contains("tcp") => Some("TCP_CSUM"),
+            CSUM if place.contains("udp") => Some("UDP_CSUM"),
+            CSUM => Some("SKB_CSUM"),
+            lost => {
+                let refused = REFUSED.iter().find(|(by, _)| *by == lost);
+                refused.map(|(_, reason)| *reason)
+            }
         }
     }
 
     /// The reason of a qdisc, where the function `at` frees what a qdisc dropped: it says itself that one did, and no more.
     pub fn qdisc(&self, at: &str) -> Option<u32> {
         (at == QDISC_FREE && self.qdisc >> 16 != 0).then_some(self.qdisc)
+    }
+
+    /// Bits of enum drop_fact.
+    pub fn facts(&self) -> u8 {
+        self.facts
     }
 
     /// The queue that was full.
@@ -179,21 +201,32 @@ mod tests {
             others,
             pkt_type: 0,
             cloned: false,
+            facts: 0,
             qdisc: 0,
         }
     }
 
     #[test]
     fn words_of_our_own_only_where_the_kernel_has_none() {
-        assert_eq!(drop(0, -1).reason(None), None);
+        assert_eq!(drop(0, -1).reason(None, "f"), None);
+        let sum = drop(CSUM, -1);
         assert_eq!(
-            drop(ACCEPT_QUEUE, -1).reason(None),
+            sum.reason(None, "udpv6_queue_rcv_one_skb"),
+            Some("UDP_CSUM")
+        );
+        assert_eq!(sum.reason(None, "icmp_rcv"), Some("SKB_CSUM"));
+        assert_eq!(
+            drop(REFUSED[1].0, -1).reason(None, "f"),
+            Some("XFRM_POLICY")
+        );
+        assert_eq!(
+            drop(ACCEPT_QUEUE, -1).reason(None, "f"),
             Some("ACCEPT_QUEUE_FULL")
         );
         let specified = Some("SKB_DROP_REASON_NOMEM");
-        assert_eq!(drop(CHILD, -1).reason(specified), None);
+        assert_eq!(drop(CHILD, -1).reason(specified, "f"), None);
         let not = Some("SKB_DROP_REASON_NOT_SPECIFIED");
-        assert_eq!(drop(CHILD, -1).reason(not), Some("HANDSHAKE_FAILED"));
+        assert_eq!(drop(CHILD, -1).reason(not, "f"), Some("HANDSHAKE_FAILED"));
     }
 
     #[test]

@@ -76,6 +76,8 @@ pub struct Event {
     pub facts: Option<Box<Facts>>,
     /// type and code of an ICMP error that this kernel sends for the packet
     pub icmp: Option<(u8, u8)>,
+    /// a rule of nft has translated the packet: `nft` is the rule
+    pub translated: bool,
     /// errno of a route that a process looked for in vain
     pub no_route: Option<i32>,
     /// addresses, innermost first
@@ -87,6 +89,15 @@ pub struct Event {
 }
 
 impl Event {
+    /// The packet of an event alone: its device and its bytes.
+    pub fn of_packet(meta: Option<Meta>, data: Data) -> Self {
+        Self {
+            meta,
+            data: Some(data),
+            ..Self::default()
+        }
+    }
+
     /// Keeps the first `size` bytes for the section's own column ([`Event::kept`]), and gives what follows them.
     pub fn keep<'b>(&mut self, section: u32, size: usize, bytes: &'b [u8]) -> Option<&'b [u8]> {
         let (own, rest) = bytes.split_at_checked(size)?;
@@ -146,6 +157,12 @@ pub struct Facts {
     pub time_wait: bool,
     /// its device takes frames for others, too
     pub promiscuous: bool,
+    /// the frame is for the device's own address or a group's; else another host's; nothing where it was not asked
+    pub own_mac: Option<bool>,
+    /// its device does not take IPv6
+    pub ipv6_off: bool,
+    /// its socket has a filter
+    pub filter: bool,
 }
 
 /// A socket's queues.

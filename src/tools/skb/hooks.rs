@@ -121,6 +121,19 @@ pub const LISTEN: [Hook; 4] = [
     ("listen_ack", "tcp_v6_syn_recv_sock"),
 ];
 
+/// --drops with tracking: where a packet may match before something changes its headers
+pub const DROP_BEGINS: [Hook; 6] = [
+    ("drop_begin", "nf_hook_slow"),
+    ("drop_begin", "ip_rcv_core"),
+    ("drop_begin", "ip6_rcv_core"),
+    ("drop_begin", "__ip_local_out"),
+    ("drop_begin", "__ip6_local_out"),
+    ("drop_begin", "__dev_queue_xmit"),
+];
+
+/// --drops: segments for connections in TIME-WAIT, which are no losses (src/bpf/common/drop_facts.bpf.h)
+pub const TIME_WAIT: [Hook; 1] = [("drops_time_wait", "tcp_timewait_state_process")];
+
 /// --drops with --output-owner, where the tracepoint does not tell the socket (before 6.11)
 pub const RECEIVERS: [Hook; 12] = [
     ("rx_sock", "udp_queue_rcv_one_skb"),
@@ -135,6 +148,15 @@ pub const RECEIVERS: [Hook; 12] = [
     (FOUND, "__inet6_lookup_established"),
     (FOUND, "__inet_lookup_listener"),
     (FOUND, "inet6_lookup_listener"),
+];
+
+/// The same on kernels whose drops have no reasons: who refuses a packet
+pub const REFUSALS: [Hook; 5] = [
+    ("rx_filter", "sk_filter_trim_cap"),
+    ("rx_policy", "__xfrm_policy_check"),
+    ("rx_sum", "__skb_checksum_complete"),
+    ("rx_enqueue", "__udp_enqueue_schedule_skb"),
+    ("rx_route", "ip_route_input_noref"),
 ];
 
 /// netprobe why (src/bpf/skb_why.bpf.h)
@@ -195,11 +217,21 @@ pub const CHANGES_NFT: [Hook; 4] = [
 /// Where they are not
 pub const CHANGES_NFT_SOME: [Hook; 1] = [("change_nft_some", "nf_tables_commit")];
 
+/// netprobe record --trigger rst (src/bpf/skb/skb_flight.bpf.h)
+pub const TRIGGER_RST: [Hook; 3] = [
+    ("flight_answers", "tcp_v4_send_reset"),
+    ("flight_answers", "tcp_v6_send_reset"),
+    ("flight_resets", "tcp_send_active_reset"),
+];
+
+/// netprobe record --trigger connect-slower
+pub const TRIGGER_CONNECT: [Hook; 1] = [("flight_connects", "tcp_connect")];
+
 /// A program for functions' returns alone.
 pub const FOUND: &str = "rx_found";
 
 /// Programs, and those at the returns of the same functions.
-pub const ENDS: [(&str, &str); 12] = [
+pub const ENDS: [(&str, &str); 17] = [
     ("change_rtnl", "change_end"),
     ("change_sysctl", "change_end"),
     ("change_ipt", "change_end"),
@@ -212,6 +244,11 @@ pub const ENDS: [(&str, &str); 12] = [
     ("listen_ack", "listen_ack_end"),
     ("rx_sock", "rx_end"),
     ("rx_packet", "rx_end"),
+    ("rx_filter", "rx_filter_end"),
+    ("rx_policy", "rx_policy_end"),
+    ("rx_sum", "rx_sum_end"),
+    ("rx_enqueue", "rx_enqueue_end"),
+    ("rx_route", "rx_route_end"),
 ];
 
 /// The program that shows a hit and does what `hook`'s own program does, where tracking needs both in one.
@@ -237,6 +274,7 @@ mod tests {
             &NETFILTER[..],
             &LISTEN[..],
             &RECEIVERS[..],
+            &REFUSALS[..],
             &ICMP[..],
             &WHO[..],
             &WHO_PROCESSES[..],

@@ -1,18 +1,21 @@
 //! What is known of the running kernel before anything of a run is loaded: its types, what it can do, what will be probed.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use regex::Regex;
 
 use crate::bpf;
+use crate::filter::Filters;
 use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
+use crate::run::log;
+use crate::tools::expression::ExpressionArgs;
 use crate::tools::who::WhoWants;
 use crate::usage::usage;
 
 use super::args::Args;
-use super::columns::Types;
+use super::columns::{self, Types};
 use super::event::{SECTION_NFT, SECTION_OWNER};
 use super::members::Members;
 use super::probes::{Plan, Wants};
@@ -32,28 +35,56 @@ pub struct Kernel {
     pub btf: Option<Btf>,
 }
 
+/// Which of the columns that --drops shows unasked this kernel can have.
+fn settle(args: &mut Args, btf: &Btf, features: &Features) {
+    if !args.drops {
+        return;
+    }
+    let with_drops = &mut args.columns.with_drops;
+    if let Some(why) = features.why_no_tracing() {
+        if *with_drops != 0 {
+            eprintln!("netprobe: owners of sockets and firewall rules are not shown: {why}");
+        }
+        *with_drops = 0;
+    }
+    for column in &columns::ALL {
+        if *with_drops & column.section != 0 && (column.types)(btf).is_err() {
+            *with_drops &= !column.section;
+        }
+    }
+}
+
+/// The types that the programs ask for, with those of netfilter's modules.
+pub fn core_types(btf: &Btf) -> Result<CoreBtf> {
+    CoreBtf::with_modules(
+        btf,
+        bpf::SKB_TYPES,
+        &["nf_conntrack", "nf_tables", "x_tables"],
+    )
+}
+
 impl Kernel {
     /// `pattern`: of the functions' names. `who`: what is needed to know whose packets they are.
-    pub fn look(args: &Args, pattern: Option<&Regex>, who: WhoWants) -> Result<Self> {
-        let mut btf = Btf::vmlinux(args.kernel_btf.as_deref());
-        if args.kernel_btf.is_some() {
-            // What was asked for by name is told by name.
-            btf = Ok(btf.context("--kernel-btf")?);
-        }
+    /// `fields`: NP_FIELD_* that are set.
+    pub fn look(
+        args: &mut Args,
+        (filters, fields): (&mut Filters, u32),
+        pattern: Option<&Regex>,
+        who: WhoWants,
+    ) -> Result<Self> {
+        let (btf, features) = args.types.load(&[bpf::SKB_TYPES])?;
         if let Ok(btf) = &btf {
-            btf.await_names(bpf::SKB_TYPES);
-        }
-        let mut features = Features::with(btf.as_ref().ok());
-        if args.kernel_btf.is_some() {
-            features.take_casts(Btf::vmlinux(None).ok().as_ref());
+            settle(args, btf, &features);
         }
         let wants = Wants {
             track: args.track(),
             lives: args.lives(),
             owner: args.asks(SECTION_OWNER),
             drops: args.drops,
+            begins: args.drops,
             listens: args.drops && features.why_no_tracing().is_none(),
             receivers: args.drops && args.asks(SECTION_OWNER) && !features.drop_sock,
+            refusals: args.drops && args.asks(SECTION_OWNER) && !features.drop_reasons,
             returns: args.output_retval,
             xdp: args.filter_trace_xdp,
             nft: args.asks(SECTION_NFT),
@@ -61,12 +92,14 @@ impl Kernel {
             routes: false,
             who,
             changes: false,
+            triggers: args.triggers.kinds(),
         };
-        if args.drops && !wants.owner && !wants.nft && !wants.who.any {
+        if args.drops && !wants.owner && !wants.nft && !wants.track && !wants.who.any {
             features.require_drops("skb --drops")?;
         } else {
             features.require_tracing("skb")?;
         }
+        log::lacking();
         let btf = btf?;
         let types = args.types(&btf)?;
         let plan = if args.drops {
@@ -79,10 +112,15 @@ impl Kernel {
         let xdp_shown = Members::parse(&args.output_xdp_metadata, ("xdp", "xdp_buff"), &btf)
             .map_err(|e| usage(format!("--output-xdp-metadata: {e:#}")))?;
         let reasons = DropReasons::load(&btf);
-        // In modules libbpf has to look for types itself. So it has in the user's file.
-        let core = (args.kernel_btf.is_none() && types == Types::Kernel)
-            .then(|| CoreBtf::new(&btf, bpf::SKB_TYPES))
-            .transpose()?;
+        if args.drops {
+            ExpressionArgs::follow_translations(filters, fields, &btf);
+        }
+        // In the user's file libbpf has to look for types itself.
+        let core = match (&args.types.kernel_btf, types) {
+            (Some(_), _) => None,
+            (None, Types::Kernel) => Some(CoreBtf::new(&btf, bpf::SKB_TYPES)?),
+            (None, Types::Modules) => Some(core_types(&btf)?),
+        };
         // Some 3 MB, which only a few need any longer.
         let helpers = args.filter_track_bpf_helpers.then_some(btf);
         Ok(Self {

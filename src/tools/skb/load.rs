@@ -32,7 +32,11 @@ pub fn load<'a>(
         core,
         ..
     } = kernel;
-    let btf = args.kernel_btf.clone().or(core.as_ref().map(CoreBtf::path));
+    let btf = args
+        .types
+        .kernel_btf
+        .clone()
+        .or(core.as_ref().map(CoreBtf::path));
     let mut open = object::open(SkbSkelBuilder::default(), btf, storage)?;
     let rodata = open
         .maps
@@ -43,6 +47,7 @@ pub fn load<'a>(
     rodata.np_ring_wakeup = args.transport.wakeup(&args.engine);
     rodata.has_func_ip = u8::from(features.func_ip);
     rodata.has_reasons = u8::from(features.drop_reasons);
+    rodata.stack_lacks_caller = u8::from(plan.stack_lacks_caller());
     rodata.sections = args.sections();
     rodata.snap_len = args.snap_len();
     set_filter!(rodata, filters.on(features.skb_fields));
@@ -50,6 +55,7 @@ pub fn load<'a>(
     for (to, from) in rodata.np_paths.iter_mut().zip(members.paths()) {
         *to = from;
     }
+    rodata.np_translations = u8::from(filters.translations);
     rodata.nf_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
     rodata.track = u8::from(args.track());
     rodata.listens = u8::from(wants.listens);
@@ -62,6 +68,11 @@ pub fn load<'a>(
     rodata.who_uid = who.uid;
     rodata.who_cgroup = who.cgroup;
     rodata.who_comm = who.comm;
+    let numbers = args.triggers.reasons(reasons, features)?;
+    rodata.trigger_reason_count = numbers.len() as u32;
+    for (to, from) in rodata.trigger_reasons.iter_mut().zip(numbers) {
+        *to = from;
+    }
     let size = |map: &mut OpenMapMut<'_>, entries: u32| {
         map.set_max_entries(entries)
             .context("failed to set the size of a map")

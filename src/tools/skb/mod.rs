@@ -9,13 +9,15 @@ pub(super) mod decode;
 pub(super) mod drops;
 mod dump;
 pub(super) mod event;
+pub(super) mod flight;
 mod helpers;
 pub(super) mod hooks;
 mod json;
 mod json_tails;
-mod kernel;
+pub(super) mod kernel;
 mod load;
-mod members;
+mod meanings;
+pub(super) mod members;
 pub(super) mod netfilter;
 mod netns_names;
 mod news;
@@ -30,6 +32,7 @@ pub mod style;
 mod told;
 mod traced_program;
 pub(super) mod track;
+pub(super) mod trigger;
 mod view;
 
 use std::mem::MaybeUninit;
@@ -39,7 +42,7 @@ use anyhow::Result;
 use crate::run::output::{self, Output};
 use crate::run::programs::{self as engine, engine};
 use crate::run::{log, session, signals};
-use crate::tools::who;
+use crate::tools::{rules, who};
 
 use args::Args;
 use capture::Capture;
@@ -49,7 +52,7 @@ use helpers::Helpers;
 use kernel::Kernel;
 use present::Presenter;
 use programs::{Programs, Storage, Watched};
-use record::{Head, MakeSink, Recorder};
+use record::{Head, MakeTarget, Recorder};
 use track::Sweeper;
 
 pub fn run(args: &Args) -> Result<()> {
@@ -57,19 +60,31 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// A run whose events go into a recording, too: `record` makes its file, once everything that can be wrong has been looked at.
-pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result<()> {
+pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeTarget>) -> Result<()> {
     // What can be wrong on the command line comes first: it needs no privilege.
+    let rules = rules::load(args.rules.as_deref())?;
     let filter = args.fields.config()?;
     let mut who = args.who.resolve()?;
     args.transport.check(&args.engine)?;
+    args.check_write()?;
     let pattern = args.function_pattern()?;
-    let filters = args.expression.filters(args.kernel_btf.as_deref())?;
+    let mut filters = args.expression.filters(args.types.kernel_btf.as_deref())?;
+    let triggers = &args.triggers;
+    triggers.check(&args.fields, &args.expression, filters.expression.as_ref())?;
     let xdp_members = args.xdp_members()?;
     log::init(args.engine.verbose);
-    let kernel = Kernel::look(args, pattern.as_ref(), who.wants())?;
+    let mut args = args.clone();
+    let kernel = Kernel::look(
+        &mut args,
+        (&mut filters, filter.fields),
+        pattern.as_ref(),
+        who.wants(),
+    )?;
+    let args = &args;
     let stop = signals::stop_channel()?;
     let mut out = Output::open(&args.output)?;
-    let sink = record.map(MakeSink::make).transpose()?;
+    let sink = record.map(|record| record.make(filters.expression.as_ref()));
+    let sink = sink.transpose()?;
     let capture = args.write.as_deref();
     let capture = capture
         .map(|path| Capture::create(path, args.snaplen))
@@ -87,10 +102,10 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
         btf,
     } = kernel;
     drop(core);
-    let engine = engine!(skel, "skb", filter, args.transport, args.engine.buffer());
+    let engine = engine!(skel, "skb", filter, args.transport, args.buffer());
     let (drain, own) = engine::Programs::start(engine, || plan.attach(&skel, &stop))?;
     let attached = &own.attached;
-    eprintln!("netprobe: {}", attached.summary());
+    log::note(&attached.summary());
     let mut kinds: Storage = [MaybeUninit::uninit(), MaybeUninit::uninit()];
     let watched = Watched {
         filters: &filters,
@@ -108,6 +123,7 @@ pub(super) fn run_recorded(args: &Args, record: Option<&dyn MakeSink>) -> Result
         .map(|_| Head::new(args.style(), [&members, &xdp_shown]));
     let names = attached.names().clone();
     let mut presenter = Presenter::new(args, names, reasons, [members, xdp_shown])?;
+    presenter.rules(rules);
     presenter.hooks(attached.netfilter_hooks());
     if let Some(programs) = &mut programs {
         presenter.programs(programs.start()?);

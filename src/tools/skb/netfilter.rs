@@ -38,6 +38,8 @@ pub struct Decision {
     hook: u64,
     following: [u64; 2],
     run: u32,
+    /// see NF_DECIDED_ACCEPTED
+    tables: Vec<String>,
 }
 
 /// A run of a hook that let the packet pass.
@@ -49,11 +51,14 @@ pub struct Passed {
     pub hook: &'static str,
     /// the last nft chain in it; a rule where one accepted, else its policy
     pub nft: Option<Nft>,
+    /// the last tables of the older iptables that it went through
+    pub tables: Vec<String>,
 }
 
 impl Decision {
     /// Nothing where the kernel side knew nothing.
     pub fn new(n: &nf_decision) -> Option<Self> {
+        let passed = n.known == ACCEPTED;
         (n.known != 0).then(|| Self {
             known: n.known,
             family: n.family,
@@ -62,9 +67,13 @@ impl Decision {
             handle: (n.handle != 0).then_some(n.handle),
             table: escaped(&n.table),
             chain: escaped(&n.chain),
-            hook: n.hook,
-            following: n.following,
+            hook: if passed { 0 } else { n.hook },
+            following: if passed { [0; 2] } else { n.following },
             run: n.run,
+            tables: match passed {
+                true => tables([n.hook, n.following[0], n.following[1]]),
+                false => Vec::new(),
+            },
         })
     }
 
@@ -82,6 +91,19 @@ impl Decision {
             run: self.run,
             hook: hook(self.family, self.at),
             nft: (!self.chain.is_empty()).then_some(nft),
+            tables: self.tables.clone(),
+        })
+    }
+
+    /// The rule, where it is known that a rule has decided.
+    pub fn rule(&self) -> Option<Nft> {
+        (self.known == RULE).then(|| Nft {
+            family: family(self.family),
+            table: self.table.clone(),
+            chain: Some(self.chain.clone()),
+            handle: self.handle,
+            policy: false,
+            queue: false,
         })
     }
 
@@ -145,7 +167,14 @@ impl Decision {
         let Some(symbol) = symbols.get(addr) else {
             return Who::Unknown;
         };
-        let legacy = ["ipt_do_table", "ip6t_do_table", "arpt_do_table"];
+        // The table mangle has functions of its own, which call these.
+        let legacy = [
+            "ipt_do_table",
+            "ip6t_do_table",
+            "arpt_do_table",
+            "iptable_mangle_hook",
+            "ip6table_mangle_hook",
+        ];
         if legacy.contains(&&*symbol.name) && addr == self.hook {
             return Who::Legacy(Legacy {
                 family: family(self.family),
@@ -155,6 +184,12 @@ impl Decision {
         }
         Who::Hook(Hook::new(symbol))
     }
+}
+
+/// Names of tables, 8 bytes each.
+fn tables(words: [u64; 3]) -> Vec<String> {
+    let names = words.map(|word| escaped(&word.to_ne_bytes()));
+    names.into_iter().filter(|name| !name.is_empty()).collect()
 }
 
 /// What of netfilter is looked at.
@@ -206,7 +241,7 @@ impl Hooks {
     }
 
     /// Whether a module of netfilter was loaded since: its functions are not probed.
-    fn has_more_modules(&self) -> bool {
+    pub fn has_more_modules(&self) -> bool {
         let (more, asked) = self.more.get();
         if more || self.recorded || asked.is_some_and(|then| then.elapsed() < FRESH) {
             return more;
@@ -238,7 +273,7 @@ pub enum Who {
 }
 
 /// A rule of nft or the policy of a base chain.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Nft {
     pub family: &'static str,
     pub table: String,
@@ -436,6 +471,20 @@ mod tests {
             said(&queue, Some("nf_queue")),
             "[nft ip t c handle 7 queue]"
         );
+    }
+
+    #[test]
+    fn tables_of_the_older_iptables() {
+        let word = |name: &[u8; 8]| u64::from_ne_bytes(*name);
+        let words = [0, word(b"mangle\0\0"), word(b"security")];
+        let passed = Decision {
+            tables: tables(words),
+            chain: String::new(),
+            ..decision(ACCEPTED)
+        };
+        let names = vec!["mangle".to_owned(), "security".to_owned()];
+        assert_eq!(passed.passed().unwrap().tables, names);
+        assert!(decision(ACCEPTED).passed().unwrap().tables.is_empty());
     }
 
     #[test]

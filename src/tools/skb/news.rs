@@ -7,9 +7,10 @@ use crate::kernel::clock::WallClock;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::ksyms::{KernelSymbols, Symbol};
 use crate::kernel::process::{Process, SocketHolders};
-use crate::text::escape::printable;
+use crate::text::escape::{printable, printable_lines};
 
 use super::event::{SECTION_SHINFO, SECTION_SKB};
+use super::meanings;
 use super::netfilter::Hooks;
 use super::netns_names::NetnsNames;
 use super::present::Presenter;
@@ -36,6 +37,8 @@ pub enum News {
     Holders(Vec<(u64, Option<Process>)>),
     /// which containers sockets' processes are in: cgroup, process, name
     Containers(Vec<Answer>),
+    /// what drops mean
+    Meanings(Vec<meanings::Answer>),
     /// functions of netfilter's hooks that are seen; modules of netfilter were loaded since
     Hooks(Vec<String>, bool),
     /// tc and XDP programs
@@ -54,6 +57,7 @@ impl News {
             News::Symbols(list) => list.len(),
             News::Holders(list) => list.len(),
             News::Containers(list) => list.len(),
+            News::Meanings(list) => list.len(),
             News::Programs(list) => list.len(),
             _ => 0,
         }
@@ -71,12 +75,47 @@ pub struct Teller {
 }
 
 impl Teller {
-    /// All that is known now. [`Teller::news`] has what becomes known from here on.
+    /// All that is known now. [`Teller::news`] has what becomes known from here on, and the answers that are given once more.
     pub fn all(&mut self, presenter: &mut Presenter, style: &Style) -> Vec<News> {
         self.with_dumps = style.shown & (SECTION_SKB | SECTION_SHINFO) != 0;
         self.clock = presenter.clock.offset();
         let view = &mut presenter.view;
-        let mut all = vec![News::Clock(self.clock)];
+        view.netns.news();
+        if let Some(holders) = &mut view.holders {
+            holders.tell_anew();
+        }
+        view.told.tell_anew();
+        view.meanings.tell_anew();
+        self.hooks = view.hooks.known();
+        self.programs = view.programs.len();
+        self.dumps = dumps(view);
+        self.known(presenter)
+    }
+
+    /// All that is known now, every answer that was given among it: for events that came before.
+    pub fn everything(&self, presenter: &mut Presenter) -> Vec<News> {
+        let mut all = self.known(presenter);
+        let view = &presenter.view;
+        if let Some(holders) = &view.holders {
+            all.extend(pieces(&holders.told(), News::Holders));
+        }
+        all.extend(pieces(&view.told.all(), News::Containers));
+        all.extend(pieces(&view.meanings.all(), News::Meanings));
+        all
+    }
+
+    /// What changes from event to event, as it is now: a chunk that begins with it can be shown without those before it.
+    pub fn state(&self) -> Vec<News> {
+        let mut state = vec![News::Clock(self.clock)];
+        if self.with_dumps {
+            state.push(News::Dumps(self.dumps.0.clone(), self.dumps.1.clone()));
+        }
+        state
+    }
+
+    fn known(&self, presenter: &mut Presenter) -> Vec<News> {
+        let mut all = self.state();
+        let view = &mut presenter.view;
         let functions = view
             .names
             .iter()
@@ -88,20 +127,9 @@ impl Teller {
         all.extend(pieces(&functions, News::Functions));
         all.extend(pieces(&view.symbols.all(), News::Symbols));
         all.push(reasons(view));
-        view.netns.news();
         all.push(News::Netns(view.netns.all()));
-        if let Some(holders) = &mut view.holders {
-            holders.tell_anew();
-        }
-        view.told.tell_anew();
-        self.hooks = view.hooks.known();
         all.push(News::Hooks(self.hooks.0.clone(), self.hooks.1));
-        self.programs = view.programs.len();
         all.push(programs(view));
-        self.dumps = dumps(view);
-        if self.with_dumps {
-            all.push(News::Dumps(self.dumps.0.clone(), self.dumps.1.clone()));
-        }
         all
     }
 
@@ -125,6 +153,7 @@ impl Teller {
             news.extend(pieces(&holders.news(), News::Holders));
         }
         news.extend(pieces(&view.told.news(), News::Containers));
+        news.extend(pieces(&view.meanings.news(), News::Meanings));
         if view.hooks.has_more() != self.hooks.1 {
             self.hooks = view.hooks.known();
             news.push(News::Hooks(self.hooks.0.clone(), self.hooks.1));
@@ -233,6 +262,12 @@ impl Presenter {
                     view.told.learn((cgroup, pid, name));
                 }
             }
+            News::Meanings(list) => {
+                for ((reason, place, facts), words) in list {
+                    let key = (name_of(&reason), name_of(&place), facts);
+                    view.meanings.learn((key, words));
+                }
+            }
             News::Hooks(probed, more) => {
                 view.hooks = Hooks::recorded(probed.into_iter().collect(), more);
             }
@@ -245,8 +280,9 @@ impl Presenter {
             }
             News::Clock(offset) => self.clock = WallClock::recorded(offset),
             News::Dumps(skb, shared_info) => {
-                view.skb.learn(skb.map(|text| lines(&text)));
-                view.shared_info.learn(shared_info.map(|text| lines(&text)));
+                view.skb.learn(skb.map(|text| printable_lines(&text)));
+                view.shared_info
+                    .learn(shared_info.map(|text| printable_lines(&text)));
             }
         }
     }
@@ -264,15 +300,4 @@ fn cut(text: &str) -> &str {
     text.char_indices()
         .nth(NAME)
         .map_or(text, |(at, _)| &text[..at])
-}
-
-/// A text of several lines, each of them printable.
-fn lines(text: &str) -> String {
-    let lines: Vec<_> = text.split('\n').map(tabs).collect();
-    lines.join("\n")
-}
-
-fn tabs(line: &str) -> String {
-    let parts: Vec<_> = line.split('\t').map(printable).collect();
-    parts.join("\t")
 }

@@ -5,6 +5,7 @@ use std::io::Write;
 
 use anyhow::Result;
 
+use crate::explain::Rules;
 use crate::kernel::btf::Btf;
 use crate::kernel::clock::WallClock;
 use crate::kernel::containers::ContainerNames;
@@ -25,6 +26,7 @@ use super::event::{
 };
 use super::json::{self, When};
 use super::json_tails::Tails;
+use super::meanings::{Hidden, Meanings, Words};
 use super::members::Members;
 use super::netfilter::Hooks;
 use super::netns_names::NetnsNames;
@@ -54,6 +56,9 @@ pub struct Presenter {
     process_width: usize,
     last_process: TextCache<([u8; 16], u32), usize>,
     tails: Tails,
+    /// --all
+    all: bool,
+    pub(super) hidden: Hidden,
 }
 
 impl Presenter {
@@ -64,7 +69,7 @@ impl Presenter {
         members: [Members; 2],
     ) -> Result<Self> {
         let dump = |section: u32, name| match args.asks(section) {
-            true => Dump::new(&Btf::vmlinux(args.kernel_btf.as_deref())?, name),
+            true => Dump::new(&Btf::vmlinux(args.types.kernel_btf.as_deref())?, name),
             false => Ok(Dump::default()),
         };
         let style = args.style();
@@ -112,6 +117,8 @@ impl Presenter {
             process_width: 16,
             last_process: TextCache::default(),
             tails: Tails::default(),
+            all: style.all,
+            hidden: Hidden::default(),
         };
         for column in &presenter.before {
             let titles = column.before.iter().flat_map(|before| before.titles);
@@ -136,6 +143,24 @@ impl Presenter {
     /// Entries of these functions of netfilter's hooks are seen.
     pub fn hooks(&mut self, hooks: &HashSet<String>) {
         self.view.hooks = Hooks::new(hooks.clone());
+    }
+
+    /// What drops mean.
+    pub fn rules(&mut self, rules: Rules) {
+        self.view.meanings = Meanings::new(rules);
+    }
+
+    /// The event is a normal free, which is counted and not shown.
+    pub fn hides(&mut self, event: &Event) -> Result<bool> {
+        if self.all || event.drop.is_none() {
+            return Ok(false);
+        }
+        self.prepare(event)?;
+        let Some(words) = self.view.meaning(event).filter(|words| words.is_expected()) else {
+            return Ok(false);
+        };
+        self.hidden.add(&words.what);
+        Ok(true)
     }
 
     /// From now on events of these programs may come.
@@ -313,6 +338,9 @@ impl Presenter {
                 line.push(b' ');
             }
             view.push_address(line, view.drop_place(event));
+            if let Some(Words { class, what, .. }) = view.meaning(event) {
+                let _ = write!(line, " ({class}: {what})");
+            }
             return;
         }
         line.extend_from_slice(view.name(event.func).as_bytes());

@@ -23,6 +23,7 @@ use super::args::{Args, Backend};
 use super::attached::{Attached, Prog, Target, program};
 use super::helpers;
 use super::hooks::{self, Hook};
+use super::trigger::Kinds;
 
 /// Programs that no plan knows: attached by [`Plan::attach`] itself, or not at all.
 const DROPS: Prog = "skb_dropped";
@@ -56,10 +57,14 @@ pub struct Wants {
     pub owner: bool,
     /// the tracepoint of drops in place of functions
     pub drops: bool,
+    /// with drops and tracking: no function is shown in which a packet could match
+    pub begins: bool,
     /// handshakes that listening sockets lose
     pub listens: bool,
     /// the sockets that packets are on their way to
     pub receivers: bool,
+    /// who refuses packets, where drops have no reasons
+    pub refusals: bool,
     /// what functions return
     pub returns: bool,
     /// XDP programs
@@ -74,6 +79,8 @@ pub struct Wants {
     pub who: WhoWants,
     /// what processes change in the network
     pub changes: bool,
+    /// what may trigger the flight recorder
+    pub triggers: Kinds,
 }
 
 /// What is to be attached.
@@ -88,6 +95,7 @@ pub struct Plan {
     /// programs that are loaded, and attached by others
     loaded: Vec<Prog>,
     drops: bool,
+    triggers: Kinds,
     who: WhoWants,
     /// functions to a link of kprobe.multi; 0: all
     batch: usize,
@@ -97,6 +105,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The stacks of functions lack their callers (src/bpf/skb/skb_event.bpf.h).
+    pub fn stack_lacks_caller(&self) -> bool {
+        cfg!(target_arch = "aarch64") && self.backend == Backend::Kprobe
+    }
+
     /// Functions that take an skb, from BTF, that `pattern` matches, and that the kernel lets one trace.
     pub fn make(
         btf: &Btf,
@@ -215,6 +228,7 @@ impl Plan {
             returns: BTreeMap::new(),
             loaded: Vec::new(),
             drops: wants.drops,
+            triggers: wants.triggers,
             who: wants.who,
             batch: 0,
             count: 0,
@@ -228,7 +242,11 @@ impl Plan {
         let xdp = (wants.xdp && wants.track).then_some(&hooks::XDP[..]);
         let nft = wants.nft.then_some(&hooks::NETFILTER[..]);
         let listens = wants.listens.then_some(&hooks::LISTEN[..]);
+        let begins =
+            (wants.drops && wants.track && wants.begins).then_some(&hooks::DROP_BEGINS[..]);
+        let time_wait = wants.listens.then_some(&hooks::TIME_WAIT[..]);
         let receivers = wants.receivers.then_some(&hooks::RECEIVERS[..]);
+        let refusals = wants.refusals.then_some(&hooks::REFUSALS[..]);
         let routes = wants.routes.then_some(&hooks::ROUTES[..]);
         let icmp = wants.icmp.then_some(&hooks::ICMP[..]);
         let who = wants.who.any.then_some(&hooks::WHO[..]);
@@ -239,8 +257,11 @@ impl Plan {
             false => &hooks::CHANGES_NFT_SOME[..],
         };
         let rules = wants.changes.then_some(rules);
+        let rst = wants.triggers.rst.then_some(&hooks::TRIGGER_RST[..]);
+        let connect = (wants.triggers.connect).then_some(&hooks::TRIGGER_CONNECT[..]);
         let tables = [
-            track, owner, xdp, nft, listens, receivers, icmp, routes, who, users, changes, rules,
+            track, owner, xdp, nft, listens, begins, time_wait, receivers, refusals, icmp, routes,
+            who, users, changes, rules, rst, connect,
         ]
         .into_iter()
         .flatten();
@@ -368,6 +389,30 @@ impl Plan {
         drops
             .into_iter()
             .chain(forks.into_iter().flatten().copied())
+            .chain(self.triggers.tracepoints())
+    }
+
+    /// Addresses of the functions by which the older iptables is in hooks of netfilter; 0: it is not there.
+    pub fn legacy_tables(&self) -> [u64; 3] {
+        const NAMES: [&str; 3] = ["ipt_do_table", "ip6t_do_table", "arpt_do_table"];
+        let hooks = self.hooks.get(hooks::NETFILTER_HOOK);
+        let there: Vec<&Target> = hooks
+            .into_iter()
+            .flatten()
+            .filter(|t| NAMES.contains(&t.name.as_str()))
+            .collect();
+        let mut addrs =
+            NAMES.map(|name| there.iter().find(|t| t.name == name).map_or(0, |t| t.addr));
+        if there.iter().any(|t| t.addr == 0) {
+            let wanted = |name: &str| there.iter().any(|t| t.name == name);
+            functions::addresses(wanted, |addr, found| {
+                let mut all = NAMES.iter().zip(&mut addrs);
+                if let Some((_, to)) = all.find(|(name, _)| **name == found) {
+                    *to = addr;
+                }
+            });
+        }
+        addrs
     }
 
     /// Tells the open object which programs to load, and for which kind of probe.
@@ -402,6 +447,12 @@ impl Plan {
             attached.group(skel, prog, targets, &mut progress, stop)?;
         }
         attached.of_netfilter = false;
+        if self.triggers.rst && !self.hooks.contains_key("flight_answers") {
+            eprintln!(
+                "netprobe: --trigger rst: this kernel lets one trace neither tcp_v4_send_reset nor tcp_v6_send_reset: only resets that \
+                 sockets send and receive trigger"
+            );
+        }
         attached.at_return = true;
         for (prog, targets) in &self.returns {
             attached.group(skel, prog, targets, &mut progress, stop)?;

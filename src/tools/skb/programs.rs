@@ -19,6 +19,7 @@ use crate::kernel::features::Features;
 use crate::kernel::program::{self, Function, Loaded};
 use crate::kernel::trampoline::{self, AttachPoint, Patch, Target, Watch};
 use crate::kernel::{attach, xdp};
+use crate::run::log;
 use crate::text::escape::escaped;
 use crate::tools::Transport;
 
@@ -115,10 +116,10 @@ impl<'a> Programs<'a> {
         };
         let mut counts: Vec<String> = self.watchers.iter().map(|w| count(w.kind)).collect();
         counts.extend(self.helpers.as_ref().map(Helpers::summary));
-        eprintln!(
-            "netprobe: tracing {}, and those that are loaded later",
+        log::note(&format!(
+            "tracing {}, and those that are loaded later",
             counts.join(", ")
-        );
+        ));
         Ok(programs)
     }
 
@@ -208,7 +209,7 @@ impl<'a> Watcher<'a> {
         storage: &'a mut MaybeUninit<OpenObject>,
     ) -> Result<Self> {
         let mut builder = SkbProgSkelBuilder::default();
-        if let Some(file) = &args.kernel_btf {
+        if let Some(file) = &args.types.kernel_btf {
             builder
                 .obj_builder
                 .btf_custom_path(file)

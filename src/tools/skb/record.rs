@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpf::skb::types::skb_event;
 use crate::engine::merge::Record;
-use crate::recording::block::{Kind, Packer};
+use crate::filter::expr::Compiled;
+use crate::os::monotonic_ns;
+use crate::recording::block::{Kind, Packed, Packer};
 use crate::recording::chunk::Chunk;
 use crate::run::Flow;
 use crate::run::loss::Loss;
@@ -18,6 +20,7 @@ use crate::text::json;
 use super::capture::Capture;
 use super::columns;
 use super::event::{Event, Point};
+use super::flight::{Flight, Triggered};
 use super::members::{Members, Shown};
 use super::news::{News, Teller};
 use super::present::Presenter;
@@ -41,9 +44,16 @@ pub trait Sink {
     fn is_over(&self) -> bool;
 }
 
-/// Makes a [`Sink`]: a file is created when nothing else can be wrong any more.
-pub trait MakeSink {
-    fn make(&self) -> Result<Box<dyn Sink>>;
+/// Where a recording goes.
+pub enum Target {
+    File(Box<dyn Sink>),
+    Flight(Box<Flight>),
+}
+
+/// Makes a [`Target`]: a file is created when nothing else can be wrong any more.
+pub trait MakeTarget {
+    /// `expression`: of the run.
+    fn make(&self, expression: Option<&Compiled>) -> Result<Target>;
 }
 
 /// What a recording begins with.
@@ -62,6 +72,12 @@ pub struct Head {
     pub style: Style,
     /// of sk_buffs, of XDP packets
     pub members: [Shown; 2],
+    /// CLOCK_MONOTONIC when all was attached, ns; 0: not known
+    #[serde(default)]
+    pub since: u64,
+    /// of a flight recorder's file
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub triggered: Option<Triggered>,
 }
 
 /// What a recording ends with.
@@ -69,6 +85,9 @@ pub struct Head {
 pub struct End {
     /// It goes on in another file.
     pub goes_on: bool,
+    /// CLOCK_MONOTONIC of the end, ns; 0: not known
+    #[serde(default)]
+    pub until: u64,
     pub loss: Loss,
 }
 
@@ -88,6 +107,8 @@ impl Head {
             layout: layout(style.shown),
             style,
             members: members.map(Members::shown),
+            since: monotonic_ns().unwrap_or_default(),
+            triggered: None,
         }
     }
 }
@@ -140,13 +161,15 @@ impl Seen {
 
 /// Writes the recording.
 pub struct Recorder {
-    to: Box<dyn Sink>,
+    to: Target,
     head: Head,
     snaplen: u32,
     packer: Packer,
     chunk: Chunk,
     /// when the chunk got its first event
     since: Option<Instant>,
+    /// all events up to this time (ns of CLOCK_MONOTONIC) have come
+    pub reached: u64,
     /// blocks of packets, for other programs
     packets: Capture<Vec<u8>>,
     seen: Seen,
@@ -171,7 +194,7 @@ pub struct Options {
 
 impl Recorder {
     pub fn new(
-        to: Box<dyn Sink>,
+        to: Target,
         head: Head,
         presenter: &mut Presenter,
         options: &Options,
@@ -183,6 +206,7 @@ impl Recorder {
             packer: Packer::new().context("failed to start zstd")?,
             chunk: Chunk::default(),
             since: None,
+            reached: 0,
             packets: packets(options.snaplen)?,
             seen: Seen::default(),
             teller: Teller::default(),
@@ -197,21 +221,31 @@ impl Recorder {
         Ok(recorder)
     }
 
-    /// The head, and all that is known, at the begin of a file.
+    /// The head, and all that is known, at the begin of a file. A flight recorder's file begins later.
     fn begin(&mut self, presenter: &mut Presenter) -> Result<()> {
+        let all = self.teller.all(presenter, &self.head.style);
         let mut blocks = std::mem::take(self.packets.target());
-        self.scratch.clear();
-        json::push(&mut self.scratch, &self.head)?;
-        self.packer
-            .push(&mut blocks, Kind::Head, (0, (0, 0)), &self.scratch)?;
-        for news in self.teller.all(presenter, &self.head.style) {
-            self.news(&news)?;
-            if self.chunk.is_full() {
-                self.pack(&mut blocks)?;
+        let to = match &mut self.to {
+            Target::File(to) => to,
+            Target::Flight(flight) => {
+                flight.introduce(&mut blocks);
+                eprintln!("netprobe: {}", flight.summary());
+                return self.begin_chunk();
+            }
+        };
+        let packer = &mut self.packer;
+        blocks.extend(first_blocks(packer, &self.head, &all)?);
+        to.write(&blocks)
+    }
+
+    /// Chunks of a flight recorder are shown without those before them.
+    fn begin_chunk(&mut self) -> Result<()> {
+        if let Target::Flight(_) = self.to {
+            for news in self.teller.state() {
+                self.news(&news)?;
             }
         }
-        self.pack(&mut blocks)?;
-        self.to.write(&blocks)
+        Ok(())
     }
 
     fn news(&mut self, news: &News) -> Result<()> {
@@ -221,19 +255,26 @@ impl Recorder {
         Ok(())
     }
 
-    fn pack(&mut self, blocks: &mut Vec<u8>) -> Result<()> {
+    fn pack(&mut self) -> Result<Packed> {
         let about = (self.chunk.events, self.chunk.times);
-        self.packer
-            .push(blocks, Kind::Events, about, &self.chunk.contents)
-            .context("failed to compress")?;
+        let contents = &self.chunk.contents;
+        let packed = self.packer.pack(Kind::Events, about, contents);
         self.chunk.clear();
         self.since = None;
-        Ok(())
+        packed.context("failed to compress")
     }
 
     /// One event: its line, where there are lines, then the recording.
     pub(super) fn event(&mut self, record: Record<'_>, lines: &mut Lines<'_, '_>) -> Result<Flow> {
         let mut flow = Flow::Continue;
+        if let Target::Flight(flight) = &mut self.to {
+            let reasons = &mut lines.presenter.view.reasons;
+            if let Some(by) = flight.event(record.bytes, reasons) {
+                let triggered =
+                    by.map_or(Ok(()), |by| self.trigger((by, record.ts), lines.presenter));
+                return triggered.map(|()| flow);
+            }
+        }
         if decode::decode(&mut lines.event, record.bytes, lines.snap_len).is_some() {
             if self.limit > 0 && self.events >= self.limit {
                 return Ok(Flow::Stop);
@@ -249,9 +290,9 @@ impl Recorder {
         if self.chunk.is_full() {
             self.flush(lines.presenter)?;
         }
-        match self.to.is_over() {
-            true => Ok(Flow::Stop),
-            false => Ok(flow),
+        match &self.to {
+            Target::File(to) if to.is_over() => Ok(Flow::Stop),
+            _ => Ok(flow),
         }
     }
 
@@ -276,23 +317,96 @@ impl Recorder {
         Ok(flow)
     }
 
-    /// Writes what has waited for a second.
+    /// Writes what has waited for a second. To be called often.
     pub fn tick(&mut self, presenter: &mut Presenter) -> Result<()> {
-        if self.chunk.is_empty() {
+        if self.chunk.events > 0 {
+            let since = *self.since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= CLOSE {
+                self.flush(presenter)?;
+            }
+        }
+        let Target::Flight(flight) = &mut self.to else {
+            return Ok(());
+        };
+        flight.forget(self.reached);
+        if flight.is_complete(self.reached) {
+            return self.land(presenter);
+        }
+        match flight.now_triggers(monotonic_ns()?, self.reached) {
+            Some(trigger) => self.trigger(trigger, presenter),
+            None => Ok(()),
+        }
+    }
+
+    /// The run's losses are to be told ([`Recorder::loss`]) before the next tick.
+    pub fn wants_loss(&self) -> bool {
+        let now = monotonic_ns().unwrap_or_default();
+        matches!(&self.to, Target::Flight(flight) if flight.wants_loss(now, self.reached))
+    }
+
+    /// What the run has lost since its start.
+    pub fn loss(&mut self, loss: Loss) -> Result<()> {
+        if let Target::Flight(flight) = &mut self.to {
+            flight.loss(monotonic_ns()?, loss);
+        }
+        Ok(())
+    }
+
+    /// A flight recorder's file begins, unless one has begun a short while ago.
+    fn trigger(&mut self, (by, at): (String, u64), presenter: &mut Presenter) -> Result<()> {
+        let Target::Flight(flight) = &mut self.to else {
+            return Ok(());
+        };
+        if !flight.may_begin() {
             return Ok(());
         }
-        let since = *self.since.get_or_insert_with(Instant::now);
-        match since.elapsed() >= CLOSE {
-            true => self.flush(presenter),
-            false => Ok(()),
+        if self.chunk.events > 0 {
+            self.flush(presenter)?;
         }
+        let Target::Flight(flight) = &mut self.to else {
+            return Ok(());
+        };
+        let all = self.teller.everything(presenter);
+        let head = &mut self.head;
+        flight.begin(&mut self.packer, (by, at), |packer, triggered| {
+            head.triggered = Some(triggered.clone());
+            head.since = triggered.at - triggered.before;
+            first_blocks(packer, head, &all)
+        })
+    }
+
+    /// The end of a flight recorder's file.
+    fn land(&mut self, presenter: &mut Presenter) -> Result<()> {
+        if self.chunk.events > 0 {
+            self.flush(presenter)?;
+        }
+        let Target::Flight(flight) = &mut self.to else {
+            return Ok(());
+        };
+        let end = End {
+            goes_on: false,
+            until: monotonic_ns()?,
+            loss: flight.lost(),
+        };
+        let mut block = Vec::new();
+        self.scratch.clear();
+        json::push(&mut self.scratch, &end)?;
+        self.packer
+            .push(&mut block, Kind::End, (0, (0, 0)), &self.scratch)?;
+        flight.finish(&block)
     }
 
     fn flush(&mut self, presenter: &mut Presenter) -> Result<()> {
         let events = u64::from(self.chunk.events);
         // Packets first: the others find them where the events are.
         let mut blocks = std::mem::take(self.packets.target());
-        self.pack(&mut blocks)?;
+        let packed = self.pack()?;
+        if let Target::Flight(flight) = &mut self.to {
+            flight.introduce(&mut blocks);
+            flight.keep(&mut self.packer, packed, &blocks)?;
+            return self.begin_chunk();
+        }
+        self.packer.frame(&mut blocks, &packed);
         if self.failed {
             self.unwritten += events;
             return Ok(());
@@ -310,16 +424,22 @@ impl Recorder {
     }
 
     fn write(&mut self, blocks: &[u8], presenter: &mut Presenter) -> Result<()> {
-        self.to.write(blocks)?;
-        if !self.to.is_full() || self.to.is_over() {
+        let Target::File(to) = &mut self.to else {
+            return Ok(());
+        };
+        to.write(blocks)?;
+        if !to.is_full() || to.is_over() {
             return Ok(());
         }
         let end = End {
             goes_on: true,
+            until: monotonic_ns()?,
             ..End::default()
         };
         self.finish(&end)?;
-        self.to.begin_anew()?;
+        if let Target::File(to) = &mut self.to {
+            to.begin_anew()?;
+        }
         self.packer.restart();
         self.packets = packets(self.snaplen)?;
         self.begin(presenter)
@@ -333,11 +453,29 @@ impl Recorder {
         json::push(&mut self.scratch, end)?;
         self.packer
             .push(&mut blocks, Kind::End, (0, (0, 0)), &self.scratch)?;
-        self.to.write(&blocks)
+        match &mut self.to {
+            Target::File(to) => to.write(&blocks),
+            Target::Flight(_) => Ok(()),
+        }
+    }
+
+    /// The end of a flight recorder.
+    fn disarm(&mut self, presenter: &mut Presenter, loss: &Loss) -> Result<()> {
+        self.loss(loss.clone())?;
+        if matches!(&self.to, Target::Flight(flight) if flight.is_open()) {
+            self.land(presenter)?;
+        }
+        if let Target::Flight(flight) = &self.to {
+            flight.tell();
+        }
+        Ok(())
     }
 
     /// The end of the recording.
     pub fn close(&mut self, presenter: &mut Presenter, loss: &Loss) -> Result<()> {
+        if let Target::Flight(_) = self.to {
+            return self.disarm(presenter, loss);
+        }
         let flushed = match self.chunk.is_empty() {
             true => Ok(()),
             false => self.flush(presenter),
@@ -351,10 +489,30 @@ impl Recorder {
         }
         let end = End {
             goes_on: false,
+            until: monotonic_ns()?,
             loss: loss.clone(),
         };
         self.finish(&end)
     }
+}
+
+/// The head, and what is known at the begin of a file.
+fn first_blocks(packer: &mut Packer, head: &Head, all: &[News]) -> Result<Vec<u8>> {
+    let (mut blocks, mut text) = (Vec::new(), Vec::new());
+    json::push(&mut text, head)?;
+    packer.push(&mut blocks, Kind::Head, (0, (0, 0)), &text)?;
+    let mut chunk = Chunk::default();
+    for news in all {
+        text.clear();
+        json::push(&mut text, news)?;
+        chunk.news(&text);
+        if chunk.is_full() {
+            packer.push(&mut blocks, Kind::Events, (0, (0, 0)), &chunk.contents)?;
+            chunk.clear();
+        }
+    }
+    packer.push(&mut blocks, Kind::Events, (0, (0, 0)), &chunk.contents)?;
+    Ok(blocks)
 }
 
 fn packets(snaplen: u32) -> Result<Capture<Vec<u8>>> {

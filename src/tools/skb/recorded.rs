@@ -90,6 +90,16 @@ impl Recorded {
         self.presenter.event(out, event, late)
     }
 
+    /// See [`Presenter::hides`].
+    pub fn hides(&mut self, event: &Event) -> Result<bool> {
+        self.presenter.hides(event)
+    }
+
+    /// Tells how many events were hidden.
+    pub fn tell_hidden(&mut self) {
+        self.presenter.hidden.tell();
+    }
+
     /// The event in words.
     pub fn comment(&mut self, event: &Event) -> Result<String> {
         self.presenter.prepare(event)?;
@@ -111,6 +121,13 @@ impl Recorded {
             true => view.place_name(event).to_owned(),
             false => view.name(event.func).to_owned(),
         }
+    }
+
+    /// The first of these functions that the run had probed.
+    pub fn first_probed(&self, functions: &[&str]) -> Option<usize> {
+        let names = &self.presenter.view.names;
+        let probed = |f: &&str| names.values().any(|name| name == f);
+        functions.iter().position(probed)
     }
 
     /// Why the packet is freed, if it is dropped.

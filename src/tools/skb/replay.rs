@@ -19,7 +19,7 @@ use super::Lines;
 use super::args::Args;
 use super::members::Members;
 use super::present::Presenter;
-use super::record::{Head, Options, Recorder, Sink};
+use super::record::{Head, Options, Recorder, Sink, Target};
 
 #[derive(Debug, Parser)]
 struct CommandLine {
@@ -109,7 +109,7 @@ impl Replay {
         if lines {
             self.presenter.header(&mut self.out)?;
         }
-        let to = Box::new(files);
+        let to = Target::File(Box::new(files));
         self.recorder = Some(Recorder::new(to, head, &mut self.presenter, &options)?);
         Ok(self)
     }

@@ -26,6 +26,9 @@ pub struct Style {
     pub timestamp: Timestamp,
     /// one line a drop
     pub drops: bool,
+    /// with those that are no losses
+    #[serde(default)]
+    pub all: bool,
     pub tcp_flags: bool,
     /// names of namespaces in place of their inodes
     pub netns_names: bool,

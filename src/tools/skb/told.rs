@@ -43,6 +43,13 @@ impl Containers {
         self.new.as_mut().map_or_else(Vec::new, std::mem::take)
     }
 
+    /// Every answer that was given.
+    pub fn all(&self) -> Vec<Answer> {
+        let all = self.answers.iter();
+        all.map(|((cgroup, pid), name)| (*cgroup, *pid, name.clone()))
+            .collect()
+    }
+
     /// An answer out of a recording.
     pub fn learn(&mut self, (cgroup, pid, answer): Answer) {
         self.answers.insert((cgroup, pid), answer);

@@ -20,6 +20,7 @@ use crate::text::format::{self, Hex, push_dec};
 use super::drops::Drop;
 use super::dump::Dump;
 use super::event::{Event, Meta, Owner};
+use super::meanings::{Meanings, Words};
 use super::members::Members;
 use super::netfilter::{Hooks, Who};
 use super::netns_names::NetnsNames;
@@ -49,6 +50,7 @@ pub struct View {
     /// `None`: out of a recording, the containers here are not asked
     pub containers: Option<ContainerNames>,
     pub told: Containers,
+    pub meanings: Meanings,
     pub symbols: KernelSymbols,
     /// by the section's bit
     pub widths: [Widths; 32],
@@ -86,6 +88,7 @@ impl View {
             self.container(owner, pid);
         }
         self.who(event);
+        self.meaning(event);
     }
 
     /// Looks up the name of the event's function or the place of its drop.
@@ -135,7 +138,8 @@ impl View {
     pub fn reason(&mut self, event: &Event) -> Option<String> {
         let reason = self.reason_number(event).filter(|_| self.reasons.any());
         let name = reason.map(|reason| self.reasons.name(reason));
-        let own = event.drop.as_ref().and_then(|d| d.reason(name.as_deref()));
+        let drop = event.drop.as_ref();
+        let own = drop.and_then(|d| d.reason(name.as_deref(), self.place_name(event)));
         own.map(str::to_owned).or(name)
     }
 
@@ -148,6 +152,15 @@ impl View {
     pub fn place_name(&self, event: &Event) -> &str {
         let symbol = self.symbols.get(self.drop_place(event));
         symbol.map_or("?", |s| &s.name)
+    }
+
+    /// What a drop means; `None`: the event is none.
+    pub fn meaning(&mut self, event: &Event) -> Option<&Words> {
+        let facts = event.drop.as_ref()?.facts();
+        let reason = self.reason(event).unwrap_or_default();
+        let reason = DropReasons::shortened(&reason).to_owned();
+        let place = self.place_name(event).to_owned();
+        Some(self.meanings.of((reason, place, facts)))
     }
 
     /// The program of an event that is not of a function.

@@ -9,7 +9,7 @@ use crate::kernel::cgroup;
 use crate::kernel::netns::Netns;
 use crate::run::output::OutputArgs;
 use crate::tools::fields;
-use crate::tools::{EngineArgs, TransportArgs};
+use crate::tools::{EngineArgs, TransportArgs, TypesArgs};
 use crate::usage::usage;
 
 /// TCP_FILTER_* of src/bpf/tcp/tcpconnect.h
@@ -97,6 +97,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub engine: EngineArgs,
+
+    #[command(flatten)]
+    pub types: TypesArgs,
 
     #[command(flatten)]
     pub transport: TransportArgs,

@@ -45,8 +45,6 @@ pub fn start<'a>(
         match start_pair(args, filter, kernel, core, pair, storage) {
             Ok(started) => return Ok(started),
             Err(e) if e.is::<UsageError>() || pairs.peek().is_none() => return Err(e),
-            // DNS needs fexit programs in any case: the last way would hide why there are none.
-            Err(e) if args.dns && pair != Pair::Multi => return Err(e),
             // Lockdown, an architecture without trampolines, another tracer's hands on the function.
             Err(_) => {}
         }
@@ -180,7 +178,7 @@ fn attach_dns(
     attached: &mut Attached,
 ) -> Result<()> {
     let p = &skel.progs;
-    if pair != Pair::Multi {
+    if !pair.sees_entries() {
         for program in [&p.dns_udp4, &p.dns_udp6, &p.dns_tcp] {
             attached.trampoline(kernel, skel, program, true)?;
         }
@@ -189,10 +187,12 @@ fn attach_dns(
     let returns = [&p.dns_udp4_return, &p.dns_udp6_return, &p.dns_tcp_return];
     let entries = [&p.dns_udp4_entry, &p.dns_udp6_entry, &p.dns_tcp_entry];
     for ((returns, entry), function) in returns.into_iter().zip(entries).zip(RECEIVE) {
-        let returns_at = returns.attach_kprobe_multi(true, vec![function]);
-        attached.counted(returns, returns_at, function)?;
-        let enters_at = entry.attach_kprobe_multi(false, vec![function]);
-        attached.counted(entry, enters_at, function)?;
+        let attach = |program: &ProgramMut<'_>, returns| match pair {
+            Pair::Multi => program.attach_kprobe_multi(returns, vec![function]),
+            _ => program.attach_kprobe(returns, function),
+        };
+        attached.counted(returns, attach(returns, true), function)?;
+        attached.counted(entry, attach(entry, false), function)?;
     }
     Ok(())
 }

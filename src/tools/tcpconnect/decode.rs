@@ -197,8 +197,8 @@ fn of_event(head: Head, e: &tcp_event) -> Option<Connect> {
         start: e.start,
         syn: e.syn,
         cgroup: e.cgroup,
-        saddr: address(words(e.saddr), e.version),
-        daddr: address(words(e.daddr), e.version),
+        saddr: address(e.saddr, e.version),
+        daddr: address(e.daddr, e.version),
         sport: e.sport,
         dport: e.dport,
         version: e.version,
@@ -266,18 +266,11 @@ fn answer(head: Head, bytes: &[u8]) -> Option<Answer> {
 pub fn flow(bytes: &[u8]) -> Option<CountedFlow> {
     let (k, _) = read::<tcp_flow>(bytes)?;
     Some(CountedFlow {
-        saddr: address(words(k.saddr), k.version),
-        daddr: address(words(k.daddr), k.version),
+        saddr: address(k.saddr, k.version),
+        daddr: address(k.daddr, k.version),
         dport: k.dport,
         lport: k.lport,
     })
-}
-
-fn words(w: [u64; 2]) -> [u8; 16] {
-    let mut b = [0; 16];
-    b[..8].copy_from_slice(&w[0].to_ne_bytes());
-    b[8..].copy_from_slice(&w[1].to_ne_bytes());
-    b
 }
 
 #[cfg(test)]

@@ -16,10 +16,8 @@ use std::mem::MaybeUninit;
 use anyhow::Result;
 
 use crate::bpf;
-use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
-use crate::kernel::features::Features;
 use crate::kernel::trampoline::Ahead;
 use crate::run::output::{self, Output};
 use crate::run::{log, session, signals};
@@ -34,12 +32,9 @@ pub fn run(args: &Args) -> Result<()> {
     args.transport.check(&args.engine)?;
     let filter = args.filter.resolve()?;
     log::init(args.verbose());
-    let btf = Btf::vmlinux(None);
-    if let Ok(btf) = &btf {
-        btf.await_names(bpf::TCPCONNECT_TYPES);
-    }
-    let features = Features::with(btf.as_ref().ok());
+    let (btf, features) = args.types.load(&[bpf::TCPCONNECT_TYPES])?;
     features.require_tracing("tcpconnect")?;
+    log::lacking();
     let btf = btf?;
     let reasons = match args.outcome {
         true => DropReasons::load(&btf),

@@ -1,6 +1,6 @@
 //! What a connect came to, in words. Pure; the rules are the table at the end.
 
-use nix::errno::Errno;
+use crate::text::format::errno_name;
 
 use super::decode::{self, Connect, DECIDED_AT_ONCE, DECIDED_ESTABLISHED, Drop};
 
@@ -28,13 +28,6 @@ pub fn error_name(c: &Connect) -> Option<String> {
 pub fn unread_error(c: &Connect) -> Option<String> {
     let unread = word(c) == "interrupted" && c.fate.soft_error != 0;
     unread.then(|| errno_name(c.fate.soft_error))
-}
-
-fn errno_name(error: u32) -> String {
-    match Errno::from_raw(error as i32) {
-        Errno::UnknownErrno => format!("errno {error}"),
-        e => format!("{e:?}"),
-    }
 }
 
 /// What the kernel's drops of packets of a handshake were.

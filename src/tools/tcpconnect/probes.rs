@@ -43,6 +43,13 @@ pub enum Pair {
     Kprobe,
 }
 
+impl Pair {
+    /// DNS needs entries and returns, which trampolines see both at the return.
+    pub fn sees_entries(self) -> bool {
+        matches!(self, Self::Multi | Self::Kprobe)
+    }
+}
+
 /// Ways to try at most.
 pub const PAIRS: usize = 3;
 
@@ -191,7 +198,7 @@ fn set_programs(args: &Args, pair: Pair, open: &mut OpenTcpconnectSkel<'_>) {
         &mut open.progs.dns_udp6,
         &mut open.progs.dns_tcp,
     ] {
-        program.set_autoload(args.dns && pair != Pair::Multi);
+        program.set_autoload(args.dns && !pair.sees_entries());
     }
     for program in [
         &mut open.progs.dns_udp4_entry,
@@ -201,7 +208,7 @@ fn set_programs(args: &Args, pair: Pair, open: &mut OpenTcpconnectSkel<'_>) {
         &mut open.progs.dns_udp6_return,
         &mut open.progs.dns_tcp_return,
     ] {
-        program.set_autoload(args.dns && pair == Pair::Multi);
+        program.set_autoload(args.dns && pair.sees_entries());
     }
 }
 
@@ -223,7 +230,7 @@ fn set_maps(
         maps.pending.set_max_entries(PENDING)?;
         maps.pending_by_isn.set_max_entries(PENDING)?;
     }
-    if args.dns && pair == Pair::Multi {
+    if args.dns && pair.sees_entries() {
         maps.dns_calls.set_max_entries(DNS_CALLS)?;
     }
     maps.ports.set_max_entries(room(filter.ports.len()))?;

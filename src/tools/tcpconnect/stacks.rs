@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::kernel::ksyms::{KernelSymbols, Symbol};
+use crate::kernel::ksyms::{KernelSymbols, Symbol, is_of_a_probe};
 use crate::kernel::usyms::{self, Executable, Frame, UserSymbols};
 use crate::text::escape::push_escaped;
 
@@ -92,13 +92,6 @@ impl StackTable {
     pub fn take(&mut self, c: &Connect) -> Option<NamedStacks> {
         self.waiting.remove(&c.sock)
     }
-}
-
-/// BPF programs and the trampolines that lead to them, which may also be without a name (net.core.bpf_jit_kallsyms).
-fn is_of_a_probe(function: &str) -> bool {
-    ["bpf_prog_", "bpf_trampoline_", "arch_rethook_", "rethook_"]
-        .iter()
-        .any(|start| function.starts_with(start))
 }
 
 impl NamedStacks {

@@ -1,5 +1,6 @@
-//! Whose packets a run is about: --pid, --comm, --uid, --cgroup, --container and -- COMMAND, for each tool that follows packets. Flags
-//! in, what the kernel side asks for (src/bpf/common/who.h) out. Sockets are what packets belong to.
+//! Whose packets a run is about: --pid, --comm, --uid, --cgroup, --container, --pod and -- COMMAND, for each tool that
+//! follows packets. Flags in, what the kernel side asks for (src/bpf/common/who.h) out. Sockets are what packets belong
+//! to.
 
 pub mod command;
 mod sockets;
@@ -12,8 +13,8 @@ use libbpf_rs::{MapCore, MapFlags, OpenMapMut};
 
 use crate::bpf::bytes_of;
 use crate::bpf::skb::types::{who_bit, who_process};
-use crate::kernel::cgroup;
-use crate::kernel::containers::{self, Place};
+use crate::kernel::cgroup::{self, Place};
+use crate::kernel::{containers, pods};
 use crate::usage::usage;
 
 use command::{Grounds, Running};
@@ -54,9 +55,13 @@ pub struct WhoArgs {
     #[arg(long, value_name = "NAME|ID", conflicts_with = "cgroup")]
     pub container: Option<String>,
 
+    /// Sockets of this pod of Kubernetes on this node
+    #[arg(long, value_name = "NAMESPACE/NAME", conflicts_with_all = ["cgroup", "container"])]
+    pub pod: Option<String>,
+
     /// Run COMMAND once all is attached, in a cgroup of its own, and follow the packets of its sockets and of its children's, and those to
     /// them; the run ends with it
-    #[arg(last = true, value_name = "COMMAND", conflicts_with_all = ["pid", "cgroup", "container"])]
+    #[arg(last = true, value_name = "COMMAND", conflicts_with_all = ["pid", "cgroup", "container", "pod"])]
     pub command: Vec<String>,
 }
 
@@ -96,6 +101,7 @@ impl WhoArgs {
             && self.uid.is_none()
             && self.cgroup.is_none()
             && self.container.is_none()
+            && self.pod.is_none()
             && self.command.is_empty()
     }
 
@@ -122,7 +128,10 @@ impl WhoArgs {
             who.set_cgroup(&cgroup::folder(path)?)?;
         }
         if let Some(name) = &self.container {
-            who.set_container(name)?;
+            who.set_place(&format!("--container {name}"), containers::find(name)?)?;
+        }
+        if let Some(name) = &self.pod {
+            who.set_place(&format!("--pod {name}"), pods::find(name)?)?;
         }
         if !self.command.is_empty() {
             who.set_command()?;
@@ -131,21 +140,26 @@ impl WhoArgs {
     }
 }
 
+/// The name of --comm as the kernel has it: two words of 8 bytes.
+pub fn comm_words(name: &str) -> Result<[u64; 2]> {
+    let mut bytes = [0; 16];
+    let fits = (1..=COMM_MAX).contains(&name.len());
+    let Some(to) = bytes.get_mut(..name.len()).filter(|_| fits) else {
+        return Err(usage(format!(
+            "--comm {name}: the kernel's thread names have 1 to {COMM_MAX} bytes"
+        )));
+    };
+    to.copy_from_slice(name.as_bytes());
+    let half = |at: usize| {
+        let word = bytes.get(at..at + 8).and_then(|b| b.try_into().ok());
+        u64::from_ne_bytes(word.unwrap_or_default())
+    };
+    Ok([half(0), half(8)])
+}
+
 impl Who {
     fn set_comm(&mut self, name: &str) -> Result<()> {
-        let mut bytes = [0; 16];
-        let fits = (1..=COMM_MAX).contains(&name.len());
-        let Some(to) = bytes.get_mut(..name.len()).filter(|_| fits) else {
-            return Err(usage(format!(
-                "--comm {name}: the kernel's thread names have 1 to {COMM_MAX} bytes"
-            )));
-        };
-        to.copy_from_slice(name.as_bytes());
-        let half = |at: usize| {
-            let word = bytes.get(at..at + 8).and_then(|b| b.try_into().ok());
-            u64::from_ne_bytes(word.unwrap_or_default())
-        };
-        self.comm = [half(0), half(8)];
+        self.comm = comm_words(name)?;
         self.name = Some(name.to_owned());
         self.on |= who_bit::WHO_COMM.0;
         Ok(())
@@ -168,13 +182,13 @@ impl Who {
         Ok(())
     }
 
-    fn set_container(&mut self, name: &str) -> Result<()> {
-        let found = containers::find(name)?;
-        match found {
+    /// `flag`: what the user asked for.
+    fn set_place(&mut self, flag: &str, place: Place) -> Result<()> {
+        match place {
             Place::Cgroup(folder) => self.set_cgroup(&folder)?,
             Place::Processes(pids) => {
                 eprintln!(
-                    "netprobe: --container {name}: there is no cgroup v2; its {} processes and what they fork stand for it",
+                    "netprobe: {flag}: there is no cgroup v2; its {} processes and what they fork stand for it",
                     pids.len()
                 );
                 self.forks = self.pids.is_none();

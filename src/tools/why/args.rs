@@ -10,10 +10,13 @@ use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::FieldArgs;
 use crate::tools::skb::args::Backend;
 use crate::tools::who::WhoArgs;
-use crate::tools::{EngineArgs, TransportArgs};
+use crate::tools::{EngineArgs, TransportArgs, TypesArgs};
 
 use super::ends::End;
 use super::expect::{Expect, Format};
+
+/// Bytes of a packet that a line needs.
+const SNAP_LEN: u32 = 96;
 
 /// Which packets are shown.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -50,6 +53,28 @@ pub struct Args {
     /// sysctls), and with a loss the last change before it
     #[arg(long)]
     pub changes: bool,
+
+    /// Show where the ways of two kinds of packets part first, and that alone: packets that match this expression, and those of --with
+    #[arg(long, value_name = "EXPRESSION", requires = "with")]
+    pub compare: Option<String>,
+
+    /// The other kind of packets of --compare
+    #[arg(
+        long,
+        value_name = "EXPRESSION",
+        requires = "compare",
+        conflicts_with = "expect_format"
+    )]
+    pub with: Option<String>,
+
+    /// Write the packets to a pcapng file, each once, with what became of it as its comment; - for stdout. The file is a recording, too:
+    /// netprobe report shows the answers again
+    #[arg(short = 'w', long, value_name = "FILE")]
+    pub write: Option<PathBuf>,
+
+    /// Bytes of each packet that --write takes at most
+    #[arg(short = 's', long, value_name = "N", default_value_t = 256, requires = "write", value_parser = clap::value_parser!(u32).range(96..=1536))]
+    pub snaplen: u32,
 
     /// End after this many seconds
     #[arg(long, value_name = "SECONDS")]
@@ -89,6 +114,9 @@ pub struct Args {
     pub engine: EngineArgs,
 
     #[command(flatten)]
+    pub types: TypesArgs,
+
+    #[command(flatten)]
     pub transport: TransportArgs,
 
     // Last: its COMMAND comes behind the expression.
@@ -103,6 +131,33 @@ impl Args {
             pages: self.engine.buffer_pages.unwrap_or(1024),
             ..self.engine.buffer()
         }
+    }
+
+    /// Bytes of a packet that travel with its events: a multiple of 8 keeps what follows aligned.
+    pub fn snap_len(&self) -> u32 {
+        match self.write {
+            Some(_) => self.snaplen.next_multiple_of(8),
+            None => SNAP_LEN,
+        }
+    }
+
+    /// The two expressions of --compare.
+    pub fn compared(&self) -> Option<[&str; 2]> {
+        Some([self.compare.as_deref()?, self.with.as_deref()?])
+    }
+
+    /// The expressions that packets must match: with --compare one of its two, too.
+    pub fn expressions(&self) -> ExpressionArgs {
+        let mut all = self.expression.clone();
+        if let Some([first, second]) = self.compared() {
+            let either = format!("(({first}) or ({second}))");
+            let and = match all.expression.as_slice() {
+                [] => either,
+                words => format!("({}) and {either}", words.join(" ")),
+            };
+            all.expression = vec![and];
+        }
+        all
     }
 
     /// Is a packet with this end, that took this long (ns), shown?

@@ -64,6 +64,11 @@ pub struct Changes {
 }
 
 impl Changes {
+    /// The newest.
+    pub fn last(&self) -> Option<&Change> {
+        self.all.back()
+    }
+
     /// Takes an event in; `None` where it is none of the network's.
     pub fn event(&mut self, raw: &skb_change) -> Option<&Change> {
         let (kind, what) = self.what(raw)?;

@@ -23,16 +23,16 @@ use crate::tools::who::command::Running;
 
 use super::args::Args;
 use super::changes;
+use super::compare::Comparison;
 use super::ends;
 use super::expect::Report;
+use super::file::File;
 use super::fold::Groups;
-use super::journey::{Journey, Journeys};
+use super::journey::{Journey, Journeys, QUIET};
 use super::names::Names;
-use super::present::{self, Presenter};
-use super::probes;
-
-/// Events may wait so long in buffers, ns: nothing is over before.
-const LAG: u64 = 200_000_000;
+use super::present::Presenter;
+use super::seen::Gaps;
+use super::sum;
 
 /// What is tested: the command, or the packets that are followed.
 fn tested(args: &Args) -> String {
@@ -55,34 +55,55 @@ pub struct Why<'a, M> {
     pub groups: Groups,
     pub presenter: Presenter,
     pub report: Option<Report>,
+    /// --compare
+    pub compared: Option<Comparison>,
+    /// --write
+    pub file: Option<File>,
     pub start: Instant,
     pub out: &'a mut Output,
     pub command: Option<Running>,
     pub sweeper: Sweeper<'a>,
+    /// how many packets the kernel side has numbered
+    pub packets: &'a M,
+    pub gaps: Gaps,
     pub undecodable: u64,
+    /// see [`Consumer::reached`]: nothing is over before
+    pub reached: u64,
     /// the limit of lines is reached
     pub stopped: bool,
     pub programs: Programs<'a, M, Attached>,
 }
 
 impl<M: MapCore> Why<'_, M> {
-    fn over(&mut self, journeys: Vec<Journey>, now: u64) {
-        for journey in journeys {
+    fn over(&mut self, journeys: Vec<Journey>, now: u64) -> Result<()> {
+        for mut journey in journeys {
+            // What comes after its end may have been lost, too.
+            journey.incomplete = self.gaps.touch(journey.first, journey.last + QUIET);
             let verdict = ends::judge(&journey, &self.rules);
+            if let Some(file) = &mut self.file {
+                file.packet(&journey, &verdict, &mut self.names)?;
+            }
+            if let Some(compared) = &mut self.compared {
+                compared.add(&journey, &verdict);
+            }
             self.groups.add(journey, verdict, now);
         }
+        Ok(())
     }
 
     fn show(&mut self, now: u64, all: bool) -> Result<Flow> {
         for group in self.groups.due(now, all) {
-            if self.stopped || !self.args.shows(group.verdict.end, group.longest) {
+            let hidden = self.stopped || self.compared.is_some();
+            if hidden || !self.args.shows(group.verdict.end, group.longest) {
                 continue;
             }
             if let Some(report) = &mut self.report {
-                report.add(&self.presenter.block(&group, &mut self.names));
+                let file = self.file.as_mut();
+                report.add(&self.presenter.block(file, &group, &mut self.names)?);
                 continue;
             }
-            if self.presenter.group(self.out, &group, &mut self.names)? == Flow::Stop {
+            let to = (&mut *self.out, self.file.as_mut());
+            if self.presenter.group(to, &group, &mut self.names)? == Flow::Stop {
                 self.stopped = true;
             }
         }
@@ -101,8 +122,16 @@ impl<M: MapCore> Why<'_, M> {
                 }
                 Ok(Flow::Continue)
             }
-            None => self.presenter.change(self.out, change, &mut self.names),
+            None => {
+                let to = (&mut *self.out, self.file.as_mut());
+                self.presenter.change(to, change, &mut self.names)
+            }
         }
+    }
+
+    fn look_for_loss(&mut self) -> Result<()> {
+        self.gaps.look(monotonic_ns()?, self.programs.lost()?);
+        Ok(())
     }
 
     /// The command has ended, and so have its packets.
@@ -120,27 +149,35 @@ impl<M: MapCore> Consumer for Why<'_, M> {
             }
         }
         let mut event = Event::default();
-        if decode::decode(&mut event, record.bytes, probes::SNAP_LEN as usize).is_none() {
+        if decode::decode(&mut event, record.bytes, self.args.snap_len() as usize).is_none() {
             self.undecodable += 1;
             return Ok(Flow::Continue);
         }
         if let Some(errno) = event.no_route {
             let journey = Journey::without_route(&event, errno, &mut self.names);
-            self.over(vec![journey], event.head.ts);
+            self.over(vec![journey], event.head.ts)?;
             return Ok(Flow::Continue);
         }
         if let Some(journey) = self.journeys.event(&event, &mut self.names)? {
-            self.over(vec![journey], event.head.ts);
+            self.over(vec![journey], event.head.ts)?;
         }
         Ok(Flow::Continue)
     }
 
+    fn reached(&mut self, until: u64) {
+        self.reached = until;
+    }
+
     fn tick(&mut self) -> Result<Flow> {
-        let now = monotonic_ns()?.saturating_sub(LAG);
+        let now = self.reached;
+        self.look_for_loss()?;
         let over = self.journeys.over(now, false);
-        self.over(over, now);
+        self.over(over, now)?;
         let flow = self.show(now, false)?;
         self.sweeper.tick()?;
+        if let Some(file) = &mut self.file {
+            file.flush()?;
+        }
         self.out.flush()?;
         match self.command_is_over(now) {
             true => Ok(Flow::Stop),
@@ -162,26 +199,44 @@ impl<M: MapCore> Tool for Why<'_, M> {
         self.programs.count(loss)
     }
 
-    fn report(&mut self, loss: &Loss) -> Result<()> {
+    fn close(&mut self, _: &Loss) -> Result<()> {
+        self.look_for_loss()?;
         let now = monotonic_ns()?;
         let over = self.journeys.over(now, true);
-        self.over(over, now);
+        self.over(over, now)
+    }
+
+    fn report(&mut self, loss: &Loss) -> Result<()> {
+        let now = monotonic_ns()?;
         let shown = self.show(now, true).map(|_| ());
+        if let Some(compared) = &mut self.compared {
+            compared.report(self.out, &mut self.names)?;
+        }
         let cut = self.journeys.cut;
         if cut > 0 {
             eprintln!(
                 "netprobe: {cut} packets were followed to no end, there were too many at once; a larger --track-entries helps"
             );
         }
+        let totals = &mut self.groups.totals;
+        totals.cut = cut;
+        if loss.lost > 0 {
+            totals.unseen = self.journeys.seen.missing(self.packets)?;
+        }
         let totals = &self.groups.totals;
         let summed = match (&mut self.report, &self.args.expect) {
             (Some(report), Some(expect)) => {
-                let sum = present::sum(totals, loss, cut);
+                let sum = sum::text(totals, loss);
                 let took = self.start.elapsed().as_secs_f64();
                 report.finish(self.out, (&tested(self.args), expect), totals, (&sum, took))
             }
-            _ => self.presenter.totals(self.out, totals, loss, cut),
+            _ => {
+                let to = (&mut *self.out, self.file.as_mut());
+                self.presenter.totals(to, totals, loss)
+            }
         };
-        shown.and(summed).and(loss.report(self.out))
+        let file = self.file.take();
+        let finished = file.map_or(Ok(()), |file| file.finish(loss));
+        shown.and(summed).and(finished).and(loss.report(self.out))
     }
 }

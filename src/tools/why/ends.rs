@@ -2,10 +2,11 @@
 
 use serde::Serialize;
 
-use crate::explain::{Meaning, Rules};
+use crate::explain::{EXPECTED, Fact, Meaning, Rules};
 
-use super::journey::{Dropped, Journey, Leg};
-use super::stages::Rest;
+use super::dropped::{Dropped, Told, mac_fact};
+use super::journey::{Journey, Leg};
+use super::stages::{Rest, Stage};
 
 /// What became of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -120,6 +121,19 @@ fn of_leg(
     }
     let over = leg.gone || leg.freed_by.is_some();
     let stage = leg.stage?;
+    if let Some(ignored) = ignored(leg, stage, rules) {
+        return Some(Verdict {
+            end: if ignored.is_expected() {
+                End::Expected
+            } else {
+                End::Lost
+            },
+            what: ignored.what.clone(),
+            meaning: Some(ignored),
+            leg: skb,
+            at: leg.last,
+        });
+    }
     let rest = stage.end.map(|rest| {
         let what = stage.what.clone();
         match rest {
@@ -154,8 +168,27 @@ fn of_leg(
     Some(verdict(End::Unknown, what))
 }
 
+/// The kernel's own protocols free a frame for another host as if they had taken it.
+fn ignored(leg: &Leg, stage: &Stage, rules: &Rules) -> Option<Meaning> {
+    let taken = stage.end == Some(Rest::Taken);
+    let facts = leg.facts.as_ref().filter(|_| taken)?;
+    let fact = mac_fact(facts, leg.vlan)?;
+    let promiscuous = facts.promiscuous.then_some(Fact::Promiscuous);
+    let all: Vec<Fact> = [fact].into_iter().chain(promiscuous).collect();
+    let mut meaning = rules.explain("OTHERHOST", &stage.stage, &all);
+    if fact == Fact::OtherMac {
+        // Neighbours are asked by broadcasts; a frame for another one is no loss here.
+        meaning.class = EXPECTED.to_owned();
+    }
+    Some(meaning)
+}
+
 fn of_drop(skb: u64, leg: &Leg, dropped: &Dropped, rules: &Rules, time_wait: bool) -> Verdict {
-    let facts = dropped.rule_facts(leg.icmp, time_wait);
+    let told = Told {
+        icmp: leg.icmp,
+        reset: leg.reset,
+    };
+    let facts = dropped.rule_facts(told, time_wait);
     let mut meaning = rules.explain(&dropped.reason, &dropped.place.function, &facts);
     let end = if meaning.is_expected() || dropped.copy {
         End::Expected

@@ -24,6 +24,7 @@ struct Key {
     packet: String,
     way: Vec<(&'static str, String, u32)>,
     decided: String,
+    incomplete: bool,
 }
 
 /// Journeys that are alike.
@@ -76,11 +77,18 @@ pub struct Totals {
     pub causes: std::collections::BTreeMap<(End, String), u64>,
     /// rules by which packets were lost
     pub rules: HashSet<String>,
+    /// events were lost while they were under way
+    pub incomplete: u64,
+    /// all of their events were lost
+    pub unseen: u64,
+    /// ended early, since there were too many at once
+    pub cut: u64,
 }
 
 impl Totals {
     fn add(&mut self, journey: &Journey, verdict: &Verdict) {
         self.packets += 1;
+        self.incomplete += u64::from(journey.incomplete);
         *self.ends.entry(verdict.end).or_default() += 1;
         if let Some(tuple) = journey.tuple {
             let end = journey.legs.get(&verdict.leg).map(|leg| leg.netns);
@@ -190,6 +198,7 @@ fn key(journey: &Journey, verdict: &Verdict) -> Key {
         packet,
         way,
         decided,
+        incomplete: journey.incomplete,
     }
 }
 

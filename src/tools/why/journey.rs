@@ -9,22 +9,24 @@ use rustc_hash::FxHashMap;
 use crate::capture::linktype::Linktype;
 use crate::event::line::Line;
 use crate::event::link::{self, Frame};
-use crate::event::packet::{Net, Transport};
 use crate::event::tuple::Tuple;
-use crate::explain::Fact;
 use crate::kernel::process::Process;
 use crate::text::escape::escaped;
-use crate::tools::skb::drops::Listen;
-use crate::tools::skb::event::{Data, Event, Facts, Meta};
-use crate::tools::skb::netfilter::{Nft, Passed, Who};
+use crate::tools::skb::columns::ct::Entry;
+use crate::tools::skb::event::{Data, Event, Facts};
+use crate::tools::skb::netfilter::{Nft, Passed};
 
+use super::dropped::{Dropped, Header};
+use super::facts::fact;
+use super::hops::Hops;
 use super::names::{Names, Place};
+use super::seen::Seen;
 use super::stages::{Rest, Role, Shows, Stage, Stages, Way};
 
 /// Stages of a journey that are kept.
 const STEPS: usize = 64;
 /// A journey is over when all of its sk_buffs are gone for this long, ns: a clone may not have been seen yet.
-const QUIET: u64 = 50_000_000;
+pub const QUIET: u64 = 50_000_000;
 /// ... or when it rests where a way may end.
 const RESTS: u64 = 1_000_000_000;
 
@@ -37,28 +39,10 @@ pub struct Step {
     pub device: String,
     pub netns: u32,
     pub fact: String,
-    /// the nft rule or policy that let it pass
+    /// the nft rule or policy that let it pass, or the rule that translated it
     pub nft: Option<Nft>,
-}
-
-/// A drop of one of its sk_buffs.
-#[derive(Debug, Clone)]
-pub struct Dropped {
-    pub at: u64,
-    /// without SKB_DROP_REASON_; empty where the kernel gives none
-    pub reason: String,
-    pub place: Place,
-    pub who: Option<Who>,
-    /// the hook of netfilter that it was in, where that decided
-    pub hook: Option<&'static str>,
-    pub meta: Option<Meta>,
-    pub tuple: Option<Tuple>,
-    pub facts: Option<Facts>,
-    pub frame: Option<Frame>,
-    pub listen: Option<Listen>,
-    /// another sk_buff has the packet
-    pub copy: bool,
-    pub process: Option<Process>,
+    /// its entry of connection tracking, from here on
+    pub ct: Option<Box<Entry>>,
 }
 
 /// One sk_buff.
@@ -79,8 +63,12 @@ pub struct Leg {
     pub freed_by: Option<String>,
     pub gone: bool,
     pub last: u64,
+    /// the VLAN that the frame came in with, by this device
+    pub vlan: Option<u16>,
     /// the run of a hook that it passed last
     run: u32,
+    /// the rule that translated it last
+    translated: Option<Nft>,
 }
 
 /// What one packet went through.
@@ -97,6 +85,14 @@ pub struct Journey {
     /// stages that there was no room for
     pub cut: u64,
     pub legs: FxHashMap<u64, Leg>,
+    /// the packet as it was when it was first seen, where that is kept: device and bytes
+    pub seen: Option<Box<Event>>,
+    /// each function that it entered, where that is kept
+    pub hops: Option<Hops>,
+    /// events were lost while it was under way
+    pub incomplete: bool,
+    /// the namespace and the entry of connection tracking that is shown already
+    tracked: Option<(u32, Entry)>,
     /// the IP header was whole when `frame` was read
     whole: bool,
 }
@@ -114,6 +110,10 @@ impl Journey {
             steps: Vec::new(),
             cut: 0,
             legs: FxHashMap::default(),
+            seen: None,
+            hops: None,
+            incomplete: false,
+            tracked: None,
             whole: false,
         }
     }
@@ -136,9 +136,12 @@ impl Journey {
             tuple: journey.tuple,
             facts: None,
             frame: None,
+            header: Header::default(),
+            vlan: None,
             listen: None,
             copy: false,
             process: None,
+            cgroup: 0,
         };
         let stage = match Stages::builtin().role("__ip_local_out") {
             Some(Role::Stage(stage)) => Some(stage),
@@ -186,11 +189,16 @@ impl Journey {
         if let Some(last) = self.steps.last_mut() {
             let same =
                 (last.stage, &last.device, last.netns) == (step.stage, &step.device, step.netns);
-            if same && step.nft.is_none() && (step.fact == last.fact || step.fact.is_empty()) {
+            if same
+                && step.nft.is_none()
+                && step.ct.is_none()
+                && (step.fact == last.fact || step.fact.is_empty())
+            {
                 return;
             }
             let nameless = last.stage == step.stage && last.device.is_empty();
-            if (same || nameless) && last.fact.is_empty() && last.nft.is_none() {
+            if (same || nameless) && last.fact.is_empty() && last.nft.is_none() && last.ct.is_none()
+            {
                 *last = Step {
                     at: last.at,
                     ..step
@@ -215,6 +223,21 @@ impl Journey {
         if let Some((frame, whole)) = event.data.as_ref().and_then(frame_of) {
             self.frame = Some(frame);
             self.whole = whole;
+        }
+    }
+
+    /// Keeps the packet's bytes, as early as its IP header is whole.
+    fn keep(&mut self, event: &Event) {
+        let Some((data, (_, whole))) = event
+            .data
+            .as_ref()
+            .zip(event.data.as_ref().and_then(frame_of))
+        else {
+            return;
+        };
+        if self.seen.is_none() || whole && !self.whole {
+            let packet = Event::of_packet(event.meta.clone(), data.clone());
+            self.seen = Some(Box::new(packet));
         }
     }
 }
@@ -247,10 +270,19 @@ pub struct Journeys {
     nft: bool,
     /// journeys that ended early since there were too many
     pub cut: u64,
+    pub seen: Seen,
+    keep: Keep,
+}
+
+/// What of a journey is kept beside its stages.
+#[derive(Debug, Clone, Copy)]
+pub struct Keep {
+    pub packet: bool,
+    pub hops: bool,
 }
 
 impl Journeys {
-    pub fn new(most: usize, nft: bool) -> Self {
+    pub fn new(most: usize, nft: bool, keep: Keep) -> Self {
         Self {
             stages: Stages::builtin(),
             under_way: FxHashMap::default(),
@@ -258,6 +290,8 @@ impl Journeys {
             most,
             nft,
             cut: 0,
+            seen: Seen::default(),
+            keep,
         }
     }
 
@@ -269,17 +303,33 @@ impl Journeys {
         let id = packet.number << 16 | u64::from(packet.cpu);
         let mut spilled = None;
         if !self.under_way.contains_key(&id) {
+            if !self.begins(event, names)? {
+                return Ok(None);
+            }
             if self.under_way.len() >= self.most {
                 spilled = self.oldest();
                 self.cut += 1;
             }
-            self.under_way.insert(id, Journey::new(event));
+            self.seen.add(packet);
+            let mut journey = Journey::new(event);
+            journey.hops = self.keep.hops.then(Hops::default);
+            self.under_way.insert(id, journey);
             self.order.push_back(id);
         }
         if let Some(journey) = self.under_way.get_mut(&id) {
             journey.last = event.head.ts;
+            if self.keep.packet {
+                journey.keep(event);
+            }
             if let Some(icmp) = event.icmp {
                 journey.legs.entry(event.skb).or_default().icmp = Some(icmp);
+            } else if let Some(value) = event.retval {
+                journey
+                    .hops
+                    .iter_mut()
+                    .for_each(|h| h.returned(event, value));
+            } else if event.translated {
+                journey.translate(event);
             } else if event.dropped {
                 journey.look(event);
                 journey.drop(event, names)?;
@@ -289,6 +339,9 @@ impl Journeys {
                     Some(Role::Stage(stage)) => {
                         journey.look(event);
                         journey.hit(event, stage, self.nft, names);
+                        if let Some(hops) = &mut journey.hops {
+                            hops.entered(event, stage, function);
+                        }
                     }
                     Some(role) => journey.end_of_leg(event, role, &function),
                     None => {}
@@ -296,6 +349,18 @@ impl Journeys {
             }
         }
         Ok(spilled)
+    }
+
+    /// A journey begins with a stage or a drop; the late end of an sk_buff is of one that is over.
+    fn begins(&self, event: &Event, names: &mut Names) -> Result<bool> {
+        if event.dropped {
+            return Ok(true);
+        }
+        if event.icmp.is_some() || event.retval.is_some() || event.translated {
+            return Ok(false);
+        }
+        let role = self.stages.role(&names.function(event.func)?);
+        Ok(matches!(role, Some(Role::Stage(_))))
     }
 
     fn oldest(&mut self) -> Option<Journey> {
@@ -327,6 +392,30 @@ impl Journeys {
     }
 }
 
+impl Leg {
+    /// Notes the VLAN of the frame: the kernel takes the tag off before it looks for a device. `self.device`: where it was before.
+    fn see_vlan(&mut self, event: &Event) {
+        const TAGGED: [u16; 2] = [0x8100, 0x88a8];
+        let Some(meta) = &event.meta else {
+            return;
+        };
+        let in_frame = || {
+            let data = event.data.as_ref()?;
+            let (frame, _) = frame_of(data)?;
+            frame.vlans.first().copied()
+        };
+        let tag = match TAGGED.contains(&meta.protocol) {
+            true => in_frame(),
+            false => meta.vlan,
+        };
+        // The id; 0 says a priority alone.
+        let id = tag.map(|tag| tag & 0xfff).filter(|id| *id != 0);
+        if id.is_some() || self.device != escaped(&meta.ifname) {
+            self.vlan = id;
+        }
+    }
+}
+
 impl Journey {
     fn hit(&mut self, event: &Event, stage: &'static Stage, nft: bool, names: &mut Names) {
         let leg = self.legs.entry(event.skb).or_default();
@@ -346,18 +435,40 @@ impl Journey {
             netns,
             fact,
             nft,
+            ct: None,
         };
         let passed = event.nft.as_ref().and_then(|n| n.passed());
         if let Some(passed) = passed.filter(|p| p.run != leg.run) {
             leg.run = passed.run;
-            if passed.nft.is_some() {
-                steps.push(step("netfilter", passed.to_string(), passed.nft));
+            if let Some(hops) = &mut self.hops {
+                hops.passed(event.skb, &passed);
+            }
+            if passed.nft.is_some() && passed.nft != leg.translated {
+                steps.push(step("netfilter", passed.to_string(), passed.nft.clone()));
+            }
+            if !passed.tables.is_empty() {
+                let (hook, tables) = (passed.hook, passed.tables.join(", "));
+                let v6 = event.tuple.flatten().is_some_and(|t| t.saddr.is_ipv6());
+                let family = if v6 { "ip6" } else { "ip" };
+                let fact = format!(
+                    "{hook}: iptables {family} {tables} let it pass, by which rule is not known"
+                );
+                steps.push(step("netfilter", fact, None));
             }
         }
         let now = event.tuple.flatten();
         if let (Some(before), Some(now)) = (before, now) {
             if let Some(change) = change(&before, &now) {
                 steps.push(step(change.0, change.1, None));
+            }
+        }
+        if let Some(entry) = Entry::of(event) {
+            let shown = self.tracked.as_ref();
+            if shown.is_none_or(|(n, e)| *n != netns || !e.is_like(&entry)) {
+                let mut found = step("conntrack", entry.to_string(), None);
+                found.ct = Some(Box::new(entry.clone()));
+                steps.push(found);
+                self.tracked = Some((netns, entry));
             }
         }
         if stage.stage == "reset" {
@@ -369,6 +480,7 @@ impl Journey {
             steps.push(step(&stage.stage, fact(stage, event, &device), None));
         }
         leg.tuple = now.or(leg.tuple);
+        leg.see_vlan(event);
         // Who reads says nothing new about where it was delivered to.
         let reads = stage.shows == Some(Shows::Reader);
         if !(reads && leg.stage.is_some_and(|s| s.end == Some(Rest::Delivered))) {
@@ -402,6 +514,34 @@ impl Journey {
         }
     }
 
+    /// A rule of nft has translated it.
+    fn translate(&mut self, event: &Event) {
+        let Some((nft, hook)) = event.nft.as_ref().and_then(|n| Some((n.rule()?, n.at()))) else {
+            return;
+        };
+        if let Some(hops) = &mut self.hops {
+            hops.translated(event.skb, hook, &nft);
+        }
+        let leg = self.legs.entry(event.skb).or_default();
+        leg.last = event.head.ts;
+        leg.translated = Some(nft.clone());
+        let chain = nft.chain.as_deref().unwrap_or_default();
+        let handle = nft.handle.unwrap_or_default();
+        let step = Step {
+            at: event.head.ts,
+            stage: "netfilter",
+            device: leg.device.clone(),
+            netns: leg.netns,
+            fact: format!(
+                "{hook}: nft {} {} {chain} handle {handle} translates it",
+                nft.family, nft.table
+            ),
+            nft: Some(nft),
+            ct: None,
+        };
+        self.push(step);
+    }
+
     fn end_of_leg(&mut self, event: &Event, role: Role, function: &str) {
         let leg = self.legs.entry(event.skb).or_default();
         leg.last = event.head.ts;
@@ -420,6 +560,9 @@ impl Journey {
         let copy = copies.is_some_and(|c| matches!(c.why, "shared" | "packet socket" | "loopback"));
         let owner = event.owner.as_ref().and_then(Option::as_ref);
         let data = event.data.as_ref();
+        let frame = data.and_then(frame_of).map(|(frame, _)| frame);
+        let header = frame.as_ref().zip(data);
+        let header = header.map(|(frame, d)| Header::new(frame, &d.bytes, d.len as usize));
         let dropped = Dropped {
             at: event.head.ts,
             reason,
@@ -428,10 +571,13 @@ impl Journey {
             meta: event.meta.clone(),
             tuple: event.tuple.flatten(),
             facts: event.facts.as_deref().cloned(),
-            frame: data.and_then(frame_of).map(|(frame, _)| frame),
+            frame,
+            header: header.unwrap_or_default(),
+            vlan: None,
             listen: drop.and_then(|d| d.listen()),
             copy,
             process: owner.and_then(|o| names.process(o)),
+            cgroup: owner.map_or(0, |o| o.cgroup),
             place,
         };
         if let (Some(who), Some(hook)) = (&dropped.who, dropped.hook) {
@@ -446,13 +592,22 @@ impl Journey {
                     who.to_string().trim_matches(['[', ']'])
                 ),
                 nft: None,
+                ct: None,
             });
+        }
+        if let Some(hops) = &mut self.hops {
+            hops.dropped(event.skb, &dropped);
         }
         if let Some(stage) = self.legs.get(&event.skb).and_then(|l| l.stage) {
             self.owner(event, stage, names);
         }
         let leg = self.legs.entry(event.skb).or_default();
         leg.last = event.head.ts;
+        leg.see_vlan(event);
+        let dropped = Dropped {
+            vlan: leg.vlan,
+            ..dropped
+        };
         leg.dropped = Some(Box::new(dropped));
         Ok(())
     }
@@ -468,98 +623,6 @@ fn change(before: &Tuple, now: &Tuple) -> Option<(&'static str, String)> {
         return Some(("tunnel", format!("now {now}")));
     }
     (ends(before) != ends(now)).then(|| ("translated", format!("now {now}")))
-}
-
-/// The fact that matters at a stage.
-fn fact(stage: &Stage, event: &Event, device: &str) -> String {
-    let facts = event.facts.as_deref();
-    match stage.shows {
-        Some(Shows::Route) => facts.map_or_else(String::new, route),
-        Some(Shows::Device) if !device.is_empty() => format!("dev {device}"),
-        Some(Shows::NextHop) => facts.map_or_else(String::new, |f| next_hop(f, event)),
-        Some(Shows::Queue) => facts.map_or_else(String::new, queue),
-        Some(Shows::Reader) => format!("{}[{}]", escaped(&event.head.comm), event.head.tgid),
-        _ => String::new(),
-    }
-}
-
-fn route(facts: &Facts) -> String {
-    let Some(route) = &facts.route else {
-        return String::new();
-    };
-    let mut text = format!("dev {}", escaped(&route.ifname));
-    if let Some(gateway) = route.gateway {
-        text += &format!(" via {gateway}");
-    }
-    text += match route.kind {
-        2 => ", local",
-        3 => ", broadcast",
-        5 => ", multicast",
-        _ => "",
-    };
-    if route.error != 0 {
-        let errno = nix::errno::Errno::from_raw(-i32::from(route.error));
-        text += &format!(", refuses ({errno})");
-    }
-    text
-}
-
-fn next_hop(facts: &Facts, event: &Event) -> String {
-    let route = facts.route.as_ref();
-    let hop = route
-        .and_then(|r| r.gateway)
-        .or_else(|| event.tuple.flatten().map(|t| t.daddr));
-    hop.map_or_else(String::new, |hop| format!("of {hop}"))
-}
-
-fn queue(facts: &Facts) -> String {
-    const LISTEN: u8 = 10;
-    match facts.socket {
-        Some(s) if s.state == LISTEN => {
-            format!("listening, {} of {} wait for accept()", s.backlog, s.limit)
-        }
-        Some(s) => format!("holds {} of {} bytes", s.rmem, s.rcvbuf),
-        None => String::new(),
-    }
-}
-
-impl Dropped {
-    /// What rules may ask about it.
-    pub fn rule_facts(&self, icmp: Option<(u8, u8)>, time_wait: bool) -> Vec<Fact> {
-        let mut facts = Vec::new();
-        let mut add = |is: bool, fact| {
-            if is {
-                facts.push(fact);
-            }
-        };
-        let pkt_type = self.facts.as_ref().map_or(0, |f| f.pkt_type);
-        let v6 = self.tuple.is_some_and(|t| t.saddr.is_ipv6());
-        add(pkt_type == 1, Fact::Broadcast);
-        add(pkt_type == 2, Fact::Multicast);
-        add(pkt_type == 3, Fact::OtherHost);
-        let promiscuous = self.facts.as_ref().is_some_and(|f| f.promiscuous);
-        add(promiscuous, Fact::Promiscuous);
-        add(self.tuple.is_none(), Fact::NoIp);
-        let reply =
-            |t: Tuple| (t.proto, t.icmp_type) == (1, 0) || (t.proto, t.icmp_type) == (58, 129);
-        add(self.tuple.is_some_and(reply), Fact::EchoReply);
-        let waits = time_wait || self.facts.as_ref().is_some_and(|f| f.time_wait);
-        add(waits, Fact::TimeWait);
-        add(self.has_no_data(), Fact::NoData);
-        let time = if v6 { 3 } else { 11 };
-        add(icmp.is_some_and(|i| i.0 == time), Fact::TimeExceeded);
-        let too_big = |i: (u8, u8)| if v6 { i.0 == 2 } else { i == (3, 4) };
-        add(icmp.is_some_and(too_big), Fact::TooBig);
-        facts
-    }
-
-    fn has_no_data(&self) -> bool {
-        const SYN: u8 = 2;
-        let Some(Net::Ip(ip)) = self.frame.as_ref().map(|f| &f.net) else {
-            return false;
-        };
-        matches!(&ip.transport, Transport::Tcp(tcp) if tcp.len == 0 && tcp.flags & SYN == 0)
-    }
 }
 
 impl std::fmt::Display for Passed {

@@ -15,6 +15,8 @@ use crate::text::escape::escaped;
 use crate::tools::skb::event::{Event, Owner};
 use crate::tools::skb::netfilter::{Hooks, Who};
 
+use super::rule_texts::RuleTexts;
+
 /// The function that decided about a drop.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Place {
@@ -30,6 +32,7 @@ pub struct Names {
     holders: Option<SocketHolders>,
     netns: HashMap<u32, String>,
     containers: ContainerNames,
+    pub rules: RuleTexts,
 }
 
 impl Names {
@@ -42,6 +45,7 @@ impl Names {
             holders: None,
             netns: netns::names(),
             containers: ContainerNames::default(),
+            rules: RuleTexts::default(),
         }
     }
 
@@ -86,7 +90,7 @@ impl Names {
         let kernel = value
             .filter(|v| *v != 0 && self.reasons.any())
             .map(|v| self.reasons.name(v));
-        let own = drop.and_then(|d| d.reason(kernel.as_deref()));
+        let own = drop.and_then(|d| d.reason(kernel.as_deref(), &place.function));
         match (own, kernel) {
             (Some(own), _) => own.to_owned(),
             (None, Some(name)) => DropReasons::shortened(&name).to_owned(),

@@ -12,18 +12,24 @@ use crate::kernel::process::Process;
 use crate::run::Flow;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
+use crate::text::json;
+use crate::tools::skb::columns::ct::Entry;
 use crate::tools::skb::netfilter::{Nft, Who};
 
 use super::changes::{Change, Changes, Kind};
+use super::dropped::Dropped;
 use super::ends::End;
+use super::file::{Answer, File};
 use super::fold::{Group, Totals};
-use super::journey::{Dropped, Journey, Leg, Step};
+use super::journey::{Journey, Leg, Step};
 use super::names::Names;
 use super::proof::{self, Case, Proof};
+use super::sum;
 
 /// Shows groups of journeys.
 pub struct Presenter {
     details: bool,
+    json: bool,
     rules: Rules,
     /// monotonic, ns: times count from here
     start: u64,
@@ -36,15 +42,18 @@ struct Said<'a> {
     dropped: Option<&'a Dropped>,
     change: Option<&'a Change>,
     proofs: Vec<Proof>,
+    /// of the rules of the stages
+    rules: Vec<Option<String>>,
     netns: String,
     /// of the end, where it is another than that of the start
     end_netns: Option<String>,
 }
 
 impl Presenter {
-    pub fn new(details: bool, rules: Rules, start: u64) -> Self {
+    pub fn new(details: bool, json: bool, rules: Rules, start: u64) -> Self {
         Self {
             details,
+            json,
             rules,
             start,
             changes: Changes::default(),
@@ -62,23 +71,12 @@ impl Presenter {
         ))
     }
 
-    pub fn change(
-        &mut self,
-        out: &mut Output,
-        change: &skb_change,
-        names: &mut Names,
-    ) -> Result<Flow> {
-        if !out.json() {
-            let Some(line) = self.change_text(change, names) else {
-                return Ok(Flow::Continue);
-            };
-            return out.event(|b| b.extend_from_slice(line.as_bytes()));
-        }
-        let start = self.start;
-        match self.changes.event(change) {
-            Some(change) => out.json_event(&ChangeRow::new(change, start)),
-            None => Ok(Flow::Continue),
-        }
+    pub fn change(&mut self, to: To<'_>, change: &skb_change, names: &mut Names) -> Result<Flow> {
+        let Some(text) = self.change_text(change, names) else {
+            return Ok(Flow::Continue);
+        };
+        let row = self.changes.last().map(|c| ChangeRow::new(c, self.start));
+        give(to, &text, row.as_ref())
     }
 
     /// The last change before the first of these losses, in a namespace that the packet came through.
@@ -98,25 +96,38 @@ impl Presenter {
         self.changes.before(first, &places, rule)
     }
 
-    pub fn group(&self, out: &mut Output, group: &Group, names: &mut Names) -> Result<Flow> {
-        let said = self.say(group, names);
-        if out.json() {
-            return out.json_event(&self.row(&said));
-        }
-        let mut text = Vec::new();
-        self.text(&mut text, &said, names);
-        out.event(|b| b.extend_from_slice(text.trim_ascii_end()))
+    pub fn group(&self, to: To<'_>, group: &Group, names: &mut Names) -> Result<Flow> {
+        let said = self.say(group, names, to.1.is_some());
+        let text = match to.0.json() && to.1.is_none() {
+            true => String::new(),
+            false => self.said_text(&said, names),
+        };
+        give(to, &text, Some(&self.row(&said)))
     }
 
     /// A group as text.
-    pub fn block(&self, group: &Group, names: &mut Names) -> String {
-        let said = self.say(group, names);
+    pub fn block(
+        &self,
+        file: Option<&mut File>,
+        group: &Group,
+        names: &mut Names,
+    ) -> Result<String> {
+        let said = self.say(group, names, file.is_some());
+        let text = self.said_text(&said, names);
+        if let Some(file) = file {
+            file.answer(&recorded(true, &text, Some(&self.row(&said)))?)?;
+        }
+        Ok(text)
+    }
+
+    fn said_text(&self, said: &Said<'_>, names: &mut Names) -> String {
         let mut text = Vec::new();
-        self.text(&mut text, &said, names);
+        self.text(&mut text, said, names);
         String::from_utf8_lossy(text.trim_ascii_end()).into_owned()
     }
 
-    fn say<'a>(&'a self, group: &'a Group, names: &mut Names) -> Said<'a> {
+    /// `recorded`: as text and as JSON.
+    fn say<'a>(&'a self, group: &'a Group, names: &mut Names, recorded: bool) -> Said<'a> {
         let (journey, verdict) = (&group.journey, &group.verdict);
         let leg = journey.legs.get(&verdict.leg);
         let dropped = leg.and_then(|l| l.dropped.as_deref());
@@ -128,6 +139,11 @@ impl Presenter {
                 }
             }
         }
+        let good = verdict.end.is_good();
+        let rules = match good && !self.details && !self.json && !recorded {
+            true => Vec::new(),
+            false => rule_texts(journey, names),
+        };
         let at_end = dropped.and_then(|d| d.meta.as_ref()).map_or(0, |m| m.netns);
         let at_end = match at_end {
             0 => leg.map_or(0, |l| l.netns),
@@ -139,6 +155,7 @@ impl Presenter {
             dropped,
             change: self.change_before(group, dropped),
             proofs,
+            rules,
             netns: names.netns(journey.netns),
             end_netns: elsewhere.then(|| names.netns(at_end)),
         }
@@ -168,8 +185,9 @@ impl Presenter {
         if let Some(sender) = &journey.sender {
             let _ = writeln!(text, "      0.000 ms  {:<12}sent by {sender}", "socket");
         }
-        for step in &journey.steps {
-            push_step(text, journey, step, &mut netns, names);
+        let rules = said.rules.iter().map(Option::as_deref);
+        for (step, rule) in journey.steps.iter().zip(rules) {
+            push_step(text, (journey, step), rule, &mut netns, names);
         }
         if journey.cut > 0 {
             let _ = writeln!(text, "  ... and {} stages more", journey.cut);
@@ -215,6 +233,9 @@ impl Presenter {
             };
             let _ = write!(text, ", {count} times ({}{more})", seconds.join(", "));
         }
+        if journey.incomplete {
+            text.extend_from_slice(b", as far as it was seen");
+        }
         text.push(b'\n');
     }
 
@@ -230,6 +251,10 @@ impl Presenter {
                     let _ = writeln!(text, "  rejected  with {how}");
                 }
                 let _ = writeln!(text, "  dropped   {} ({})", verdict.what, said.place());
+            }
+            (End::Lost, None) => {
+                let stage = leg.and_then(|l| l.stage).map_or("", |s| &s.stage);
+                let _ = writeln!(text, "  ignored   {} (at the stage {stage})", verdict.what);
             }
             (_, None) => {
                 let _ = writeln!(text, "  unknown   {}", verdict.what);
@@ -258,53 +283,41 @@ impl Presenter {
     }
 
     /// The last line: what became of all packets, and what was missed.
-    pub fn totals(&self, out: &mut Output, totals: &Totals, loss: &Loss, cut: u64) -> Result<()> {
-        let missed = missed(loss, cut);
-        if out.json() {
-            return out.json_line(&Sum {
-                kind: "summary",
-                packets: totals.packets,
-                flows: totals.flows(),
-                ends: &totals.ends,
-                missed,
-            });
+    pub fn totals(&self, to: To<'_>, totals: &Totals, loss: &Loss) -> Result<()> {
+        let (out, file) = to;
+        let text = sum::text(totals, loss);
+        let row = sum::Row::new(totals, loss);
+        if let Some(file) = file {
+            file.answer(&recorded(false, &text, Some(&row))?)?;
         }
-        out.line(|b| b.extend_from_slice(sum(totals, loss, cut).as_bytes()))
+        match out.json() {
+            true => out.json_line(&row),
+            false => out.line(|b| b.extend_from_slice(text.as_bytes())),
+        }
     }
 }
 
-/// What became of all packets, and what was missed, in words.
-pub fn sum(totals: &Totals, loss: &Loss, cut: u64) -> String {
-    let (packets, flows) = (
-        plural(totals.packets, "packet"),
-        plural(totals.flows() as u64, "flow"),
-    );
-    let mut parts: Vec<String> = Vec::new();
-    for (end, count) in &totals.ends {
-        let causes = totals.causes.iter().filter(|((e, _), _)| e == end);
-        let causes: Vec<String> = causes.map(|((_, what), n)| format!("{what} {n}")).collect();
-        let causes = match causes.is_empty() {
-            true => String::new(),
-            false => format!(" ({})", causes.join(", ")),
-        };
-        parts.push(format!("{count} {}{causes}", end.counted()));
+/// Where answers go: printed in one form, recorded in both.
+pub type To<'a> = (&'a mut Output, Option<&'a mut File>);
+
+fn recorded(event: bool, text: &str, row: Option<&impl Serialize>) -> Result<Answer> {
+    let mut bytes = Vec::new();
+    row.map_or(Ok(()), |row| json::push(&mut bytes, row))?;
+    Ok(Answer {
+        event,
+        text: text.to_owned(),
+        json: String::from_utf8_lossy(&bytes).into_owned(),
+    })
+}
+
+fn give((out, file): To<'_>, text: &str, row: Option<&impl Serialize>) -> Result<Flow> {
+    if let Some(file) = file {
+        file.answer(&recorded(true, text, row)?)?;
     }
-    let colon = if parts.is_empty() { "" } else { ": " };
-    let missed = match missed(loss, cut) {
-        false => "Nothing was missed.",
-        true => "Something was missed: see stderr.",
-    };
-    format!("{packets} in {flows}{colon}{}. {missed}", parts.join(", "))
-}
-
-fn missed(loss: &Loss, cut: u64) -> bool {
-    loss.any() || cut > 0
-}
-
-fn plural(count: u64, noun: &str) -> String {
-    match count {
-        1 => format!("1 {noun}"),
-        n => format!("{n} {noun}s"),
+    match (out.json(), row) {
+        (true, Some(row)) => out.json_event(row),
+        (true, None) => Ok(Flow::Continue),
+        (false, _) => out.event(|b| b.extend_from_slice(text.as_bytes())),
     }
 }
 
@@ -316,10 +329,17 @@ fn seconds(ns: u64) -> String {
     format!("{:.3} s", ns as f64 / 1e9)
 }
 
+/// The texts of the rules that the stages name.
+fn rule_texts(journey: &Journey, names: &mut Names) -> Vec<Option<String>> {
+    let steps = journey.steps.iter();
+    let texts = steps.map(|s| names.rules.of(s.netns, s.nft.as_ref()?));
+    texts.collect()
+}
+
 fn push_step(
     text: &mut Vec<u8>,
-    journey: &Journey,
-    step: &Step,
+    (journey, step): (&Journey, &Step),
+    rule: Option<&str>,
     netns: &mut u32,
     names: &mut Names,
 ) {
@@ -327,6 +347,9 @@ fn push_step(
     let _ = write!(text, "  {at:>12}  {:<12}{}", step.stage, step.fact);
     if step.fact.is_empty() && !step.device.is_empty() {
         let _ = write!(text, "dev {}", step.device);
+    }
+    if let Some(rule) = rule {
+        let _ = write!(text, " (now: {rule})");
     }
     if step.netns != *netns && step.netns != 0 {
         let _ = write!(text, " (now in netns {})", names.netns(step.netns));
@@ -383,19 +406,7 @@ impl Said<'_> {
         let Some(dropped) = self.dropped else {
             return String::new();
         };
-        let mut text = match &*dropped.reason {
-            "" => String::new(),
-            reason => format!("{reason} "),
-        };
-        text += &format!("in {}", dropped.place.function);
-        let device = dropped
-            .meta
-            .as_ref()
-            .map(|m| crate::text::escape::escaped(&m.ifname));
-        if let Some(device) = device.filter(|d| !d.is_empty()) {
-            text += &format!(", dev {device}");
-        }
-        text
+        dropped.decided()
     }
 
     /// What to do: what a proof names, else what the rule says.
@@ -410,27 +421,40 @@ impl Said<'_> {
             .verdict
             .meaning
             .as_ref()
-            .map(|m| m.change.clone());
+            .map(|m| self.filled(&m.change));
         match named.is_empty() {
             true => rule.into_iter().filter(|c| !c.is_empty()).collect(),
             false => named,
         }
     }
 
+    /// What a rule says to change, with this packet's device and addresses.
+    fn filled(&self, change: &str) -> String {
+        let tuple = self.dropped.and_then(|d| d.tuple);
+        let meta = self.dropped.and_then(|d| d.meta.as_ref());
+        let device = meta.map(|m| crate::text::escape::escaped(&m.ifname));
+        let of = |word: &str| match word {
+            "DEV" => device.clone().filter(|d| !d.is_empty()),
+            "SRC" => tuple.map(|t| t.saddr.to_string()),
+            "DST" => tuple.map(|t| t.daddr.to_string()),
+            _ => None,
+        };
+        let is_word = |c: char| c.is_alphanumeric();
+        let mut filled = String::new();
+        for part in change.split_inclusive(|c: char| !is_word(c)) {
+            let word = part.trim_end_matches(|c: char| !is_word(c));
+            match of(word) {
+                Some(value) => filled += &format!("{value}{}", &part[word.len()..]),
+                None => filled += part,
+            }
+        }
+        filled
+    }
+
     fn answer(&self) -> Option<String> {
         let leg = self.group.journey.legs.get(&self.group.verdict.leg)?;
         answer(leg, self.dropped?)
     }
-}
-
-#[derive(Serialize)]
-struct Sum<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    packets: u64,
-    flows: usize,
-    ends: &'a std::collections::BTreeMap<End, u64>,
-    missed: bool,
 }
 
 /// A change of the network.
@@ -485,6 +509,11 @@ struct StepRow<'a> {
     fact: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     nft: Option<&'a Nft>,
+    /// the rule's text now
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ct: Option<&'a Entry>,
 }
 
 #[derive(Serialize)]
@@ -525,6 +554,9 @@ struct Row<'a> {
     count: u64,
     seconds: Vec<f64>,
     longest_us: f64,
+    /// events were lost meanwhile: stages and the end may be missing
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    incomplete: bool,
     sender: Option<ProcessRow<'a>>,
     receiver: Option<ProcessRow<'a>>,
     stages: Vec<StepRow<'a>>,
@@ -544,13 +576,15 @@ impl Presenter {
         let tuple = journey.tuple;
         let ports = tuple.filter(|t| t.has_ports());
         let us = |ns: u64| ns as f64 / 1000.0;
-        let step = |s: &'a Step| StepRow {
+        let step = |(s, rule): (&'a Step, &'a Option<String>)| StepRow {
             us: us(s.at.saturating_sub(journey.first)),
             stage: s.stage,
             device: &s.device,
             netns: s.netns,
             fact: &s.fact,
             nft: s.nft.as_ref(),
+            rule: rule.as_deref(),
+            ct: s.ct.as_deref(),
         };
         let start = self.start;
         Row {
@@ -573,9 +607,10 @@ impl Presenter {
                 .map(|t| t.saturating_sub(start) as f64 / 1e9)
                 .collect(),
             longest_us: us(said.group.longest),
+            incomplete: journey.incomplete,
             sender: process(&journey.sender),
             receiver: process(&journey.receiver),
-            stages: journey.steps.iter().map(step).collect(),
+            stages: journey.steps.iter().zip(&said.rules).map(step).collect(),
             drop: said.dropped.and_then(|d| said.drop_row(d)),
             change_before: said.change.map(|c| ChangeRow::new(c, start)),
             proof: &said.proofs,

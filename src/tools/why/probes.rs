@@ -10,42 +10,55 @@ use libbpf_rs::skel::OpenSkel;
 use crate::bpf::skb::{SkbSkel, SkbSkelBuilder};
 use crate::filter::{Filters, set_filter};
 use crate::kernel::btf::Btf;
+use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
 use crate::run::object;
+use crate::tools::skb::columns::ct::{self, SECTION_CT};
 use crate::tools::skb::columns::facts::SECTION_FACTS;
 use crate::tools::skb::columns::nft;
 use crate::tools::skb::event as skb;
+use crate::tools::skb::kernel::core_types;
 use crate::tools::skb::probes::{Plan, Wants};
 use crate::tools::who::{self, Who};
 
 use super::args::Args;
 use super::stages::Stages;
 
-/// Bytes of a packet that travel with its events: what a line shows.
-pub const SNAP_LEN: u32 = 96;
-
 /// What is to be attached, and the sections that events carry.
 pub struct Probes {
     pub plan: Plan,
     /// nft's decisions are seen
     pub nft: bool,
+    /// entries of connection tracking are seen
+    ct: bool,
     receivers: bool,
+    returns: bool,
+    types: CoreBtf,
 }
 
 impl Probes {
     pub fn plan(args: &Args, who: &Who, btf: &Btf, features: &Features) -> Result<Self> {
         let nft = nft::types(btf).is_ok();
         let receivers = !features.drop_sock;
+        let returns = args.compare.is_some() && features.func_ip;
+        if args.compare.is_some() && !returns {
+            eprintln!(
+                "netprobe: kernel {} does not show what functions return (it needs 5.15)",
+                features.release
+            );
+        }
         let wants = Wants {
             track: true,
             owner: true,
             drops: true,
             listens: true,
             receivers,
+            refusals: !features.drop_reasons,
             nft,
             icmp: true,
             routes: who.on != 0,
+            returns,
             who: who.wants(),
             changes: args.changes,
             ..Wants::default()
@@ -56,12 +69,16 @@ impl Probes {
         Ok(Self {
             plan,
             nft,
+            ct: ct::types(btf).is_ok(),
             receivers,
+            returns,
+            types: core_types(btf)?,
         })
     }
 
     fn sections(&self) -> u32 {
         let nft = if self.nft { skb::SECTION_NFT } else { 0 };
+        let ct = if self.ct { SECTION_CT } else { 0 };
         skb::SECTION_META
             | skb::SECTION_TUPLE
             | skb::SECTION_PACKET
@@ -70,6 +87,7 @@ impl Probes {
             | skb::SECTION_DROP
             | SECTION_FACTS
             | nft
+            | ct
     }
 
     /// Opens, configures and loads the programs.
@@ -81,7 +99,7 @@ impl Probes {
         who: &Who,
         storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
     ) -> Result<SkbSkel<'a>> {
-        let mut open = object::open(SkbSkelBuilder::default(), None, storage)?;
+        let mut open = object::open(SkbSkelBuilder::default(), Some(self.types.path()), storage)?;
         let rodata = open.maps.rodata_data.as_mut();
         let rodata = rodata.context("the BPF object has no .rodata")?;
         rodata.use_cast = u8::from(features.rdonly_cast);
@@ -89,10 +107,12 @@ impl Probes {
         rodata.has_func_ip = u8::from(features.func_ip);
         rodata.has_reasons = u8::from(features.drop_reasons);
         rodata.sections = self.sections();
-        rodata.snap_len = SNAP_LEN;
+        rodata.snap_len = args.snap_len();
+        rodata.returns_on = u8::from(self.returns);
         set_filter!(rodata, filters.on(features.skb_fields));
         rodata.nf_drop_reason = reasons.number("NETFILTER_DROP").unwrap_or(0);
         rodata.nf_accepts = u8::from(self.nft);
+        rodata.nf_legacy = self.plan.legacy_tables();
         rodata.track = 1;
         rodata.listens = 1;
         rodata.rx_watched = u8::from(self.receivers);
@@ -107,6 +127,9 @@ impl Probes {
         };
         size(&mut open.maps.tracked, args.track_entries)?;
         size(&mut open.maps.contexts, 4096)?;
+        if self.returns {
+            size(&mut open.maps.entered, 16_384)?;
+        }
         if args.changes {
             size(&mut open.maps.changes, 256)?;
         }

@@ -109,6 +109,16 @@ impl Stages {
         })
     }
 
+    /// Functions and the words of their stages.
+    pub fn names(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        self.roles
+            .iter()
+            .filter_map(|(&function, role)| match role {
+                Role::Stage(stage) => Some((function, stage.stage.as_str())),
+                _ => None,
+            })
+    }
+
     pub fn role(&self, function: &str) -> Option<Role> {
         self.roles.get(function).copied()
     }

@@ -9,6 +9,7 @@ use libbpf_rs::{MapHandle, OpenObject};
 use crate::capture::linktype::Linktype;
 use crate::chain::place::Place;
 use crate::kernel::netdev;
+use crate::run::log;
 use crate::run::loss::Loss;
 
 use super::args::{Args, Mode};
@@ -66,7 +67,7 @@ pub fn begin<'a>(
             .map(Target::name)
             .collect::<Vec<_>>()
             .join(", ");
-        eprintln!("netprobe: capturing at {}, tracing {names}", planned.iface);
+        log::note(&format!("capturing at {}, tracing {names}", planned.iface));
         return Ok(traces);
     }
     args.check_chain()?;
@@ -87,13 +88,13 @@ pub fn begin<'a>(
 /// Says on stderr where the programs stand.
 fn tell(capture: &Capture<'_>) {
     let mode = capture.mode.name();
-    match capture.before {
-        Some(id) => eprintln!(
-            "netprobe: capturing at {} ({mode} XDP), in front of program {id}, by tail call",
-            capture.place.name
-        ),
-        None => eprintln!("netprobe: capturing at {} ({mode} XDP)", capture.place.name),
-    }
+    let before = capture.before.map_or(String::new(), |id| {
+        format!(", in front of program {id}, by tail call")
+    });
+    log::note(&format!(
+        "capturing at {} ({mode} XDP){before}",
+        capture.place.name
+    ));
 }
 
 pub fn promiscuous(args: &Args, planned: &[Planned]) -> Result<Vec<OwnedFd>> {

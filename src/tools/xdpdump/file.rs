@@ -144,11 +144,8 @@ fn begin(
     interfaces: &[Interface],
     (snaplen, linktype): (u32, Linktype),
 ) -> Result<Sink> {
-    let out = if path == Path::new("-") {
-        Stream::stdout().context("failed to open stdout")?
-    } else {
-        Stream::create(path).with_context(|| format!("failed to create {}", path.display()))?
-    };
+    let out =
+        Stream::create(path).with_context(|| format!("failed to create {}", path.display()))?;
     let failed = || format!("failed to write to {}", path.display());
     let mut writer = Writer::new(
         BufWriter::with_capacity(BUFFER, out),

@@ -12,6 +12,7 @@ use crate::event::link::{self, Frame, Link};
 use crate::event::packet::{Mac, Net, Transport, protocol_name};
 use crate::kernel::clock::time_of_day;
 use crate::run::Flow;
+use crate::run::log;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::text::escape::{escaped, push_escaped};
@@ -201,10 +202,14 @@ impl Presenter {
 
 /// The end of a capture: a summary for people, a record for programs.
 pub fn summary(out: &mut Output, sum: Counts, captured: u64, loss: &Loss) -> Result<()> {
-    eprintln!(
-        "netprobe: {captured} packets captured, {} lost, {} matched the filter, {} seen at XDP",
+    let text = format!(
+        "{captured} packets captured, {} lost, {} matched the filter, {} seen at XDP",
         sum.lost, sum.matched, sum.seen
     );
+    match sum.lost {
+        0 => log::note(&text),
+        _ => eprintln!("netprobe: {text}"),
+    }
     loss.tell();
     if out.json() {
         let record = Summary {

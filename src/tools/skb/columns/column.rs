@@ -43,13 +43,21 @@ pub struct Flag {
     /// without the dashes
     pub name: &'static str,
     pub help: &'static str,
-    /// without it too; `=false` switches it off
-    pub default: bool,
+    pub default: Default,
+}
+
+/// Whether a column is there without its flag; `=false` switches it off then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Default {
+    No,
+    Yes,
+    /// with --drops, where the kernel has what it needs
+    WithDrops,
 }
 
 impl Flag {
     pub const fn new(name: &'static str, help: &'static str) -> Self {
-        let default = false;
+        let default = Default::No;
         Self {
             name,
             help,

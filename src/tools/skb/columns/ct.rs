@@ -19,7 +19,7 @@ use crate::tools::skb::view::View;
 use super::column::{Column, Flag, Of, Types};
 use super::tuple::tuple;
 
-const SECTION_CT: u32 = skb_section::SKB_SECTION_CT.0;
+pub const SECTION_CT: u32 = skb_section::SKB_SECTION_CT.0;
 const UNTRACKED: u8 = skb_ct_info::SKB_CT_UNTRACKED.0 as u8;
 const REPLY: u8 = skb_ct_info::SKB_CT_REPLY.0 as u8;
 
@@ -40,7 +40,8 @@ pub const CT: Column = Column {
 // SAFETY: a C struct of integers and arrays of integers with explicit padding: any bits are a valid value.
 unsafe impl Plain for skb_ct {}
 
-fn types(btf: &Btf) -> Result<Types> {
+/// What of the kernel's types it needs; an error where the kernel does not have them.
+pub fn types(btf: &Btf) -> Result<Types> {
     if btf.struct_named("nf_conn").is_some() {
         return Ok(Types::Kernel);
     }
@@ -70,8 +71,9 @@ enum Ct {
     Entry(Entry),
 }
 
+/// An entry of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Entry {
+pub struct Entry {
     state: &'static str,
     reply: bool,
     confirmed: bool,
@@ -125,6 +127,35 @@ impl Ct {
             mark: known(skb_ct_known::SKB_CT_MARK).then_some(c.mark),
             tuples: [tuple(&c.tuples[0]), tuple(&c.tuples[1])],
         })
+    }
+}
+
+impl Entry {
+    /// The entry that an event has.
+    pub fn of(event: &Event) -> Option<Self> {
+        match Ct::new(&event.kept(SECTION_CT)?) {
+            Ct::Entry(entry) => Some(entry),
+            _ => None,
+        }
+    }
+
+    /// The connection is the same, with the same addresses: replies belong to it, too.
+    pub fn is_like(&self, other: &Self) -> bool {
+        (self.tuples, self.zone) == (other.tuples, other.zone)
+    }
+}
+
+impl std::fmt::Display for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut line = Vec::new();
+        push_entry(&mut line, self);
+        f.write_str(&String::from_utf8_lossy(&line))
+    }
+}
+
+impl Serialize for Entry {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        Row::of(self).serialize(to)
     }
 }
 
@@ -247,6 +278,17 @@ impl TupleRow {
 }
 
 impl Row {
+    fn of(entry: &Entry) -> Self {
+        Row {
+            direction: Some(if entry.reply { "reply" } else { "original" }),
+            confirmed: Some(entry.confirmed),
+            mark: entry.mark,
+            original: entry.tuples[0].map(TupleRow::new),
+            reply: entry.tuples[1].map(TupleRow::new),
+            ..Row::new(entry.state, entry.zone)
+        }
+    }
+
     /// Its state alone, and a zone.
     fn new(state: &'static str, zone: Option<Zone>) -> Self {
         Self {
@@ -273,14 +315,7 @@ fn json(_: &mut View, event: &Event, object: &mut Object<'_>) {
         Ct::Gone => Some(Row::new("given back", None)),
         Ct::Unknown => Some(Row::new("unknown", None)),
         Ct::Template { zone } => Some(Row::new("template", zone)),
-        Ct::Entry(entry) => Some(Row {
-            direction: Some(if entry.reply { "reply" } else { "original" }),
-            confirmed: Some(entry.confirmed),
-            mark: entry.mark,
-            original: entry.tuples[0].map(TupleRow::new),
-            reply: entry.tuples[1].map(TupleRow::new),
-            ..Row::new(entry.state, entry.zone)
-        }),
+        Ct::Entry(entry) => Some(Row::of(&entry)),
     };
     object.field("ct", &row);
 }

@@ -34,4 +34,9 @@ fn json(view: &mut View, event: &Event, object: &mut Object<'_>) {
         object.some("listen", drop.listen().as_ref());
         object.some("copy", drop.copies(view.place_name(event)).as_ref());
     }
+    if let Some(words) = view.meaning(event) {
+        object.field("class", &words.class);
+        object.field("what", &words.what);
+        object.field("change", &words.change);
+    }
 }

@@ -13,6 +13,10 @@ const FACT_SOCK: u8 = skb_fact::SKB_FACT_SOCK.0 as u8;
 const FACT_ROUTE: u8 = skb_fact::SKB_FACT_ROUTE.0 as u8;
 const FACT_TIME_WAIT: u8 = skb_fact::SKB_FACT_TIME_WAIT.0 as u8;
 const FACT_PROMISCUOUS: u8 = skb_fact::SKB_FACT_PROMISCUOUS.0 as u8;
+const FACT_OWN_MAC: u8 = skb_fact::SKB_FACT_OWN_MAC.0 as u8;
+const FACT_OTHER_MAC: u8 = skb_fact::SKB_FACT_OTHER_MAC.0 as u8;
+const FACT_IPV6_OFF: u8 = skb_fact::SKB_FACT_IPV6_OFF.0 as u8;
+const FACT_FILTER: u8 = skb_fact::SKB_FACT_FILTER.0 as u8;
 
 pub const FACTS: Column = Column::new(SECTION_FACTS, size_of::<skb_facts>(), |event, bytes, _| {
     let (f, rest) = read::<skb_facts>(bytes)?;
@@ -45,13 +49,18 @@ impl Facts {
             error: f.error,
             kind: f.r#type,
         };
+        let has = |fact: u8| f.known & fact != 0;
+        let own_mac = has(FACT_OWN_MAC).then_some(true);
         Self {
-            socket: (f.known & FACT_SOCK != 0).then_some(socket),
-            route: (f.known & FACT_ROUTE != 0).then_some(route),
+            socket: has(FACT_SOCK).then_some(socket),
+            route: has(FACT_ROUTE).then_some(route),
             pkt_type: f.pkt_type,
             ip_summed: f.ip_summed,
-            time_wait: f.known & FACT_TIME_WAIT != 0,
-            promiscuous: f.known & FACT_PROMISCUOUS != 0,
+            time_wait: has(FACT_TIME_WAIT),
+            promiscuous: has(FACT_PROMISCUOUS),
+            own_mac: own_mac.or(has(FACT_OTHER_MAC).then_some(false)),
+            ipv6_off: has(FACT_IPV6_OFF),
+            filter: has(FACT_FILTER),
         }
     }
 }

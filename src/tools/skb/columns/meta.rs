@@ -11,7 +11,7 @@ use crate::text::json::Object;
 use crate::tools::skb::event::{Event, Meta, SECTION_META};
 use crate::tools::skb::view::{View, Widths, number};
 
-use super::column::{Before, Column, Flag};
+use super::column::{Before, Column, Default, Flag};
 
 const MTU_TAGGED: u32 = skb_mtu::SKB_MTU_TAGGED.0;
 /// Places of the titles.
@@ -22,7 +22,7 @@ pub const META: Column = Column {
     flag: Some(Flag {
         name: "output-meta",
         help: "Show netns, mark, interface, protocol, MTU and length (on; =false switches it off)",
-        default: true,
+        default: Default::Yes,
     }),
     before: Some(Before {
         titles: &[

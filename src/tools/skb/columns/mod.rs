@@ -3,7 +3,7 @@
 
 mod column;
 mod copies;
-mod ct;
+pub mod ct;
 mod data;
 mod drop;
 pub mod facts;
@@ -18,7 +18,7 @@ pub mod tuple;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
-pub use column::{Column, Of, Types};
+pub use column::{Column, Default, Of, Types};
 
 pub static ALL: [Column; 18] = [
     data::DATA,
@@ -65,10 +65,12 @@ pub fn sections(of: impl Fn(&Column) -> bool) -> u32 {
 }
 
 /// The columns' own flags.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, std::default::Default)]
 pub struct ColumnArgs {
     /// sections that they ask for
     pub sections: u32,
+    /// the same with --drops, unless the kernel lacks what they need
+    pub with_drops: u32,
 }
 
 impl clap::Args for ColumnArgs {
@@ -77,16 +79,19 @@ impl clap::Args for ColumnArgs {
         flags.fold(command, |command, flag| {
             let arg = Arg::new(flag.name).long(flag.name).help(flag.help);
             let arg = arg.help_heading("Output");
+            if flag.default == Default::No {
+                return command.arg(arg.action(ArgAction::SetTrue));
+            }
+            let arg = arg
+                .action(ArgAction::Set)
+                .value_name("BOOL")
+                .value_parser(clap::value_parser!(bool))
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value("true");
             command.arg(match flag.default {
-                false => arg.action(ArgAction::SetTrue),
-                true => arg
-                    .action(ArgAction::Set)
-                    .value_name("BOOL")
-                    .value_parser(clap::value_parser!(bool))
-                    .num_args(0..=1)
-                    .require_equals(true)
-                    .default_value("true")
-                    .default_missing_value("true"),
+                Default::Yes => arg.default_value("true"),
+                _ => arg,
             })
         })
     }
@@ -98,12 +103,17 @@ impl clap::Args for ColumnArgs {
 
 impl FromArgMatches for ColumnArgs {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let asked = |column: &Column| {
-            let flag = column.flag.as_ref();
-            flag.is_some_and(|flag| matches.get_flag(flag.name))
+        // `None`: neither the flag nor a default of its own
+        let said = |flag: &column::Flag| matches.get_one::<bool>(flag.name).copied();
+        let of = |which: fn(&column::Flag, Option<bool>) -> bool| {
+            sections(|column| {
+                let flag = column.flag.as_ref();
+                flag.is_some_and(|flag| which(flag, said(flag)))
+            })
         };
         Ok(Self {
-            sections: sections(asked),
+            sections: of(|_, said| said == Some(true)),
+            with_drops: of(|flag, said| flag.default == Default::WithDrops && said.is_none()),
         })
     }
 

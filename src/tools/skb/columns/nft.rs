@@ -12,13 +12,14 @@ use crate::tools::skb::event::{Event, SECTION_NFT};
 use crate::tools::skb::netfilter::{Decision, Hook, Who};
 use crate::tools::skb::view::View;
 
-use super::column::{Column, Flag, Of, Types};
+use super::column::{Column, Default, Flag, Of, Types};
 
 pub const NFT: Column = Column {
-    flag: Some(Flag::new(
-        "output-nft",
-        "Show who in netfilter dropped a packet: nft table, chain and rule (its handle) or policy, table of the older iptables, or the function of another hook (kernels with BTF of modules, from 5.11; the rule from 5.17)",
-    )),
+    flag: Some(Flag {
+        name: "output-nft",
+        help: "Show who in netfilter dropped a packet: nft table, chain and rule (its handle) or policy, table of the older iptables, or the function of another hook (kernels with BTF of modules, from 5.11; the rule from 5.17). On with --drops; =false switches it off",
+        default: Default::WithDrops,
+    }),
     of: Of::Functions,
     types,
     prepare: Some(|view, event| match &event.nft {

@@ -12,13 +12,14 @@ use crate::text::json::Object;
 use crate::tools::skb::event::{Event, Owner, SECTION_OWNER};
 use crate::tools::skb::view::View;
 
-use super::column::{Before, Column, Flag, Of};
+use super::column::{Before, Column, Default, Flag, Of};
 
 pub const OWNER: Column = Column {
-    flag: Some(Flag::new(
-        "output-owner",
-        "Show whose socket a packet belongs to: the process that made or connected it, not the one that happens to run",
-    )),
+    flag: Some(Flag {
+        name: "output-owner",
+        help: "Show whose socket a packet belongs to: the process that made or connected it, not the one that happens to run. On with --drops; =false switches it off",
+        default: Default::WithDrops,
+    }),
     of: Of::Skbs,
     before: Some(Before {
         titles: &[("OWNER", 16)],

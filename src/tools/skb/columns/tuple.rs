@@ -14,13 +14,13 @@ use crate::text::json::Object;
 use crate::tools::skb::event::{Event, SECTION_TUNNEL, SECTION_TUPLE};
 use crate::tools::skb::view::View;
 
-use super::column::{Before, Column, Flag};
+use super::column::{Before, Column, Default, Flag};
 
 pub const TUPLE: Column = Column {
     flag: Some(Flag {
         name: "output-tuple",
         help: "Show addresses, ports and protocol (on; =false switches it off)",
-        default: true,
+        default: Default::Yes,
     }),
     before: Some(Before {
         titles: &[("TUPLE", 36)],
@@ -66,15 +66,9 @@ pub fn decode<'b>(event: &mut Event, bytes: &'b [u8], _: usize) -> Option<&'b [u
 
 /// `None`: it is no IP.
 pub fn tuple(t: &np_tuple) -> Option<Tuple> {
-    let bytes = |w: [u64; 2]| {
-        let mut b = [0; 16];
-        b[..8].copy_from_slice(&w[0].to_ne_bytes());
-        b[8..].copy_from_slice(&w[1].to_ne_bytes());
-        b
-    };
     matches!(t.l3_version, 4 | 6).then(|| Tuple {
-        saddr: address(bytes(t.saddr), t.l3_version),
-        daddr: address(bytes(t.daddr), t.l3_version),
+        saddr: address(t.saddr, t.l3_version),
+        daddr: address(t.daddr, t.l3_version),
         sport: t.sport,
         dport: t.dport,
         proto: t.l4_proto,

@@ -3,9 +3,8 @@
 use std::net::IpAddr;
 use std::process::Command;
 
-use crate::event::link::Link;
 use crate::event::packet::{Ip, Mac, Net};
-use crate::kernel::routing;
+use crate::kernel::{program, routing, sockets, xdp};
 use crate::text::escape::escaped;
 
 use super::{Case, Proof};
@@ -22,7 +21,7 @@ const STATES: [(u16, &str); 8] = [
     (0x80, "PERMANENT"),
 ];
 
-fn addresses(case: &Case<'_>) -> Option<(IpAddr, IpAddr)> {
+pub fn addresses(case: &Case<'_>) -> Option<(IpAddr, IpAddr)> {
     let tuple = case.dropped.and_then(|d| d.tuple).or(case.leg.tuple)?;
     Some((tuple.saddr, tuple.daddr))
 }
@@ -53,7 +52,7 @@ fn answer(case: &Case<'_>, to: IpAddr, from: Option<IpAddr>, iif: u32) -> Option
         Ok((route, name))
     });
     Some(match asked?.ok()? {
-        (Err(errno), _) => format!("{} ({errno})", errno.desc()),
+        (Err(errno), _) => format!("{} ({errno:?})", errno.desc()),
         (Ok(route), name) => {
             let mut text = match route.kind {
                 2 => "local ".to_owned(),
@@ -169,7 +168,18 @@ pub fn martian(case: &Case<'_>) -> Vec<Proof> {
     let Some((from, to)) = addresses(case) else {
         return Vec::new();
     };
-    let mut text = format!("{from} > {to} came in by {}", case.device());
+    let device = case.device();
+    let mut text = format!("{from} > {to} came in by {device}");
+    for (wrong, name) in [(from, "source"), (to, "destination")] {
+        if wrong.is_loopback() {
+            text += &format!("; its {name} is a loopback address");
+        }
+    }
+    if to.is_loopback() {
+        let value = case.sysctl(&format!("net/ipv4/conf/{device}/route_localnet"));
+        let value = value.unwrap_or_default();
+        text += &format!("; net.ipv4.conf.{device}.route_localnet = {value}");
+    }
     if let Some(local) = answer(case, from, None, 0).filter(|a| a.starts_with("local")) {
         text += &format!("; {from} here: {local}");
     }
@@ -286,24 +296,72 @@ pub fn device(case: &Case<'_>) -> Vec<Proof> {
     vec![proof]
 }
 
-pub fn mac(case: &Case<'_>) -> Vec<Proof> {
-    let frame = case.dropped.and_then(|d| d.frame.as_ref());
-    let Some(Link::Ethernet { dst, .. }) = frame.map(|f| f.link) else {
+/// What the IP header says of the packet's length, and what came.
+pub fn length(case: &Case<'_>) -> Vec<Proof> {
+    let cut = case.dropped.and_then(|d| d.header.cut);
+    let proof = cut.map(|(says, has)| {
+        let text = format!("its IP header says {says} bytes, {has} came");
+        Proof::then("length", text)
+            .with("header", says as u32)
+            .with("bytes", has as u32)
+    });
+    proof.into_iter().collect()
+}
+
+/// The packet's protocol, and raw sockets that take it.
+pub fn protocol(case: &Case<'_>) -> Vec<Proof> {
+    let Some(ip) = header(case) else {
         return Vec::new();
     };
-    let mut text = format!("the frame is for {}", Mac(dst));
-    let device = case.inside(|| routing::device(case.ifindex()));
-    let own = device.and_then(Result::ok).flatten().and_then(|d| d.mac);
-    if let Some(own) = own {
-        text += &format!("; {} is {}", case.device(), Mac(own));
+    let (protocol, v6) = (ip.protocol, ip.src.is_ipv6());
+    let text = format!("it has the IP protocol {protocol}");
+    let mut proofs = vec![Proof::then("protocol", text).with("protocol", u32::from(protocol))];
+    let file = if v6 { "raw6" } else { "raw" };
+    // The local port of a raw socket is its protocol.
+    let count = case.inside(|| {
+        let all = sockets::of(file, protocol);
+        let takes = |s: &&sockets::Socket| s.local.1 == u16::from(protocol);
+        all.iter().filter(takes).count()
+    });
+    if let Some(count) = count {
+        let text = format!("{count} raw sockets take it in this namespace");
+        proofs.push(Proof::now("raw-sockets", text).with("count", count as u32));
     }
-    let mut proof = Proof::then("mac", text).with("frame", Mac(dst).to_string());
-    if let Some((_, to)) = addresses(case) {
-        proof.change = Some(format!(
-            "the sender's neighbour entry of {to} is wrong: ip neigh there"
-        ));
+    proofs
+}
+
+/// The fragment that waited, and how long it may.
+pub fn fragments(case: &Case<'_>) -> Vec<Proof> {
+    let mut proofs = Vec::new();
+    let own = header(case).filter(|ip| ip.more_fragments || ip.offset != 0);
+    if let Some(ip) = own {
+        let more = if ip.more_fragments {
+            "more follow"
+        } else {
+            "it is the last"
+        };
+        let text = format!(
+            "the fragment begins at byte {} of packet id {}; {more}",
+            ip.offset, ip.id
+        );
+        proofs.push(
+            Proof::then("fragment", text)
+                .with("offset", ip.offset)
+                .with("id", ip.id)
+                .with("more", ip.more_fragments),
+        );
     }
-    vec![proof]
+    let v6 = addresses(case).is_some_and(|(from, _)| from.is_ipv6());
+    let name = if v6 {
+        "ipv6/ip6frag_time"
+    } else {
+        "ipv4/ipfrag_time"
+    };
+    if let Some(seconds) = case.sysctl(&format!("net/{name}")) {
+        let text = format!("net.{} = {seconds} s", name.replace('/', "."));
+        proofs.push(Proof::now("fragment-time", text).with("seconds", seconds));
+    }
+    proofs
 }
 
 pub fn checksum(case: &Case<'_>) -> Vec<Proof> {
@@ -325,26 +383,45 @@ pub fn checksum(case: &Case<'_>) -> Vec<Proof> {
     )]
 }
 
-pub fn xdp(case: &Case<'_>) -> Vec<Proof> {
+pub fn xdp_of_device(case: &Case<'_>) -> Vec<Proof> {
     let Some(Ok(Some(device))) = case.inside(|| routing::device(case.ifindex())) else {
         return Vec::new();
     };
     let name = escaped(device.name.as_bytes());
-    let proof = device.xdp.map(|id| {
-        let mut proof =
-            Proof::now("xdp", format!("{name} has the XDP program {id}")).with("program", id);
-        proof.change = Some(format!(
-            "bpftool prog show id {id}; ip link set dev {name} xdp off removes it"
-        ));
-        proof
-    });
-    proof.into_iter().collect()
+    let (ifindex, attached) = (case.ifindex(), xdp_program);
+    let Some(Some((id, mode, program))) = case.inside(|| attached(ifindex)) else {
+        return Vec::new();
+    };
+    let program = program.map_or(String::new(), |p| format!(" {}", escaped(p.as_bytes())));
+    let text = format!("{name} has the XDP program{program} (id {id}), attached as {mode}");
+    let mut proof = Proof::now("xdp", text)
+        .with("program", id)
+        .with("name", program.trim().to_owned())
+        .with("attached", mode);
+    proof.change = Some(format!(
+        "bpftool prog show id {id}; ip link set dev {name} xdp off removes it"
+    ));
+    vec![proof]
+}
+
+/// A device's XDP program: its id, how it is attached, its name.
+fn xdp_program(ifindex: u32) -> Option<(u32, &'static str, Option<String>)> {
+    let attached = xdp::query(ifindex).ok()??;
+    let name = program::open(attached.program);
+    let name = name.ok().flatten().map(|p| p.info.name.clone());
+    Some((attached.program, attached.mode.name(), name))
 }
 
 pub fn tc(case: &Case<'_>) -> Vec<Proof> {
     let device = case.device();
-    let side = match case.leg.stage.and_then(|s| s.way) {
-        Some(super::super::stages::Way::Out) => "egress",
+    let dropped = case.dropped;
+    let reason = dropped.map_or("", |d| &d.reason);
+    let place = dropped.map_or("", |d| &d.place.function);
+    let out = case.leg.stage.and_then(|s| s.way) == Some(super::super::stages::Way::Out);
+    let side = match (reason, place) {
+        ("TC_EGRESS", _) | (_, "__dev_queue_xmit" | "sch_handle_egress") => "egress",
+        ("TC_INGRESS", _) => "ingress",
+        _ if out => "egress",
         _ => "ingress",
     };
     let mut command = Command::new("tc");

@@ -1,8 +1,11 @@
 //! Proof for a loss: what was read when it happened, and what the kernel answers when it is asked now, in the namespace of the loss.
 //! Which questions a rule asks is data (src/explain/questions.toml); each question has one function here.
 
+mod bridge;
 mod firewall;
 mod ip;
+mod link;
+mod policy;
 mod socket;
 
 use std::fs;
@@ -12,8 +15,9 @@ use serde::Serialize;
 use crate::explain::Question;
 use crate::kernel::netns::Netns;
 
+use super::dropped::Dropped;
 use super::ends::Verdict;
-use super::journey::{Dropped, Journey, Leg};
+use super::journey::{Journey, Leg};
 
 /// Evidence as a value.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -167,12 +171,24 @@ pub fn ask(question: Question, case: &Case<'_>) -> Vec<Proof> {
         Question::Martian => ip::martian(case),
         Question::Qdisc => ip::qdisc(case),
         Question::Device => ip::device(case),
-        Question::Mac => ip::mac(case),
+        Question::Mac => link::mac(case),
+        Question::Vlans => link::vlans(case),
+        Question::Fdb => link::fdb(case),
+        Question::Length => ip::length(case),
+        Question::Protocol => ip::protocol(case),
+        Question::Fragments => ip::fragments(case),
+        Question::Filter => socket::filter(case),
+        Question::ProtoMem => socket::memory(case),
+        Question::Cgroup => policy::cgroup(case),
         Question::Checksum => ip::checksum(case),
-        Question::Xdp => ip::xdp(case),
+        Question::Xdp => ip::xdp_of_device(case),
         Question::Tc => ip::tc(case),
         Question::SocketQueue => socket::queue(case),
         Question::ListenQueue => socket::listen(case),
+        Question::RoutingRules => policy::rules(case),
+        Question::Vrf => policy::vrf(case),
+        Question::Xfrm => policy::xfrm(case),
+        Question::BridgePort => bridge::port(case),
         Question::Listeners => socket::listeners(case),
     }
 }

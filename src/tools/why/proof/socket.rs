@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use crate::kernel::netns::Netns;
 use crate::kernel::sockets;
 use crate::text::escape::escaped;
 
@@ -21,6 +22,67 @@ pub fn queue(case: &Case<'_>) -> Vec<Proof> {
     }
     proofs.extend(reader(case));
     proofs
+}
+
+/// The socket's filter, as it was when the packet was lost.
+pub fn filter(case: &Case<'_>) -> Vec<Proof> {
+    let Some(facts) = case.dropped.and_then(|d| d.facts.as_ref()) else {
+        return Vec::new();
+    };
+    let mut proofs = Vec::new();
+    if facts.socket.is_some() {
+        let text = match facts.filter {
+            true => "the socket has a filter (SO_ATTACH_FILTER or SO_ATTACH_BPF)",
+            false => "the socket has no filter",
+        };
+        proofs.push(Proof::then("filter", text).with("filter", facts.filter));
+    }
+    proofs.extend(reader(case));
+    proofs
+}
+
+/// How much memory the protocol's sockets hold, and how much they may.
+pub fn memory(case: &Case<'_>) -> Vec<Proof> {
+    let proto = case.dropped.and_then(|d| d.tuple).map(|t| t.proto);
+    let (name, limit) = match proto {
+        Some(6) => ("TCP:", "tcp_mem"),
+        Some(17) => ("UDP:", "udp_mem"),
+        _ => return Vec::new(),
+    };
+    let mut proofs = Vec::new();
+    // Of the whole machine: other namespaces than the first do not show it.
+    let first = Netns::parse("/proc/1/ns/net").ok();
+    let path = format!("/proc/sys/net/ipv4/{limit}");
+    let read = || fs::read_to_string(path);
+    if let Some(Ok(Ok(text))) = first.map(|netns| netns.run(read)) {
+        let value = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut proof = Proof::now(
+            "memory-limit",
+            format!("net.ipv4.{limit} = {value} (pages: low, pressure, most)"),
+        )
+        .with("value", value);
+        proof.change = Some(format!(
+            "raise net.ipv4.{limit}, or find the sockets that hold so much (ss -m)"
+        ));
+        proofs.push(proof);
+    }
+    let text = fs::read_to_string("/proc/net/sockstat").unwrap_or_default();
+    if let Some(pages) = pages(&text, name) {
+        let text = format!(
+            "sockets of {} hold {pages} pages",
+            name.trim_end_matches(':')
+        );
+        proofs.push(Proof::now("memory", text).with("pages", pages));
+    }
+    proofs
+}
+
+/// `UDP: inuse 3 mem 2`
+fn pages(sockstat: &str, name: &str) -> Option<u32> {
+    let line = sockstat.lines().find(|l| l.starts_with(name))?;
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let mem = words.windows(2).find(|w| w[0] == "mem")?;
+    mem[1].parse().ok()
 }
 
 /// The process that should read, and what it does now.
@@ -121,6 +183,14 @@ pub fn listeners(case: &Case<'_>) -> Vec<Proof> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_of_sockets() {
+        let text = "sockets: used 9\nTCP: inuse 1 orphan 0 tw 0 alloc 2 mem 7\nUDP: inuse 3 mem 2\nUDPLITE: inuse 0\n";
+        assert_eq!(pages(text, "TCP:"), Some(7));
+        assert_eq!(pages(text, "UDP:"), Some(2));
+        assert_eq!(pages(text, "RAW:"), None);
+    }
 
     #[test]
     fn what_we_do() {
