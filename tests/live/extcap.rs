@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use nix::sys::stat::Mode;
 
-use crate::common::{Case, Netprobe, Pair, binary, case, wait_for};
+use crate::common::{Case, Finished, Netprobe, Pair, binary, case, wait_for};
 use crate::xdp::{IFACE, PORT, flood, quiet_pair};
 
 pub fn cases() -> Vec<Case> {
@@ -80,7 +80,7 @@ fn in_tshark() -> Result<()> {
     Ok(())
 }
 
-/// Drops and functions in a capture, without a word on stderr; it ends with a signal, or when the pipe's reader goes.
+/// Drops and functions in a capture, without a word on stderr but of loss; it ends with a signal, or when the pipe's reader goes.
 fn drops_and_skb() -> Result<()> {
     let net = Pair::new()?;
     let dir = tempfile::tempdir()?;
@@ -90,20 +90,25 @@ fn drops_and_skb() -> Result<()> {
             .args(["--extcap-interface", interface, "--capture"])
             .args(["--extcap-capture-filter", "udp port 9", "--fifo"])
     };
-    let run = extcap("netprobe-drops").arg(&file).start()?;
-    for _ in 0..5 {
-        net.client.udp_send(net.server.v4(9), b"nobody")?;
-        net.client.udp_send(net.server.v4(10), b"of another port")?;
+    // Only what the kernel skipped of the probes' hits may be told, and another run is to be whole.
+    let mut attempts = 5;
+    loop {
+        attempts -= 1;
+        let run = extcap("netprobe-drops").arg(&file).start()?;
+        for _ in 0..5 {
+            net.client.udp_send(net.server.v4(9), b"nobody")?;
+            net.client.udp_send(net.server.v4(10), b"of another port")?;
+        }
+        let done = run.stop()?;
+        done.expect_success()?;
+        ensure!(done.stdout.is_empty() && only_skips(&done), "{done}");
+        let shown = Netprobe::new("xdpdump").arg("-r").arg(&file).run()?;
+        let rows = shown.lines_with(" udp_").len() + shown.lines_with(" __udp4_").len();
+        if rows == 5 && shown.lines_with(".9: UDP").len() == 5 {
+            break;
+        }
+        ensure!(attempts > 0 && !done.stderr.is_empty(), "{done}\n{shown}");
     }
-    let done = run.stop()?;
-    done.expect_success()?;
-    ensure!(done.stderr.is_empty() && done.stdout.is_empty(), "{done}");
-    let shown = Netprobe::new("xdpdump").arg("-r").arg(&file).run()?;
-    let rows = shown.lines_with(" udp_").len() + shown.lines_with(" __udp4_").len();
-    ensure!(
-        rows == 5 && shown.lines_with(".9: UDP").len() == 5,
-        "{shown}"
-    );
 
     let fifo = dir.path().join("fifo");
     nix::unistd::mkfifo(&fifo, Mode::S_IRWXU)?;
@@ -132,7 +137,13 @@ fn drops_and_skb() -> Result<()> {
     })?;
     let done = run.wait()?;
     done.expect_success()?;
-    ensure!(done.stderr.is_empty(), "{done}");
+    ensure!(only_skips(&done), "{done}");
     fs::remove_file(fifo)?;
     Ok(())
+}
+
+/// Nothing is on stderr but the count of hits that the kernel skipped.
+fn only_skips(done: &Finished) -> bool {
+    let mut lines = done.stderr.lines();
+    lines.all(|l| l.starts_with("netprobe: missed ") && l.contains("the kernel skips a probe"))
 }
