@@ -10,7 +10,7 @@ C_FILES = $(wildcard src/bpf/*/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static install deb rpm packages oci deps cross-deps cross-arm64 test-arm64 test check fmt unit live fuzz fuzz-filter demo bench clean reference \
+.PHONY: build release static install deb rpm packages oci dist deps cross-deps cross-arm64 test-arm64 test check fmt unit live fuzz fuzz-filter demo bench clean reference \
 	documents
 
 build: deps ## debug build
@@ -48,6 +48,11 @@ rpm: static ## target/packages/netprobe-VERSION-1.ARCH.rpm
 
 oci: static ## target/packages/netprobe-oci: an OCI image of the static binary alone
 	packaging/oci target/$(STATIC_TARGET)/release/netprobe target/packages
+
+# SOURCE_DATE_EPOCH is the last commit's time, so that two machines give the same packages of the same programs.
+dist: cross-deps static cross-arm64 ## all that a release has, for both architectures, with SBOM and checksums: target/dist
+	packaging/dist target/dist target/$(STATIC_TARGET)/release/netprobe \
+		target/arm64/aarch64-unknown-linux-gnu/release/netprobe
 
 # Installs what is missing, and nothing the next time.
 deps: ## the Debian packages that everything here needs
@@ -93,6 +98,7 @@ packages: ## the Debian package: built twice, installed in a new Debian root, us
 	cargo build --locked --release
 	packaging/test target/release/netprobe
 	packaging/oci-test target/release/netprobe
+	packaging/dist-test target/release/netprobe
 	deploy/prometheus/test
 	deploy/clickhouse/test
 
