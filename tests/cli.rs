@@ -121,6 +121,32 @@ fn icmp_without_stages() {
 }
 
 #[test]
+fn collectors_that_cannot_be() {
+    for (url, names) in [
+        ("https://127.0.0.1:4318", "no TLS"),
+        ("127.0.0.1:4318", "http://HOST:PORT"),
+        ("http://127.0.0.1:4318/v1?key=1", "no query"),
+    ] {
+        refused(&["skb", "--drops", "--otlp", url], names);
+        refused(&["why", "--otlp", url], names);
+    }
+    refused(
+        &["tcp", "--output-json", "--otlp", "http://127.0.0.1:4318"],
+        "--output-json",
+    );
+    refused(
+        &[
+            "record",
+            "-o",
+            "/tmp/x.pcapng",
+            "--otlp",
+            "http://127.0.0.1:4318",
+        ],
+        "--otlp: a recording prints no rows",
+    );
+}
+
+#[test]
 fn buffers_that_no_kernel_takes() {
     for tool in ["skb", "tcpconnect", "icmp", "xdpdump"] {
         for n in ["0", "3", "x"] {

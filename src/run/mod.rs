@@ -6,6 +6,7 @@ pub mod http;
 pub mod log;
 pub mod loss;
 pub mod object;
+pub mod otlp;
 pub mod output;
 pub mod pins;
 pub mod programs;

@@ -1,4 +1,4 @@
-//! Where a tool's lines go: stdout or a file, text or JSON lines; the limit and the ready file. It knows no tool.
+//! Where a tool's lines go: stdout, a file or a collector, text or JSON lines; the limit and the ready file. It knows no tool.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::text::json;
 
 use super::Flow;
+use super::otlp;
 use super::stream::Stream;
 
 /// Bytes gathered before a write; a tick writes what there is.
@@ -31,6 +32,10 @@ pub struct OutputArgs {
 
     #[command(flatten)]
     pub rotate: super::rotate::RotateArgs,
+
+    /// Send JSON's rows to an OpenTelemetry collector at http://HOST:PORT, and print none
+    #[arg(long, value_name = "URL", value_parser = otlp::endpoint, conflicts_with_all = ["output_json", "output_file"])]
+    pub otlp: Option<otlp::Endpoint>,
 
     /// End after N events (0: no limit)
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -59,12 +64,16 @@ pub struct Output {
 
 impl Output {
     pub fn open(args: &OutputArgs) -> Result<Self> {
-        let (to, name): (Box<dyn Write>, String) = match &args.output_file {
-            Some(path) => (
+        let (to, name): (Box<dyn Write>, String) = match (&args.output_file, &args.otlp) {
+            (_, Some(endpoint)) => (
+                Box::new(otlp::Sink::new(endpoint.clone(), &subcommand())?),
+                endpoint.to_string(),
+            ),
+            (Some(path), None) => (
                 Box::new(super::rotate::Rotating::create(path, &args.rotate)?),
                 path.display().to_string(),
             ),
-            None => {
+            (None, None) => {
                 let stdout = Stream::stdout().context("failed to open stdout")?;
                 (Box::new(stdout), "stdout".to_string())
             }
@@ -72,9 +81,11 @@ impl Output {
         Ok(Self {
             to,
             name,
-            watch_stdout: args.output_file.is_none() && !io::stdout().is_terminal(),
+            watch_stdout: args.output_file.is_none()
+                && args.otlp.is_none()
+                && !io::stdout().is_terminal(),
             buffer: Vec::with_capacity(BUFFER + 4096),
-            json: args.output_json,
+            json: args.output_json || args.otlp.is_some(),
             limit: args.output_limit_lines,
             events: 0,
             failed: None,
@@ -184,6 +195,15 @@ impl Output {
             let _ = io::stderr().write_all(line.as_bytes());
         }
     }
+}
+
+/// The tool of this run, as the command line names it.
+fn subcommand() -> String {
+    let words = std::env::args().skip(1);
+    words
+        .into_iter()
+        .find(|w| !w.starts_with('-'))
+        .unwrap_or_default()
 }
 
 fn lines(bytes: &[u8]) -> u64 {

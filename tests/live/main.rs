@@ -27,6 +27,7 @@ mod icmp_identity;
 mod icmp_sent;
 mod join;
 mod latency;
+mod otlp;
 mod record;
 mod record_flight;
 mod run_ends;
@@ -84,6 +85,7 @@ fn main() {
     cases.extend(extcap::cases());
     cases.extend(join::cases());
     cases.extend(latency::cases());
+    cases.extend(otlp::cases());
     cases.extend(record::cases());
     cases.extend(record_flight::cases());
     cases.extend(tcp::cases());

@@ -106,7 +106,9 @@ pub struct Presenter {
 
 impl Presenter {
     pub fn new(args: &Args) -> Self {
-        let terminal = args.output.output_file.is_none() && std::io::stdout().is_terminal();
+        let terminal = args.output.output_file.is_none()
+            && args.output.otlp.is_none()
+            && std::io::stdout().is_terminal();
         Self {
             redraws: terminal && !args.once && !args.output.output_json,
             last: String::new(),

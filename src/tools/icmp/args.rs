@@ -40,7 +40,7 @@ pub enum Timestamp {
 pub struct Args {
     /// Print exactly what the script traceicmpsoftirq.py prints: TGID, PID, COMM and SEQ of IPv4 requests, without a header.
     /// Like the script, it does not convert SEQ to the machine's byte order: on a little-endian machine sequence 1 is 256
-    #[arg(long, conflicts_with_all = ["output_json", "timestamp", "min_us", "stages"])]
+    #[arg(long, conflicts_with_all = ["output_json", "otlp", "timestamp", "min_us", "stages"])]
     pub legacy: bool,
 
     /// Look at the sending side instead: one line for each request that a process of this machine sends by a raw or ping socket, when

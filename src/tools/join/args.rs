@@ -37,6 +37,7 @@ impl Args {
     pub fn output(&self) -> OutputArgs {
         OutputArgs {
             output_json: self.output_json,
+            otlp: None,
             output_file: self.output_file.clone(),
             rotate: RotateArgs::never(),
             output_limit_lines: 0,

@@ -100,6 +100,11 @@ pub fn run(mut args: Args) -> Result<()> {
             "--output-json: a recording prints no lines; with --output-file it writes them beside it",
         ));
     }
+    if args.skb.output.otlp.is_some() {
+        return Err(usage(
+            "--otlp: a recording prints no rows; use it with netprobe skb",
+        ));
+    }
     if cfg!(target_endian = "big") {
         anyhow::bail!("recordings are little-endian, and this machine is not");
     }

@@ -124,6 +124,7 @@ impl Args {
     pub fn output(&self) -> OutputArgs {
         OutputArgs {
             output_json: self.format() == Format::Json,
+            otlp: None,
             output_file: self.output_file.clone(),
             rotate: RotateArgs::never(),
             output_limit_lines: self.output_limit_lines,

@@ -86,7 +86,7 @@ pub struct Args {
     pub expect: Option<Expect>,
 
     /// Write a test's result in this format to stdout, with the blocks in it; what COMMAND prints goes to stderr
-    #[arg(long, value_enum, requires = "expect", conflicts_with = "output_json")]
+    #[arg(long, value_enum, requires = "expect", conflicts_with_all = ["output_json", "otlp"])]
     pub expect_format: Option<Format>,
 
     /// Read further rules from FILE (TOML, like src/explain/reasons.toml); they take precedence over the built-in rules

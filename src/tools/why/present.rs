@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::bpf::skb::types::skb_change;
 use crate::explain::Rules;
+use crate::kernel::clock::WallClock;
 use crate::kernel::process::Process;
 use crate::run::Flow;
 use crate::run::loss::Loss;
@@ -564,6 +565,9 @@ struct Row<'a> {
     drop: Option<DropRow<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     change_before: Option<ChangeRow<'a>>,
+    /// of the first of them, since 1970
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wall_ns: Option<u64>,
     proof: &'a [Proof],
     change: Vec<String>,
 }
@@ -613,6 +617,7 @@ impl Presenter {
             stages: journey.steps.iter().zip(&said.rules).map(step).collect(),
             drop: said.dropped.and_then(|d| said.drop_row(d)),
             change_before: said.change.map(|c| ChangeRow::new(c, start)),
+            wall_ns: WallClock::new().map(|c| c.wall(journey.first)).ok(),
             proof: &said.proofs,
             change: if verdict.end.is_good() {
                 Vec::new()

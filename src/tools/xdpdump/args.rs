@@ -199,9 +199,11 @@ impl Args {
         {
             return Err(usage("--rotate-…: must be 1 or more"));
         }
-        if self.write.is_some() && (self.output.output_json || self.output.output_file.is_some()) {
+        let output = &self.output;
+        let rows = output.output_json || output.output_file.is_some() || output.otlp.is_some();
+        if self.write.is_some() && rows {
             return Err(usage(
-                "--write cannot be combined with --output-json or --output-file",
+                "--write cannot be combined with --output-json, --output-file or --otlp",
             ));
         }
         let mut names = self.iface.clone();
