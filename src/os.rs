@@ -4,12 +4,24 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::resource::{UsageWho, getrusage};
+use nix::time::{ClockId, clock_gettime};
 
 /// Now, on the clock of `bpf_ktime_get_ns`.
 pub fn monotonic_ns() -> Result<u64> {
-    let t = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
-        .context("failed to read the clock")?;
+    let t = clock_gettime(ClockId::CLOCK_MONOTONIC).context("failed to read the clock")?;
     Ok(t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+}
+
+/// What CLOCK_REALTIME and CLOCK_TAI are before CLOCK_MONOTONIC, ns: a card's clock goes by one of them. (All three are
+/// slewed alike.)
+pub fn clocks_of_cards() -> Result<[i64; 2]> {
+    let read = |clock| -> Result<i64> {
+        let time = clock_gettime(clock).context("failed to read the clock")?;
+        Ok(time.tv_sec() * 1_000_000_000 + time.tv_nsec())
+    };
+    let monotonic = read(ClockId::CLOCK_MONOTONIC)?;
+    let (utc, tai) = (read(ClockId::CLOCK_REALTIME)?, read(ClockId::CLOCK_TAI)?);
+    Ok([utc - monotonic, tai - monotonic])
 }
 
 /// Bytes of a page of memory.

@@ -14,7 +14,7 @@ use nix::sys::socket::{
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::who::Container;
+use super::who::{Container, Pod, run_in};
 use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
@@ -39,9 +39,9 @@ pub fn cases() -> Vec<Case> {
 
 /// What a delay is, ms; and what else may take time in an emulated machine.
 const DELAY: u64 = 60;
-const SLACK: u64 = 40;
+pub const SLACK: u64 = 40;
 
-fn start(args: &[&str]) -> Result<Running> {
+pub fn start(args: &[&str]) -> Result<Running> {
     Netprobe::new("latency")
         .arg("--output-json")
         .args(args)
@@ -93,14 +93,14 @@ fn ms(ns: &Value) -> u64 {
 }
 
 /// ms that a packet spent in a stage; 0 where it did not pass it.
-fn spent(packet: &Value, stage: &str) -> u64 {
+pub fn spent(packet: &Value, stage: &str) -> u64 {
     let stages = packet["stages"].as_array();
     let found = stages.and_then(|all| all.iter().find(|s| s["stage"] == stage));
     found.map_or(0, |s| ms(&s["ns"]))
 }
 
 /// The slow packet to (or from) this port that goes this way; its stages add up to its total.
-fn slow(run: &Running, way: &str, port: u16, len: Option<u64>) -> Result<Value> {
+pub fn slow(run: &Running, way: &str, port: u16, len: Option<u64>) -> Result<Value> {
     let what = format!("a slow packet, {way}, port {port}");
     let found = run.wait_lines(&what, |text| {
         let mut lines = text
@@ -198,7 +198,7 @@ fn min_us() -> String {
 }
 
 /// Packets of a row of all tables.
-fn count(done: &Finished, way: &str, stage: &str) -> Result<u64> {
+pub fn count(done: &Finished, way: &str, stage: &str) -> Result<u64> {
     let rows = done.json_of("latency")?;
     let rows = rows
         .iter()
@@ -290,12 +290,14 @@ fn whose() -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     let web = Container::new("npt-latency", "a3")?;
+    let pod = Pod::new("npt", "lat-1", "0b3c1d52-4a7e-4f0e-9d5f-2f6c1d0e7a12")?;
     let me = std::process::id().to_string();
-    let filters: [&[&str]; 4] = [
+    let filters: [&[&str]; 5] = [
         &["--pid", &me, "--uid", "0", "--cgroup", "/sys/fs/cgroup"],
         &["--comm", "nobody-has-it"],
         &["--pid", "1"],
         &["--container", "npt-latency"],
+        &["--pod", "npt/lat-1"],
     ];
     let start = |filter: &&[&str]| start(&[filter, &["-i", "100", "port 7010"][..]].concat());
     let runs: Vec<Running> = filters.iter().map(start).collect::<Result<_>>()?;
@@ -304,16 +306,19 @@ fn whose() -> Result<()> {
         client.send(b"x")?;
         server.recv(&mut [0; 16])?;
     }
-    // And one that a process of the container writes, which this process reads.
+    // And one that a process of the container, and of the pod, writes, which this process reads.
     let to = net.server.v4(0).ip();
     let send = format!("/bin/sh -c 'echo x | nc {to} 7010'");
-    let listener = net
-        .server
-        .enter(|| TcpListener::bind(net.server.v4(7010)))??;
-    let reader = std::thread::spawn(move || listener.accept()?.0.read_exact(&mut [0; 2]));
-    web.run(&net.client, &send)?;
-    reader.join().expect("the reader ends")?;
-    for (run, (incoming, outgoing)) in runs.into_iter().zip([(6, 5), (0, 0), (0, 0), (0, 1)]) {
+    for cgroup in [&web.cgroup, &pod.container] {
+        let listener = net
+            .server
+            .enter(|| TcpListener::bind(net.server.v4(7010)))??;
+        let reader = std::thread::spawn(move || listener.accept()?.0.read_exact(&mut [0; 2]));
+        run_in(cgroup, &net.client, &send)?;
+        reader.join().expect("the reader ends")?;
+    }
+    let wanted = [(7, 5), (0, 0), (0, 0), (0, 1), (0, 1)];
+    for (run, (incoming, outgoing)) in runs.into_iter().zip(wanted) {
         let done = run.stop()?;
         done.expect_success()?;
         for (way, wanted) in [("in", incoming), ("out", outgoing)] {
@@ -406,7 +411,7 @@ fn reason(run: &Running, way: &str, port: u16, rule: &str) -> Result<Value> {
     found.with_context(|| run.stdout())
 }
 
-fn says(packet: &Value, words: &str) -> Result<()> {
+pub fn says(packet: &Value, words: &str) -> Result<()> {
     let text = packet["why"]["text"].as_str().unwrap_or_default();
     ensure!(text.contains(words), "not \"{words}\": {packet}");
     Ok(())

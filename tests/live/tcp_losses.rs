@@ -37,10 +37,10 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A segment of so much data is this long on the way over IPv4, with time stamps.
-const SMALL: usize = 500;
+pub const SMALL: usize = 500;
 const SMALL_V4: usize = SMALL + 52;
 /// Each piece a segment of its own.
-fn write(client: &mut TcpStream, pieces: &[usize]) -> Result<()> {
+pub fn write(client: &mut TcpStream, pieces: &[usize]) -> Result<()> {
     client.set_nodelay(true)?;
     for &len in pieces {
         client.write_all(&vec![7; len])?;
@@ -48,14 +48,14 @@ fn write(client: &mut TcpStream, pieces: &[usize]) -> Result<()> {
     Ok(())
 }
 
-fn finish(mut server: TcpStream, client: TcpStream) -> Result<()> {
+pub fn finish(mut server: TcpStream, client: TcpStream) -> Result<()> {
     drop(client);
     read_all(&mut server)?;
     Ok(())
 }
 
 /// What was sent again to or from a port so far.
-fn again(run: &Running, port: u16) -> Vec<(String, String)> {
+pub fn again(run: &Running, port: u16) -> Vec<(String, String)> {
     let text = run.stdout();
     let rows = text.lines().filter_map(|l| serde_json::from_str(l).ok());
     let of_port = |e: &Value| e["local"]["port"] == port || e["remote"]["port"] == port;

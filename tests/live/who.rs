@@ -205,10 +205,15 @@ impl Container {
 
     /// Runs a command in it.
     pub fn run(&self, netns: &Netns, command: &str) -> Result<String> {
-        let procs = self.cgroup.join("cgroup.procs");
-        let script = format!("echo 0 > {} && exec {command}", procs.display());
-        netns.output(Command::new("/bin/sh").args(["-c", &script]))
+        run_in(&self.cgroup, netns, command)
     }
+}
+
+/// Runs a command in a cgroup.
+pub fn run_in(cgroup: &Path, netns: &Netns, command: &str) -> Result<String> {
+    let procs = cgroup.join("cgroup.procs");
+    let script = format!("echo 0 > {} && exec {command}", procs.display());
+    netns.output(Command::new("/bin/sh").args(["-c", &script]))
 }
 
 impl Drop for Container {
@@ -289,14 +294,14 @@ fn container() -> Result<()> {
 }
 
 /// A pod as kubelet and containerd make one: cgroups by systemd, and a folder of logs.
-struct Pod {
+pub struct Pod {
     slice: PathBuf,
-    container: PathBuf,
+    pub container: PathBuf,
     logs: PathBuf,
 }
 
 impl Pod {
-    fn new(space: &str, name: &str, uid: &str) -> Result<Self> {
+    pub fn new(space: &str, name: &str, uid: &str) -> Result<Self> {
         let unit = format!("kubepods-besteffort-pod{}.slice", uid.replace('-', "_"));
         let slice = Path::new("/sys/fs/cgroup/kubepods.slice").join(unit);
         let container = slice.join(format!("cri-containerd-{}.scope", "c".repeat(64)));

@@ -25,6 +25,7 @@ enum lat_way {
 
 /* What a packet's time is cut into. A stage ends at the place that its comment names. */
 enum lat_stage {
+	LAT_NIC, /* the card's time stamp -> its driver hands it over */
 	LAT_SOFTIRQ, /* a driver handed it over -> netif_receive_skb */
 	LAT_DEVICE, /* a bridge, a tunnel, a VLAN: on to the next device */
 	LAT_IP, /* -> ip_local_deliver, ip6_input */
@@ -178,7 +179,7 @@ struct lat_sent {
 
 _Static_assert(sizeof(struct lat_hist) == 24 + 4 * LAT_BUCKETS,
 	       "lat_hist is part of the contract");
-_Static_assert(sizeof(struct lat_packet) == 344,
+_Static_assert(sizeof(struct lat_packet) == 352,
 	       "lat_packet is part of the contract");
 
 #endif

@@ -35,8 +35,8 @@ int lat_from(struct pt_regs *ctx)
 
 	if (!skb)
 		return 0;
-	lat_begin(skb, LAT_BETWEEN, LAT_AT_QUEUE);
-	return lat_match(skb);
+	return lat_match(
+		skb, lat_begin(lat_at(skb), skb, LAT_BETWEEN, LAT_AT_QUEUE));
 }
 
 SEC("kprobe/to")
@@ -53,7 +53,7 @@ int lat_to(struct pt_regs *ctx)
 	lat_claim(p);
 	lat_look(skb, p);
 	lat_finish(ctx, p);
-	lat_forget(skb);
+	p->place = LAT_AT_END;
 	return 0;
 }
 

@@ -59,7 +59,7 @@ static __always_inline bool lat_next_device(struct lat_packet *p, __u64 skb,
 /* A driver hands a packet over: netif_rx, napi_gro_receive_entry, netif_receive_skb_entry. */
 static __always_inline int lat_handed(void *ctx, __u64 skb)
 {
-	struct lat_packet *p = lat_find(skb);
+	struct lat_packet *old = lat_at(skb), *p = lat_known(old);
 
 	if (p) {
 		/* A driver that is a wire to another namespace, or lo. */
@@ -68,7 +68,8 @@ static __always_inline int lat_handed(void *ctx, __u64 skb)
 		else if (lat_next_device(p, skb, LAT_AT_DRIVER_IN))
 			return 0;
 	}
-	return lat_begin(skb, LAT_IN, LAT_AT_DRIVER_IN);
+	lat_begin(old, skb, LAT_IN, LAT_AT_DRIVER_IN);
+	return 0;
 }
 
 SEC("raw_tp/netif_rx")
@@ -79,16 +80,16 @@ int lat_netif_rx(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int lat_received(__u64 skb)
 {
-	struct lat_packet *p = lat_find(skb);
+	struct lat_packet *old = lat_at(skb), *p = lat_known(old);
 
 	if (p && p->way == LAT_IN && p->place == LAT_AT_DRIVER_IN) {
 		lat_pass(p, LAT_SOFTIRQ, LAT_AT_RECEIVE);
 		/* RPS may have given it to another one. */
 		p->cpu = bpf_get_smp_processor_id();
 	} else if (!p || !lat_next_device(p, skb, LAT_AT_RECEIVE)) {
-		lat_begin(skb, LAT_IN, LAT_AT_RECEIVE);
+		p = lat_begin(old, skb, LAT_IN, LAT_AT_RECEIVE);
 	}
-	return lat_match(skb);
+	return lat_match(skb, p);
 }
 
 SEC("raw_tp/netif_receive_skb")
@@ -193,7 +194,7 @@ int lat_tcp_queue(__u64 *ctx)
 		lat_look((__u64)skb, p);
 		lat_finish(ctx, p);
 	}
-	lat_forget((__u64)skb);
+	p->place = LAT_AT_END;
 	return 0;
 }
 
@@ -315,7 +316,7 @@ int lat_udp_read(__u64 *ctx)
 	if (with_culprit)
 		lat_note_reader(ctx, p);
 	lat_finish(ctx, p);
-	lat_forget(skb);
+	p->place = LAT_AT_END;
 	return 0;
 }
 

@@ -198,8 +198,7 @@ __hidden __noinline int lat_tcp_out(__u64 sk, __u64 skb_ptr)
 	struct tcphdr th = {};
 	__u32 seq;
 
-	lat_begin(skb_ptr, LAT_OUT, LAT_AT_IP_OUT);
-	p = lat_find(skb_ptr);
+	p = lat_begin(lat_at(skb_ptr), skb_ptr, LAT_OUT, LAT_AT_IP_OUT);
 	if (!p || bpf_probe_read_kernel(&th, sizeof(th), NP_READ(skb, data)))
 		return 0;
 	if (p->len <= th.doff * 4)
@@ -236,12 +235,11 @@ __hidden __noinline int lat_datagram_out(__u64 skb_ptr)
 	struct lat_call *call;
 	struct lat_packet *p;
 
-	lat_begin(skb_ptr, LAT_OUT, LAT_AT_IP_OUT);
+	p = lat_begin(lat_at(skb_ptr), skb_ptr, LAT_OUT, LAT_AT_IP_OUT);
 	call = bpf_map_lookup_elem(&writing, &thread);
 	/* What the kernel itself sends, in this thread's time, has another socket. */
 	if (!call || !call->sk || call->sk != (__u64)NP_READ(skb, sk))
 		return 0;
-	p = lat_find(skb_ptr);
 	if (p)
 		lat_written(p, &call->write);
 	/* It is not another packet's. */
@@ -324,20 +322,19 @@ SEC("raw_tp/net_dev_queue")
 int lat_queue(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 skb = ctx->args[0];
-	struct lat_packet *p = lat_find(skb);
+	struct lat_packet *old = lat_at(skb), *p = lat_known(old);
 
 	if (!p || p->place == LAT_AT_SENT || !lat_may_leave(p, skb))
-		lat_begin(skb, LAT_OUT, LAT_AT_QDISC);
+		p = lat_begin(old, skb, LAT_OUT, LAT_AT_QDISC);
 	else
 		lat_queued(p);
 	/* The device that it leaves by. */
-	p = lat_find(skb);
 	if (p) {
 		lat_take_device(p, NP_CAST(sk_buff, skb));
 		if (with_culprit)
 			lat_take_qdisc(p, (void *)skb);
 	}
-	return lat_match(skb);
+	return lat_match(skb, p);
 }
 
 /* net_dev_start_xmit(skb, dev) */
@@ -408,7 +405,7 @@ int lat_consumed(struct bpf_raw_tracepoint_args *ctx)
 		lat_look(skb, p);
 		lat_finish(ctx, p);
 	}
-	lat_forget(skb);
+	p->place = LAT_AT_END;
 	return 0;
 }
 

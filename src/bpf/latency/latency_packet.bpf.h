@@ -21,6 +21,9 @@ const volatile __u32 whose_uid = 0;
 const volatile __u64 whose_cgroup = 0;
 const volatile __u64 whose_comm[2] = {};
 
+/* What clocks of cards may be before CLOCK_MONOTONIC, ns: as CLOCK_REALTIME is, as CLOCK_TAI is. */
+const volatile __s64 nic_clock[2] = {};
+
 /* For the skeleton's types. */
 enum lat_whose lat_whose_type;
 enum lat_kind lat_kind_type;
@@ -219,11 +222,20 @@ static __always_inline void lat_gone(void *ctx, struct lat_packet *p)
 	lat_finish(ctx, p);
 }
 
+/* What stands at this address: a packet, or one that has ended. */
+static __always_inline struct lat_packet *lat_at(__u64 skb)
+{
+	return bpf_map_lookup_elem(&packets, &skb);
+}
+
+static __always_inline struct lat_packet *lat_known(struct lat_packet *p)
+{
+	return p && p->place != LAT_AT_END ? p : NULL;
+}
+
 static __always_inline struct lat_packet *lat_find(__u64 skb)
 {
-	struct lat_packet *p = bpf_map_lookup_elem(&packets, &skb);
-
-	return p && p->place != LAT_AT_END ? p : NULL;
+	return lat_known(lat_at(skb));
 }
 
 /*
@@ -232,7 +244,7 @@ static __always_inline struct lat_packet *lat_find(__u64 skb)
  */
 static __always_inline void lat_forget(__u64 skb)
 {
-	struct lat_packet *p = bpf_map_lookup_elem(&packets, &skb);
+	struct lat_packet *p = lat_at(skb);
 
 	if (p)
 		p->place = LAT_AT_END;
@@ -276,10 +288,43 @@ static __always_inline __u64 lat_data(__u64 skb_ptr)
 	return (__u64)NP_READ(NP_CAST(sk_buff, skb_ptr), head);
 }
 
-/* A packet begins where nothing is known of it. It is too large for the stack, with those of its callers. */
-__hidden __noinline int lat_begin(__u64 skb_ptr, __u8 way, __u8 place)
+/* A card whose packets wait longer has another clock. */
+#define LAT_NIC_MAX 1000000000ULL
+
+/* The card may have noted when the packet came: it begins then. */
+static __always_inline void lat_take_nic(struct lat_packet *p,
+					 struct sk_buff *skb)
 {
-	struct lat_packet *p = bpf_map_lookup_elem(&packets, &skb_ptr), *none;
+	const void *stamps =
+		(void *)p->data + NP_READ(skb, end) +
+		bpf_core_field_offset(struct skb_shared_info, hwtstamps);
+	__u64 stamp = 0, wait;
+
+	if (use_cast)
+		stamp = NP_TYPED(timespec64, stamps)->tv_sec;
+	else
+		bpf_probe_read_kernel(&stamp, sizeof(stamp), stamps);
+	if (!stamp)
+		return;
+	for (int i = 0; i < 2; i++) {
+		wait = p->first + nic_clock[i] - stamp;
+		if (wait < LAT_NIC_MAX) {
+			p->first -= wait;
+			p->stage[LAT_NIC] = wait;
+			p->seen |= 1U << LAT_NIC;
+			return;
+		}
+	}
+}
+
+/*
+ * A packet begins where nothing is known of it; `p` stood at its address. It is too large
+ * for the stack, with those of its callers.
+ */
+static __noinline struct lat_packet *
+lat_begin(struct lat_packet *p, __u64 skb_ptr, __u8 way, __u8 place)
+{
+	struct lat_packet *none;
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 	__u32 zero = 0;
 
@@ -289,9 +334,9 @@ __hidden __noinline int lat_begin(__u64 skb_ptr, __u8 way, __u8 place)
 		none = bpf_map_lookup_elem(&no_packet, &zero);
 		if (none)
 			bpf_map_update_elem(&packets, &skb_ptr, none, BPF_ANY);
-		p = bpf_map_lookup_elem(&packets, &skb_ptr);
+		p = lat_at(skb_ptr);
 		if (!p)
-			return 0;
+			return NULL;
 	}
 	p->way = way;
 	p->place = place;
@@ -300,7 +345,9 @@ __hidden __noinline int lat_begin(__u64 skb_ptr, __u8 way, __u8 place)
 	p->len = NP_READ(skb, len);
 	p->data = (__u64)NP_READ(skb, head);
 	lat_take_device(p, skb);
-	return 0;
+	if (way == LAT_IN)
+		lat_take_nic(p, skb);
+	return p;
 }
 
 static __always_inline bool lat_fields_match(const struct np_config *cfg,
@@ -324,10 +371,9 @@ static __always_inline bool lat_fields_match(const struct np_config *cfg,
 }
 
 /* The packet has all of its headers: is it one to follow? Else it is forgotten. */
-__hidden __noinline int lat_match(__u64 skb_ptr)
+__hidden __noinline int lat_match(__u64 skb_ptr, struct lat_packet *p)
 {
 	const struct np_config *cfg = np_config_get();
-	struct lat_packet *p = lat_find(skb_ptr);
 
 	if (!p || (p->flags & LAT_FLAG_MATCHES))
 		return 0;
@@ -335,7 +381,7 @@ __hidden __noinline int lat_match(__u64 skb_ptr)
 	    lat_fields_match(cfg, p, NP_CAST(sk_buff, skb_ptr)))
 		p->flags |= LAT_FLAG_MATCHES;
 	else
-		lat_forget(skb_ptr);
+		p->place = LAT_AT_END;
 	return 0;
 }
 
@@ -372,14 +418,16 @@ static __noinline __attribute__((unused)) int lat_is_theirs(void)
 /* The process that is current wrote or read the packet. */
 static __always_inline void lat_claim(struct lat_packet *p)
 {
+	bool slow = min_ns && p->last - p->first >= min_ns;
+
 	if (whose && lat_is_theirs())
 		p->flags |= LAT_FLAG_THEIRS;
 	else if (whose)
 		p->flags &= ~LAT_FLAG_THEIRS;
 	p->tgid = bpf_get_current_pid_tgid() >> 32;
-	if (by == LAT_BY_CGROUP || min_ns)
+	if (by == LAT_BY_CGROUP || slow)
 		p->cgroup = bpf_get_current_cgroup_id();
-	if (min_ns)
+	if (slow)
 		bpf_get_current_comm(p->comm, sizeof(p->comm));
 }
 

@@ -296,6 +296,9 @@ int conn_destroyed(struct bpf_raw_tracepoint_args *ctx)
 	__u64 key = (__u64)sk;
 	struct conn_life *life;
 
+	/* Its memory may be another socket's from now on. */
+	if (wants_notes(CONN_WHAT_RETRANSMIT))
+		bpf_map_delete_elem(&resent, &key);
 	if (!waiting)
 		return 0;
 	life = bpf_map_lookup_elem(&lives, &key);

@@ -23,6 +23,7 @@ enum conn_what {
 	CONN_WHAT_PRESSURE = 9, /* TCP has little memory */
 	CONN_WHAT_RELIEF = 10, /* it has enough again */
 	CONN_WHAT_STATE = 11, /* conn_note.from, .to */
+	CONN_WHAT_DUPLICATES = 12, /* the peer had it: conn_note.seq segments */
 };
 
 /* How a packet that was lost belongs to what is sent again. */
@@ -111,7 +112,8 @@ struct conn_note {
 	__u8 from; /* TCP_*: the state; of CONN_WHAT_STATE, before */
 	__u8 to;
 	__u8 lost; /* CONN_LOST_*: what `drop` is */
-	__u8 pad[7];
+	__u8 fin; /* what is sent again has a FIN, which has a number, and no byte */
+	__u8 pad[6];
 };
 
 /* A connection has ended. Counters are those of struct tcp_sock; 0 where a kernel has none. */

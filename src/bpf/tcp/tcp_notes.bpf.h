@@ -10,6 +10,7 @@
 #ifndef NETPROBE_TCP_NOTES_BPF_H
 #define NETPROBE_TCP_NOTES_BPF_H
 
+#define TCP_FIN 0x01
 #define TCP_FIN_SYN 0x03
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
@@ -50,6 +51,14 @@ struct {
 	__type(value, struct conn_windows);
 } windows SEC(".maps");
 
+/* Sockets that have sent again, and how many of their segments the peer has had twice: tcp_sock.dsack_dups. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, DROPS);
+	__type(key, __u64);
+	__type(value, __u32);
+} resent SEC(".maps");
+
 /* Of RSTs. A stack that finds its place taken is not kept. */
 struct {
 	__uint(type, BPF_MAP_TYPE_STACK_TRACE);
@@ -80,23 +89,24 @@ static __always_inline void note_begin(struct conn_note *n, struct sock *sk,
 	n->from = BPF_CORE_READ(sk, __sk_common.skc_state);
 }
 
-static __always_inline bool take_drop(struct conn_note *n, __u32 seq, __u8 lost)
+/* The drop behind it, where that is later than what is known. */
+static __always_inline void take_drop(struct conn_note *n, __u32 seq, __u8 lost)
 {
 	struct conn_number key = {.seq = seq, .lost = lost};
 	struct conn_drop *drop = bpf_map_lookup_elem(&drops, &key);
 
-	if (!drop || n->head.ts - drop->ts > OLD)
-		return false;
+	if (!drop || n->head.ts - drop->ts > OLD || drop->ts < n->drop.ts)
+		return;
 	n->drop = *drop;
 	n->lost = lost;
 	bpf_map_delete_elem(&drops, &key);
-	return true;
 }
 
 static __always_inline void note_again(void *ctx, struct conn_note *n)
 {
-	if (!take_drop(n, n->seq, CONN_LOST_ORIGINAL))
-		take_drop(n, n->end_seq, CONN_LOST_ACK);
+	take_drop(n, n->seq, CONN_LOST_ORIGINAL);
+	/* A later one: what it acknowledges was only freed as a drop is, by TIME_WAIT, or had been sent again. */
+	take_drop(n, n->end_seq, CONN_LOST_ACK);
 	np_output(ctx, &n->head, sizeof(*n));
 }
 
@@ -106,10 +116,15 @@ int note_retransmit(struct bpf_raw_tracepoint_args *ctx)
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct sk_buff *skb = (struct sk_buff *)ctx->args[1];
 	struct inet_connection_sock *icsk = (struct inet_connection_sock *)sk;
+	struct tcp_skb_cb *cb = (struct tcp_skb_cb *)skb->cb;
+	__u32 dups = BPF_CORE_READ((struct tcp_sock *)sk, dsack_dups);
+	__u64 key = (__u64)sk;
 	struct conn_note n = {};
 	__u32 numbers[2];
 
 	note_begin(&n, sk, CONN_WHAT_RETRANSMIT);
+	bpf_map_update_elem(&resent, &key, &dups, BPF_NOEXIST);
+	n.fin = BPF_CORE_READ(cb, tcp_flags) & TCP_FIN;
 	/* struct tcp_skb_cb begins with them. */
 	bpf_probe_read_kernel(numbers, sizeof(numbers), &skb->cb);
 	n.seq = numbers[0];
@@ -147,6 +162,27 @@ int BPF_KPROBE(note_undone, struct sock *sk)
 	struct conn_note n = {};
 
 	note_begin(&n, sk, CONN_WHAT_UNDONE);
+	np_output(ctx, &n.head, sizeof(n));
+	return 0;
+}
+
+/* tcp_ack(sk, skb, flag): an acknowledgement may have told that the peer has a segment twice (DSACK). */
+SEC("fexit/tcp_ack")
+int note_acked(__u64 *ctx)
+{
+	struct tcp_sock *tp = (void *)ctx[0];
+	__u64 key = ctx[0];
+	__u32 *known = bpf_map_lookup_elem(&resent, &key), more;
+	struct conn_note n = {};
+
+	if (!known)
+		return 0;
+	more = BPF_CORE_READ(tp, dsack_dups) - *known;
+	if (!more)
+		return 0;
+	*known += more;
+	note_begin(&n, (struct sock *)tp, CONN_WHAT_DUPLICATES);
+	n.seq = more;
 	np_output(ctx, &n.head, sizeof(n));
 	return 0;
 }

@@ -85,6 +85,7 @@ impl Culprit {
         let mut stack = Vec::new();
         let rule = match stage {
             Stage::SOFTIRQ => self.of_softirq(p, ns, &mut words)?,
+            Stage::NIC => "nic-waited",
             Stage::QUEUE => "queue-held",
             Stage::SOCKET => self.of_reader(p, ns, &mut words, &mut stack)?,
             Stage::QDISC => self.of_qdisc(p, &mut words),
@@ -116,8 +117,8 @@ impl Culprit {
     }
 
     fn of_softirq(&mut self, p: &Packet, ns: u64, words: &mut Words) -> Result<&'static str> {
-        // The stage is the first one of its way.
-        let first = p.ts.saturating_sub(p.total);
+        // The stage is the first one of its way, but for the card's.
+        let first = p.ts.saturating_sub(p.total) + p.spent(Stage::NIC).unwrap_or(0);
         let Some(waited) = self.softirqs.within(p.cpu, first, first + ns) else {
             return Ok("softirq-busy");
         };
@@ -415,6 +416,7 @@ mod tests {
         assert_eq!(rule(&mut c, &p).0, "write-again");
         p.tuple = Some(udp(1));
         assert_eq!(rule(&mut c, &p).0, "write-datagram");
+        assert_eq!(rule(&mut c, &packet(Stage::NIC)).0, "nic-waited");
         assert_eq!(rule(&mut c, &packet(Stage::QUEUE)).0, "queue-held");
         assert_eq!(rule(&mut c, &packet(Stage::SOFTIRQ)).0, "softirq-busy");
         let (rule, text) = rule(&mut c, &packet(Stage::PROCESS));

@@ -17,7 +17,7 @@ use crate::kernel::btf::{Btf, modules};
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::{self, Targets};
-use crate::os::online_cpus;
+use crate::os::{self, online_cpus};
 use crate::run::{object, programs};
 use crate::usage::usage;
 
@@ -260,6 +260,7 @@ pub fn load<'a>(
     rodata.whose_uid = whose.uid;
     rodata.whose_cgroup = whose.cgroup;
     rodata.whose_comm = whose.comm;
+    rodata.nic_clock = os::clocks_of_cards()?;
     rodata.gap_min_ns = args.min_ns() / 2;
     if let Some(between) = between {
         rodata.from_arg = between.from.1;

@@ -15,6 +15,7 @@ pub struct Way(pub u32);
 
 /// Name and meaning.
 const NAMES: [(lat_stage, &str); STAGES] = [
+    (lat_stage::LAT_NIC, "nic"),
     (lat_stage::LAT_SOFTIRQ, "softirq"),
     (lat_stage::LAT_DEVICE, "device"),
     (lat_stage::LAT_IP, "ip"),
@@ -35,6 +36,7 @@ const NAMES: [(lat_stage, &str); STAGES] = [
 ];
 
 impl Stage {
+    pub const NIC: Self = Self(lat_stage::LAT_NIC.0);
     pub const SOFTIRQ: Self = Self(lat_stage::LAT_SOFTIRQ.0);
     pub const QUEUE: Self = Self(lat_stage::LAT_QUEUE.0);
     pub const SOCKET: Self = Self(lat_stage::LAT_SOCKET.0);

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::bpf::latency::types::lat_whose;
 use crate::kernel::cgroup::{self, Place};
-use crate::kernel::containers;
+use crate::kernel::{containers, pods};
 use crate::tools::who::comm_words;
 use crate::usage::usage;
 
@@ -33,6 +33,10 @@ pub struct WhoseArgs {
     /// This container only: its name, or the beginning of its id
     #[arg(long, value_name = "NAME|ID", conflicts_with_all = ["cgroup", "from"])]
     pub container: Option<String>,
+
+    /// This pod of Kubernetes on this node only
+    #[arg(long, value_name = "NAMESPACE/NAME", conflicts_with_all = ["cgroup", "container", "from"])]
+    pub pod: Option<String>,
 }
 
 /// The same, looked up.
@@ -73,13 +77,15 @@ impl WhoseArgs {
         if let Some(path) = &self.cgroup {
             return cgroup::id(path).map(Some);
         }
-        let Some(name) = &self.container else {
-            return Ok(None);
+        let (flag, place) = match (&self.container, &self.pod) {
+            (Some(name), _) => (format!("--container {name}"), containers::find(name)?),
+            (_, Some(name)) => (format!("--pod {name}"), pods::find(name)?),
+            _ => return Ok(None),
         };
-        match containers::find(name)? {
+        match place {
             Place::Cgroup(folder) => Ok(Some(cgroup::id_of(&folder)?)),
             Place::Processes(_) => Err(usage(format!(
-                "--container {name}: that needs cgroup v2; --pid takes one process"
+                "{flag}: that needs cgroup v2; --pid takes one process"
             ))),
         }
     }

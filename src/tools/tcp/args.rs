@@ -138,6 +138,7 @@ impl Args {
                 conn_what::CONN_WHAT_RETRANSMIT,
                 conn_what::CONN_WHAT_RETRANSMIT_SYNACK,
                 conn_what::CONN_WHAT_UNDONE,
+                conn_what::CONN_WHAT_DUPLICATES,
             ]),
             Happening::Resets => bits(&[conn_what::CONN_WHAT_RST_OUT, conn_what::CONN_WHAT_RST_IN]),
             Happening::Windows => bits(&[

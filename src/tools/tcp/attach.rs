@@ -17,15 +17,17 @@ use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::{self, Targets};
-use crate::run::object;
+use crate::run::{log, object};
 
 use super::args::Args;
 
 /// What [`Kernel::new`] asks the BTF for.
-pub const NAMES: &str = "sk_rst_reason\ntcp_undo_cwnd_reduction\nsecurity_sock_graft\nbtf_trace_inet_sock_set_state\n\
+pub const NAMES: &str = "sk_rst_reason\ntcp_undo_cwnd_reduction\ntcp_ack\nsecurity_sock_graft\nbtf_trace_inet_sock_set_state\n\
      bpf_fentry_test1\nregister_ftrace_direct_cb";
 /// accept()
 const GRAFT: &str = "security_sock_graft";
+/// an acknowledgement comes
+const ACK: &str = "tcp_ack";
 
 /// What is known of the running kernel.
 #[derive(Debug)]
@@ -42,7 +44,7 @@ pub struct Kernel {
 impl Kernel {
     pub fn new(features: &Features, btf: &Btf) -> Self {
         Self {
-            targets: Targets::new(btf, [&GRAFT].into_iter())
+            targets: Targets::new(btf, [&GRAFT, &ACK].into_iter())
                 .with_tracepoints(btf, &["inet_sock_set_state"]),
             has_drop_reason: features.drop_reasons,
             has_reset_reason: btf.has_enum("sk_rst_reason"),
@@ -88,6 +90,8 @@ pub fn load<'a>(
     p.note_retransmit_synack.set_autoload(retransmits);
     p.note_undone
         .set_autoload(retransmits && kernel.tells_undone);
+    p.note_acked
+        .set_autoload(retransmits && kernel.targets.has(ACK));
     p.note_rst_in.set_autoload(resets);
     p.note_rst_out.set_autoload(resets);
     p.note_segment.set_autoload(windows);
@@ -96,6 +100,7 @@ pub fn load<'a>(
     p.note_relief.set_autoload(pressure);
     if !retransmits {
         open.maps.drops.set_max_entries(1)?;
+        open.maps.resent.set_max_entries(1)?;
     }
     open.maps.stacks.set_autocreate(resets)?;
     if !windows {
@@ -140,6 +145,13 @@ pub fn start(args: &Args, kernel: &Kernel, skel: &TcpSkel<'_>) -> Result<(Drain,
         if program.autoload() {
             attached.add(program, to)?;
         }
+    }
+    if args.notes() & 1 << conn_what::CONN_WHAT_RETRANSMIT.0 != 0
+        && let Err(e) = attached.typed(kernel, skel, &p.note_acked)
+    {
+        log::note(&format!(
+            "what the peer has had twice (DSACK) is not seen: {e:#}"
+        ));
     }
     // No trampolines on this architecture, or another tracer's hands on the function.
     if attached.typed(kernel, skel, &p.conn_accepted).is_err() {

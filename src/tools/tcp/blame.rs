@@ -29,6 +29,10 @@ struct Story {
     rto_dropped: Option<String>,
     /// sent again by other means
     others: u32,
+    /// of the last of them: the first sequence number, and how often it was sent in a row
+    last_rto: (u32, u32),
+    /// segments that were sent again for nothing, as far as the kernel has found out
+    spurious: u32,
     /// with a window of zero of the peer, ns
     shut: u64,
     /// what the peer waits for, whose window is zero
@@ -73,7 +77,7 @@ impl Stories {
         }
         let tells = match note.what {
             What::Retransmit { kind, .. } => kind != Kind::SynAck,
-            What::PeerShut { .. } | What::PeerOpen(_) => true,
+            What::PeerShut { .. } | What::PeerOpen(_) | What::Undone | What::Duplicates(_) => true,
             _ => false,
         };
         let end = (note.netns, note.local, note.remote);
@@ -95,7 +99,7 @@ impl Stories {
 impl Story {
     fn learn(&mut self, what: What, dropped: Option<String>, readers: &mut HashMap<u32, String>) {
         match what {
-            What::Retransmit { kind, rto, .. } => {
+            What::Retransmit { kind, rto, seq, .. } => {
                 let rto = rto.unwrap_or(0);
                 match kind {
                     Kind::Syn => {
@@ -105,11 +109,20 @@ impl Story {
                     Kind::Rto => {
                         self.rto += rto;
                         self.rtos += 1;
+                        let (last, times) = self.last_rto;
+                        let row = if last == seq.0 { times + 1 } else { 1 };
+                        self.last_rto = (seq.0, row);
                         self.rto_dropped = self.rto_dropped.take().or(dropped);
                     }
                     Kind::Fast | Kind::Tlp | Kind::SynAck => self.others += 1,
                 }
             }
+            What::Undone => {
+                // The timeouts in a row that it takes back; none where it was a fast retransmit.
+                self.spurious += self.last_rto.1.max(1);
+                self.last_rto.1 = 0;
+            }
+            What::Duplicates(segments) => self.spurious += segments,
             What::PeerShut { seq } => self.waits_for = Some(seq),
             What::PeerOpen(ns) => {
                 self.shut += ns;
@@ -153,6 +166,8 @@ fn blame(c: &Connection, story: &Story) -> Option<Blame> {
         (
             if story.rto_dropped.is_some() {
                 "tcp-timeout-dropped"
+            } else if story.spurious >= story.rtos {
+                "tcp-timeout-spurious"
             } else {
                 "tcp-timeout"
             },
@@ -299,10 +314,20 @@ mod tests {
             (
                 connection(0, S, busy(S, 0, 0)),
                 Story {
+                    rto: S / 5 * 3,
+                    rtos: 1,
+                    spurious: 1,
+                    ..story()
+                },
+                "600.0 ms of 1.00 s: 1 times a timeout (RTO) passed, though nothing was lost: what was sent again had arrived",
+            ),
+            (
+                connection(0, S, busy(S, 0, 0)),
+                Story {
                     others: 3,
                     ..story()
                 },
-                "1.00 s of 1.00 s: the network: a round trip of 80.000 ms, 3 segments sent again",
+                "1.00 s of 1.00 s: the network: a round trip of 80.000 ms, 3 segments sent again, 0 of them by timeout (RTO)",
             ),
             (
                 connection(0, S, busy(S, 0, 0)),
@@ -375,6 +400,7 @@ mod tests {
         let again = |kind| What::Retransmit {
             kind,
             seq: (1, 2),
+            fin: false,
             rto: Some(S),
             dropped: None,
         };

@@ -51,6 +51,10 @@ pub struct Happening {
     seq: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes: Option<u32>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    fin: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    segments: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     rto_ns: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -172,12 +176,21 @@ impl Words {
             What::Retransmit {
                 kind,
                 seq,
+                fin,
                 rto,
                 dropped,
-            } => self.again(note, kind, seq, rto, dropped),
+            } => self.again(note, kind, (seq, fin), rto, dropped),
             What::Undone => Happening {
                 happened: "spurious",
-                text: "nothing was lost: what was sent again had arrived".into(),
+                text: "nothing was lost: what was sent again had arrived; the kernel takes its reaction back".into(),
+                how: Some("undo"),
+                ..Happening::default()
+            },
+            What::Duplicates(segments) => Happening {
+                happened: "spurious",
+                text: format!("nothing was lost: the peer has {segments} segments twice (DSACK)"),
+                how: Some("dsack"),
+                segments: Some(segments),
                 ..Happening::default()
             },
             What::ResetSent { state, reason } => self.reset(state, reason),
@@ -232,21 +245,23 @@ impl Words {
         &mut self,
         note: &Note,
         kind: Kind,
-        seq: (u32, u32),
+        (seq, fin): ((u32, u32), bool),
         rto: Option<u64>,
         dropped: Option<Dropped>,
     ) -> Happening {
         let dropped = dropped.map(|d| self.dropped(note, &d));
-        let bytes = seq.1.wrapping_sub(seq.0);
+        let bytes = seq.1.wrapping_sub(seq.0).wrapping_sub(fin.into());
         let after = rto.map_or(String::new(), |ns| format!(", after {} ms", ms(ns)));
         let mut text = match kind {
             Kind::Syn => format!("SYN sent again{after}"),
             Kind::SynAck => "SYN-ACK sent again".to_owned(),
+            _ if fin && bytes == 0 => format!("FIN sent again by {}{after}", words(kind)),
             _ => format!(
-                "sent again by {}{after}: seq {}:{} ({bytes} bytes)",
+                "sent again by {}{after}: seq {}:{} ({bytes} bytes{})",
                 words(kind),
                 seq.0,
-                seq.1
+                seq.1,
+                if fin { " and the FIN" } else { "" }
             ),
         };
         // What was freed in the normal course says nothing.
@@ -275,6 +290,7 @@ impl Words {
             text,
             how: Some(id(kind)),
             seq: Some(seq.0),
+            fin,
             bytes: (!matches!(kind, Kind::Syn | Kind::SynAck)).then_some(bytes),
             rto_ns: rto,
             dropped: dropped.map(|(d, _)| d),

@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> Result<()> {
     log::note("following TCP connections until they end; Ctrl-C ends");
     if args.events.contains(&Happening::Retransmits) && !kernel.tells_undone {
         log::note(
-            "this kernel cannot tell what was sent again for nothing (tcp_undo_cwnd_reduction)",
+            "this kernel tells what was sent again for nothing by DSACK alone (it has no tcp_undo_cwnd_reduction)",
         );
     }
     presenter.header(&mut out)?;

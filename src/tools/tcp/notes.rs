@@ -42,12 +42,16 @@ pub enum What {
         kind: Kind,
         /// sequence numbers: the first, and the one after the last
         seq: (u32, u32),
+        /// the last one is a FIN, which is no byte
+        fin: bool,
         /// the timeout that has passed, ns
         rto: Option<u64>,
         dropped: Option<Dropped>,
     },
     /// what was sent again had arrived: the kernel takes its reaction back
     Undone,
+    /// so many segments were there already, says the peer (DSACK)
+    Duplicates(u32),
     /// in this state, TCP_*; enum sk_rst_reason
     ResetSent {
         state: u8,
@@ -126,10 +130,12 @@ fn what(n: &conn_note) -> Option<What> {
         () if is(conn_what::CONN_WHAT_RETRANSMIT_SYNACK) => What::Retransmit {
             kind: Kind::SynAck,
             seq: (n.seq, n.end_seq),
+            fin: false,
             rto: None,
             dropped: dropped(n),
         },
         () if is(conn_what::CONN_WHAT_UNDONE) => What::Undone,
+        () if is(conn_what::CONN_WHAT_DUPLICATES) => What::Duplicates(n.seq),
         () if is(conn_what::CONN_WHAT_RST_OUT) => What::ResetSent {
             state: n.from,
             reason: n.reason,
@@ -162,6 +168,7 @@ fn retransmit(n: &conn_note) -> What {
     What::Retransmit {
         kind,
         seq: (n.seq, n.end_seq),
+        fin: n.fin != 0,
         rto: timed.then(|| jiffies(n)),
         dropped: dropped(n),
     }
