@@ -227,6 +227,20 @@ pub struct Attached {
     programs: Vec<i32>,
 }
 
+/// What this run asks the BTF for, a name a line: all in one pass over its strings.
+pub fn names(args: &Args) -> String {
+    let functions = probes(args).flat_map(|(_, place, _)| match place {
+        Function(name) => vec![*name],
+        Instead(name, other) => vec![*name, *other],
+        _ => Vec::new(),
+    });
+    let of_trampolines = ["bpf_fentry_test1", "register_ftrace_direct_cb"];
+    functions
+        .chain(of_trampolines)
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
 /// The functions of this run's probes that this kernel has.
 pub fn targets(args: &Args, btf: &Btf) -> Targets {
     let names = probes(args).filter_map(|(_, place, _)| match place {

@@ -43,7 +43,9 @@ pub fn run(args: &Args) -> Result<()> {
     let filters = args.expression.filters(args.types.file())?;
     let whose = args.whose.resolve()?;
     log::init(args.engine.verbose);
-    let (btf, features) = args.types.load(&[bpf::LATENCY_TYPES])?;
+    let (btf, features) = args
+        .types
+        .load(&[bpf::LATENCY_TYPES, &kernel::names(args)])?;
     features.require_drops("latency")?;
     log::lacking();
     let btf = btf?;
