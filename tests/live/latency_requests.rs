@@ -132,7 +132,7 @@ fn of_httpd() -> Result<()> {
         ensure!(done.json_of("packet")?.len() == 2, "{done}");
     }
     let done = text.stop()?;
-    done.expect_stdout("the server took 3")
+    done.expect_stdout("    the server took ")
 }
 
 /// A listener whose queue has no length, and a client that is bound to an address alone: the ports decide, and the line says so.

@@ -38,7 +38,7 @@ pub fn cases() -> Vec<Case> {
 
 /// A segment of so much data is this long on the way over IPv4, with time stamps.
 pub const SMALL: usize = 500;
-const SMALL_V4: usize = SMALL + 52;
+pub const SMALL_V4: usize = SMALL + 52;
 /// Each piece a segment of its own.
 pub fn write(client: &mut TcpStream, pieces: &[usize]) -> Result<()> {
     client.set_nodelay(true)?;
