@@ -279,8 +279,9 @@ fn each_is_counted(done: &Finished, to: SocketAddr, count: usize) -> Result<()> 
     let of_port = |r: &&Value| r["remote"]["port"] == to.port() || r["local"]["port"] == to.port();
     let ends = rows.iter().filter(of_port);
     let ends: Vec<String> = ends
-        .map(|r| format!("{} {}", r["local"], r["remote"]))
+        .map(|r| format!("{} {} {}", r["local"], r["remote"], r["ts_ns"]))
         .collect();
+    // A port may be used again.
     let distinct: BTreeSet<&String> = ends.iter().collect();
     ensure!(distinct.len() == ends.len(), "a connection is told twice");
     // Beside rows: what the run says was lost, and what had not ended when it stopped.
