@@ -9,30 +9,20 @@ mod send;
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Sender, bounded, unbounded};
 
+use send::Shared;
 pub use send::{Endpoint, endpoint};
 
 /// Bytes of rows that wait to be sent.
 const QUEUE: usize = 8 * 1024 * 1024;
 /// How long the end of a run waits for what is not sent yet.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// What the two threads share.
-#[derive(Debug, Default)]
-struct Shared {
-    /// bytes of rows in the queue
-    queued: AtomicUsize,
-    /// rows that are not with the collector and never will be
-    undelivered: AtomicU64,
-    /// rows that the collector took
-    delivered: AtomicU64,
-}
 
 /// Takes whole lines, each a JSON object.
 pub struct Sink {

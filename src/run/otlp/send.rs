@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -28,7 +28,6 @@ use ureq::Agent;
 
 use crate::kernel::clock::WallClock;
 
-use super::Shared;
 use super::rows::{Records, Rows, text};
 
 /// A batch is sent when it has so many rows, or when its first row has waited so long.
@@ -67,6 +66,17 @@ pub fn endpoint(text: &str) -> Result<Endpoint, String> {
         );
     }
     Ok(Endpoint(text.trim_end_matches('/').to_owned()))
+}
+
+/// What the two threads share.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// bytes of rows in the queue
+    pub queued: AtomicUsize,
+    /// rows that are not with the collector and never will be
+    pub undelivered: AtomicU64,
+    /// rows that the collector took
+    pub delivered: AtomicU64,
 }
 
 /// Why a batch was not taken.
