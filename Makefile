@@ -102,9 +102,9 @@ packages: ## the Debian package: built twice, installed in a new Debian root, us
 	deploy/prometheus/test
 	deploy/clickhouse/test
 
-soak: deps ## the long forms of what the live tests do briefly: a million drops, a minute of random loss, 1,000 connections, 100 kills, a burst of 20,000
+soak: deps ## the long forms of what the live tests do briefly: a million drops, a minute of random loss (SOAK=60: an hour), 1,000 connections, 100 kills, a burst of 20,000
 	NETPROBE_SOAK=1 tests/vm/live all drops_burst
-	NETPROBE_SOAK=1 tests/vm/live all drops_memory
+	NETPROBE_SOAK=$(or $(SOAK),1) NETPROBE_LIVE_TIMEOUT=$$((3000 + 90 * $(or $(SOAK),1))) tests/vm/live all drops_memory
 	NETPROBE_SOAK=1 tests/vm/live all drops_nothing
 	NETPROBE_SOAK=1 tests/vm/live 6.12 record_killed
 	NETPROBE_SOAK=1 tests/vm/live 6.12 why_burst

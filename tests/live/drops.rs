@@ -31,7 +31,7 @@ pub fn cases() -> Vec<Case> {
         case("drops_memory_does_not_grow", memory)
             .trace()
             .program("tc")
-            .limit(900),
+            .limit(900 + 90 * soak()),
         case("drops_table_and_its_limits", text).trace(),
         case("drops_order_and_offsets", order_and_offsets).trace(),
         case("drops_rules_of_a_file", rules_of_a_file)
@@ -327,9 +327,10 @@ fn good_traffic() -> Result<()> {
     Ok(())
 }
 
-/// `make soak`: the long forms.
-fn soak() -> bool {
-    std::env::var_os("NETPROBE_SOAK").is_some()
+/// `make soak`: the long forms. So many minutes of random loss; 0: the short forms.
+fn soak() -> u64 {
+    let minutes = std::env::var("NETPROBE_SOAK").unwrap_or_default();
+    minutes.parse().unwrap_or(0)
 }
 
 /// From each of two threads.
@@ -337,7 +338,7 @@ const BURST: u64 = 100_000;
 const LONG_BURST: u64 = 500_000;
 
 fn burst() -> Result<()> {
-    let burst = if soak() { LONG_BURST } else { BURST };
+    let burst = if soak() > 0 { LONG_BURST } else { BURST };
     let net = Pair::new()?;
     net.fix_neighbours()?;
     let run = drops(&[])?;
@@ -371,7 +372,7 @@ fn memory() -> Result<()> {
     let run = Netprobe::new("drops")
         .args(["--output-json", "-i", "1", "--max-cpu", "80"])
         .start()?;
-    let tables = if soak() { 60 } else { 6 };
+    let tables = (60 * soak()).max(6) as usize;
     let memory = || -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", run.pid()))?;
         let line = status.lines().find(|l| l.starts_with("VmRSS:"));
