@@ -14,6 +14,7 @@ mod drops_metrics;
 mod drops_nat;
 mod drops_nft;
 mod drops_programs;
+mod drops_rows;
 mod drops_screen;
 mod extcap;
 mod faults_traffic;
@@ -107,6 +108,7 @@ fn main() {
     cases.extend(drops_nat::cases());
     cases.extend(drops_nft::cases());
     cases.extend(drops_programs::cases());
+    cases.extend(drops_rows::cases());
     cases.extend(drops_screen::cases());
     cases.extend(skb_netfilter::cases());
     cases.extend(skb_output::cases());

@@ -41,7 +41,7 @@ pub fn help(address: &str) {
 }
 
 /// Another process sends a datagram.
-fn other_sends(netns: &Netns, to: SocketAddr) -> Result<()> {
+pub fn other_sends(netns: &Netns, to: SocketAddr) -> Result<()> {
     let mut helper = Command::new(std::env::current_exe()?);
     netns.output(helper.env(HELPER, to.to_string())).map(|_| ())
 }
@@ -114,7 +114,7 @@ fn pid() -> Result<()> {
 }
 
 /// A thread of this name, its sockets of this user.
-fn as_other<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+pub fn as_other<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("np-who".into());
         let thread = thread.spawn_scoped(scope, || {
