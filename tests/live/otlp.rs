@@ -230,7 +230,7 @@ fn metrics() -> Result<()> {
     let net = Pair::new()?;
     let collector = Collector::new(loopback(), &[])?;
     let run = Netprobe::new("drops")
-        .args(["-i", "1", "--otlp", &collector.url()])
+        .args(["-i", "1", "--max-cpu", "80", "--otlp", &collector.url()])
         .args(["--filter-netns", &net.server.path().to_string_lossy()]);
     let run = run.start()?;
     let sum = || -> Result<i64> {
