@@ -378,16 +378,29 @@ fn burst() -> Result<()> {
     let refused = net.server.v4(81);
     ensure!(net.client.enter(|| TcpStream::connect(refused))?.is_err());
     held.write_all(b"still open")?;
-    mine.wait_lines("all rows", |text| {
-        (text.lines().filter(|l| l.contains("\"port\":80}")).count() == COUNT).then_some(())
+    wait_for("the end of the connections to port 80", || {
+        let sockets = net.client.cmd("cat /proc/net/tcp")?;
+        // Remote address and state; TIME_WAIT is no socket any more.
+        let mut open = sockets.lines().filter_map(|l| {
+            let mut words = l.split_whitespace().skip(2);
+            Some((words.next()?, words.next()?))
+        });
+        let ended = open.all(|(to, state)| !to.ends_with(":0050") || state == "06");
+        Ok(ended.then_some(()))
     })?;
     ends(&mine, "connect", 81, "refused")?;
     let done = mine.stop()?;
     done.expect_success()?;
     let rows = done.json_of("connection")?;
+    // Where the kernel skipped a hit, a row may be missing, which is told.
+    let missed = done
+        .json_of("loss")?
+        .first()
+        .and_then(|l| l["missed"].as_u64());
+    let known = rows.len() + missed.unwrap_or(0) as usize;
     ensure!(
-        rows.len() == COUNT + 1 && rows.iter().all(|r| r["role"] == "connect"),
-        "{}",
+        rows.len() <= COUNT + 1 && known > COUNT && rows.iter().all(|r| r["role"] == "connect"),
+        "{} rows, {missed:?} missed",
         rows.len()
     );
     done.expect_stderr("that began meanwhile are open")?;

@@ -164,6 +164,17 @@ static __always_inline void closed(void *ctx, struct sock *sk, int from)
 	life = life_of(key);
 	if (!life)
 		return;
+	/*
+	 * Two CPUs may make a socket of one request (tcp_check_req): the one that lost
+	 * is thrown away, and is no connection. With TCP Fast Open it is one by now.
+	 */
+	if (from == TCP_SYN_RECV && life->role == CONN_ROLE_ACCEPT) {
+		tp = bpf_skc_to_tcp_sock(sk);
+		if (tp && !tp->fastopen_rsk) {
+			bpf_map_delete_elem(&lives, &key);
+			return;
+		}
+	}
 	life->end = bpf_ktime_get_ns();
 	life->last = from;
 	/* tcp_fin() sets it. */
