@@ -137,27 +137,30 @@ fn stages() -> Result<()> {
     let run = start(&["--min-us", &min_us()])?;
 
     for v6 in [false, true] {
+        // Of its own, so that a packet of the other family is not taken for it.
+        let ports = [7001, 7002, 7003, 7004].map(|port| port + u16::from(v6) * 100);
         let at = |port| match v6 {
             true => net.server.v6(port),
             false => net.server.v4(port),
         };
+        let [late_udp, late_tcp, queued_udp, queued_tcp] = ports;
         // The reader of a datagram, and of a segment, is late.
-        let (client, server) = udp_pair(&net, at(7001))?;
+        let (client, server) = udp_pair(&net, at(late_udp))?;
         let since = Instant::now();
         client.send(b"late")?;
         busy_elsewhere(DELAY);
         server.recv(&mut [0; 16])?;
-        let packet = slow(&run, "in", 7001, None)?;
+        let packet = slow(&run, "in", late_udp, None)?;
         delayed_in(&packet, "socket", since)?;
         ensure!(packet["pid"] == std::process::id(), "{packet}");
         ensure!(packet["netns"] == net.server.inode()?, "{packet}");
 
-        let (mut client, mut server) = tcp_pair(&net, at(7002))?;
+        let (mut client, mut server) = tcp_pair(&net, at(late_tcp))?;
         let since = Instant::now();
         client.write_all(b"late")?;
         busy_elsewhere(DELAY);
         server.read_exact(&mut [0; 4])?;
-        let packet = slow(&run, "in", 7002, None)?;
+        let packet = slow(&run, "in", late_tcp, None)?;
         delayed_in(&packet, "socket", since)?;
         ensure!(
             packet["pid"] == std::process::id() && packet["hole"] == false,
@@ -168,19 +171,19 @@ fn stages() -> Result<()> {
         net.client.cmd(&format!(
             "tc qdisc add dev {device} root netem delay {DELAY}ms"
         ))?;
-        let (client, server) = udp_pair(&net, at(7003))?;
+        let (client, server) = udp_pair(&net, at(queued_udp))?;
         let since = Instant::now();
         client.send(b"queued")?;
         server.recv(&mut [0; 16])?;
-        let packet = slow(&run, "out", 7003, None)?;
+        let packet = slow(&run, "out", queued_udp, None)?;
         delayed_in(&packet, "qdisc", since)?;
         ensure!(packet["pid"] == std::process::id(), "{packet}");
-        let (mut client, mut server) = tcp_pair(&net, at(7004))?;
+        let (mut client, mut server) = tcp_pair(&net, at(queued_tcp))?;
         let since = Instant::now();
         // More than a frame has: GSO.
         client.write_all(&[7; 9000])?;
         server.read_exact(&mut [0; 9000])?;
-        let packet = slow(&run, "out", 7004, Some(2900))?;
+        let packet = slow(&run, "out", queued_tcp, Some(2900))?;
         delayed_in(&packet, "qdisc", since)?;
         net.client.cmd(&format!("tc qdisc del dev {device} root"))?;
     }
@@ -601,14 +604,14 @@ fn gro() -> Result<()> {
         .args(["--iface", Pair::IFACE, "--xdp-mode", "native", "udp port 9"])
         .netns(&net.server)
         .start()?;
-    let run = start(&["--min-us", &min_us(), "tcp port 7051"])?;
-    for to in [net.server.v4(7051), net.server.v6(7051)] {
+    let run = start(&["--min-us", &min_us(), "tcp portrange 7051-7052"])?;
+    for to in [net.server.v4(7051), net.server.v6(7052)] {
         let (mut client, mut server) = tcp_pair(&net, to)?;
         let since = Instant::now();
         client.write_all(&[7; 20_000])?;
         busy_elsewhere(DELAY);
         server.read_exact(&mut [0; 20_000])?;
-        let packet = slow(&run, "in", 7051, None)?;
+        let packet = slow(&run, "in", to.port(), None)?;
         delayed_in(&packet, "socket", since)?;
     }
     let done = run.stop()?;
