@@ -183,7 +183,7 @@ fn stages() -> Result<()> {
         // More than a frame has: GSO.
         client.write_all(&[7; 9000])?;
         server.read_exact(&mut [0; 9000])?;
-        let packet = slow(&run, "out", queued_tcp, Some(2900))?;
+        let packet = slow(&run, "out", queued_tcp, Some(2000))?;
         delayed_in(&packet, "qdisc", since)?;
         net.client.cmd(&format!("tc qdisc del dev {device} root"))?;
     }
