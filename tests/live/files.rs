@@ -17,6 +17,7 @@ pub fn cases() -> Vec<Case> {
         // Some 600 processes, each of which takes 0.2 s to start in an emulated machine.
         case("files_of_each_link_type", each_link_type)
             .program("tcpdump")
+            .once()
             .limit(300),
         case("files_damaged", damaged).program("tcpdump"),
         case("files_written_by_skb", written_by_skb)
