@@ -142,7 +142,12 @@ fn take(head: &str, body: &[u8], got: &mut Got) -> Result<()> {
                 let Some(metric::Data::Sum(sum)) = metric.data else {
                     anyhow::bail!("{} is no sum", metric.name);
                 };
-                ensure!(sum.aggregation_temporality == AggregationTemporality::Delta as i32);
+                // What a run counts of its own losses is since its start.
+                let wanted = match metric.name.contains(".loss.") {
+                    true => AggregationTemporality::Cumulative,
+                    false => AggregationTemporality::Delta,
+                };
+                ensure!(sum.aggregation_temporality == wanted as i32);
                 for point in sum.data_points {
                     ensure!(point.start_time_unix_nano < point.time_unix_nano);
                     if let Some(number_data_point::Value::AsInt(n)) = point.value {

@@ -24,10 +24,12 @@ pub struct Records {
     pub spans: Vec<Span>,
 }
 
-/// A kind of row that counts: its `type`, its counts since the row before, and fields that are no attributes, since they
-/// differ from row to row or are counts in another form.
+/// A kind of row that counts: its `type`, its counts, and fields that are no attributes, since they differ from row to row
+/// or are counts in another form.
 struct Counts {
     kind: &'static str,
+    /// counts since the start of the run, else since the row before
+    whole: bool,
     fields: &'static [&'static str],
     without: &'static [&'static str],
 }
@@ -35,6 +37,7 @@ struct Counts {
 const COUNTS: [Counts; 7] = [
     Counts {
         kind: "drops",
+        whole: false,
         fields: &["packets", "bytes"],
         without: &[
             "per_second",
@@ -47,21 +50,25 @@ const COUNTS: [Counts; 7] = [
     },
     Counts {
         kind: "program",
+        whole: false,
         fields: &["packets"],
         without: &[],
     },
     Counts {
         kind: "unexplained",
+        whole: false,
         fields: &["packets"],
         without: &["grew", "seen", "parts"],
     },
     Counts {
         kind: "uncounted",
+        whole: false,
         fields: &["packets"],
         without: &["grew", "seen", "parts"],
     },
     Counts {
         kind: "table",
+        whole: false,
         fields: &[
             "lost",
             "expected",
@@ -73,11 +80,13 @@ const COUNTS: [Counts; 7] = [
     },
     Counts {
         kind: "count",
+        whole: true,
         fields: &["connects"],
         without: &[],
     },
     Counts {
         kind: "loss",
+        whole: true,
         fields: &[
             "sent",
             "received",
@@ -120,7 +129,9 @@ const ELSEWHERE: [&str; 3] = ["type", "wall_ns", "text"];
 pub struct Rows {
     tool: String,
     clock: WallClock,
-    /// of the counts that come next, ns since 1970
+    /// of the run, ns since 1970
+    start: u64,
+    /// of the counts that come next
     since: u64,
     /// of the last trace
     trace: u128,
@@ -139,11 +150,13 @@ impl Rows {
         let mut rows = Self {
             tool: tool.to_owned(),
             clock,
+            start: 0,
             since: 0,
             trace: u128::from_ne_bytes(trace.try_into()?),
             span: u64::from_ne_bytes(span.try_into()?),
         };
-        rows.since = rows.now();
+        rows.start = rows.now();
+        rows.since = rows.start;
         Ok(rows)
     }
 
@@ -208,6 +221,10 @@ impl Rows {
     }
 
     fn counts(&mut self, counts: &Counts, row: &Row, now: u64, to: &mut Records) {
+        let (since, temporality) = match counts.whole {
+            true => (self.start, AggregationTemporality::Cumulative),
+            false => (self.since, AggregationTemporality::Delta),
+        };
         let without: Vec<&str> = [counts.fields, counts.without].concat();
         let attributes = attributes(row, &without);
         for field in counts.fields {
@@ -216,7 +233,7 @@ impl Rows {
             };
             let point = NumberDataPoint {
                 attributes: attributes.clone(),
-                start_time_unix_nano: self.since,
+                start_time_unix_nano: since,
                 time_unix_nano: now,
                 value: Some(number_data_point::Value::AsInt(number as i64)),
                 ..NumberDataPoint::default()
@@ -239,7 +256,7 @@ impl Rows {
             };
             let sum = Sum {
                 data_points: vec![point],
-                aggregation_temporality: AggregationTemporality::Delta as i32,
+                aggregation_temporality: temporality as i32,
                 is_monotonic: true,
             };
             to.metrics.push(Metric {
@@ -417,4 +434,46 @@ fn pair(key: &str, value: Option<AnyValue>) -> KeyValue {
 /// An attribute with a text.
 pub fn text(key: &str, value: &str) -> KeyValue {
     pair(key, Some(string(value)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// tcpconnect -c -i prints each time what it has counted since its start.
+    #[test]
+    fn counts_say_since_when() {
+        let mut rows = Rows::new("test", WallClock::new().unwrap()).unwrap();
+        let mut to = Records::default();
+        for line in [
+            r#"{"type":"count","daddr":"10.0.0.1","connects":2}"#,
+            r#"{"type":"table","lost":1}"#,
+            r#"{"type":"count","daddr":"10.0.0.1","connects":3}"#,
+            r#"{"type":"drops","packets":1}"#,
+        ] {
+            rows.add(line.as_bytes(), &mut to);
+        }
+        let sum = |name: &str| {
+            let metric = to.metrics.iter().find(|m| m.name == name).unwrap();
+            match &metric.data {
+                Some(metric::Data::Sum(sum)) => sum.clone(),
+                _ => panic!("{name} is no sum"),
+            }
+        };
+        let whole = sum("netprobe.test.count.connects");
+        let delta = AggregationTemporality::Delta as i32;
+        assert_eq!(
+            whole.aggregation_temporality,
+            AggregationTemporality::Cumulative as i32
+        );
+        assert!(
+            whole
+                .data_points
+                .iter()
+                .all(|p| p.start_time_unix_nano == rows.start)
+        );
+        let drops = sum("netprobe.test.drops.packets");
+        assert_eq!(drops.aggregation_temporality, delta);
+        assert!(drops.data_points[0].start_time_unix_nano > rows.start);
+    }
 }
