@@ -10,7 +10,7 @@ C_FILES = $(wildcard src/bpf/*/*.[ch] examples/*.[ch] tests/data/*.[ch])
 STATIC_TARGET = $(shell uname -m)-unknown-linux-gnu
 
 .DEFAULT_GOAL := build
-.PHONY: build release static install deb rpm packages oci dist deps cross-deps cross-arm64 test-arm64 test check fmt unit live fuzz fuzz-filter demo bench clean reference \
+.PHONY: build release static install deb rpm packages oci dist deps cross-deps cross-arm64 test-arm64 test check fmt unit live live-everywhere fuzz fuzz-filter demo bench clean reference \
 	documents
 
 build: deps ## debug build
@@ -88,8 +88,11 @@ unit: ## unit, command line and live tests on this machine; what it cannot do is
 	@echo 'a second build must rebuild nothing'
 	@cargo build --locked -q && ! cargo build --locked 2>&1 | grep Compiling
 
-live: ## the live tests in a virtual machine for each kernel
+live: ## the live tests in a virtual machine for each kernel: each where it can tell something different
 	tests/vm/live all
+
+live-everywhere: deps ## each live test on each kernel: some 80 minutes
+	NETPROBE_LIVE_EVERYWHERE=1 tests/vm/live all
 
 fuzz: ## changed recordings through report for SECONDS (default: an hour)
 	NETPROBE_FUZZ_SECONDS=$(or $(SECONDS),3600) cargo test --locked --release --test recording changed_files -- --nocapture
@@ -102,6 +105,7 @@ packages: ## the Debian package: built twice, installed in a new Debian root, us
 	deploy/prometheus/test
 	deploy/clickhouse/test
 
+soak: export NETPROBE_LIVE_EVERYWHERE = 1
 soak: deps ## the long forms of what the live tests do briefly: a million drops, a minute of random loss (SOAK=60: an hour), 1,000 connections, 100 kills, a burst of 20,000
 	NETPROBE_SOAK=1 tests/vm/live all drops_burst
 	NETPROBE_SOAK=$(or $(SOAK),1) NETPROBE_LIVE_TIMEOUT=$$((3000 + 90 * $(or $(SOAK),1))) tests/vm/live all drops_memory

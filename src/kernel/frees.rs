@@ -23,6 +23,10 @@ const FREES: [&str; 16] = [
     QDISC_FREE,
 ];
 
+pub fn heads() -> impl Iterator<Item = &'static str> {
+    FREES.into_iter()
+}
+
 /// Is this function one of them?
 pub fn only_frees(name: &str) -> bool {
     FREES.iter().any(|begin| name.starts_with(begin))

@@ -53,9 +53,25 @@ pub(super) fn traceable(btf: &Btf, wanted: &HashSet<&str>) -> Result<Vec<Found>>
     // Heads of shorter names are not known before they end.
     let shortest = wanted.iter().map(|n| n.len()).min().unwrap_or(0);
     ensure!(shortest >= 3, "a name of {shortest} bytes");
-    let symbols = Symbols::read(btf, wanted)?;
+    let symbols = Symbols::read(btf, wanted.iter().copied(), |name| wanted.contains(name))?;
     let calls = calls(btf, symbols.first_page.context("no ftrace_pages_start")?)?;
     Ok(symbols.at(&calls))
+}
+
+/// Where functions of kallsyms begin and end whose names begin with one of `heads` (three bytes at least) and are `wanted`. An error:
+/// this kernel does not let it be done so.
+pub(super) fn spans<'a>(
+    btf: &Btf,
+    heads: impl Iterator<Item = &'a str>,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Vec<(Found, u64)>> {
+    let symbols = Symbols::read(btf, heads, wanted)?;
+    let starts = symbols.starts;
+    let spans = symbols.wanted.into_iter().filter_map(|found| {
+        let next = starts.get(starts.partition_point(|&s| s <= found.addr))?;
+        Some((found, *next))
+    });
+    Ok(spans.collect())
 }
 
 /// What kallsyms has.
@@ -69,8 +85,12 @@ struct Symbols {
 }
 
 impl Symbols {
-    fn read(btf: &Btf, wanted: &HashSet<&str>) -> Result<Self> {
-        let heads = Heads::new(wanted.iter().copied().chain([FIRST_PAGE]));
+    fn read<'a>(
+        btf: &Btf,
+        heads: impl Iterator<Item = &'a str>,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
+        let heads = Heads::new(heads.chain([FIRST_PAGE]));
         let mut symbols = Self::default();
         let mut file = iterate(btf, &heads)?;
         let mut bytes = vec![0; 512 * RECORD];
@@ -85,7 +105,7 @@ impl Symbols {
                 Err(e) => return Err(e).context("failed to read the iterator over kallsyms"),
             };
             held += read;
-            let used = symbols.add_all(&bytes[..held], wanted);
+            let used = symbols.add_all(&bytes[..held], &wanted);
             bytes.copy_within(used..held, 0);
             held -= used;
         }
@@ -96,7 +116,7 @@ impl Symbols {
     }
 
     /// Takes all whole records at the beginning of `bytes`. Gives back how many bytes they had.
-    fn add_all(&mut self, bytes: &[u8], wanted: &HashSet<&str>) -> usize {
+    fn add_all(&mut self, bytes: &[u8], wanted: &impl Fn(&str) -> bool) -> usize {
         let mut left = bytes;
         while let Some((addr, rest)) = left.split_first_chunk() {
             let addr = u64::from_ne_bytes(*addr);
@@ -114,7 +134,7 @@ impl Symbols {
         bytes.len() - left.len()
     }
 
-    fn add(&mut self, addr: u64, names: &[u8], wanted: &HashSet<&str>) {
+    fn add(&mut self, addr: u64, names: &[u8], wanted: &impl Fn(&str) -> bool) {
         let (name, module) = names.split_at(NAME);
         let text = |bytes| CStr::from_bytes_until_nul(bytes).ok()?.to_str().ok();
         let name = text(name).unwrap_or("");
@@ -123,7 +143,7 @@ impl Symbols {
             return;
         }
         self.starts.push(addr);
-        if wanted.contains(name) {
+        if wanted(name) {
             self.wanted.push(Found {
                 addr,
                 name: name.to_owned(),
@@ -483,10 +503,11 @@ mod tests {
             let whole = bytes.len();
             // One that is not whole yet stays.
             bytes.extend([0x80; 9]);
-            assert_eq!(symbols.add_all(&bytes, &wanted), whole);
+            assert_eq!(symbols.add_all(&bytes, &|n| wanted.contains(n)), whole);
         }
         // Of what cannot be wanted the address alone.
-        assert_eq!(symbols.add_all(&0x1700u64.to_ne_bytes(), &wanted), 8);
+        let nothing = |_: &str| false;
+        assert_eq!(symbols.add_all(&0x1700u64.to_ne_bytes(), &nothing), 8);
         symbols.starts.sort_unstable();
         assert_eq!(symbols.first_page, Some(KERNEL | 0x9000));
         let found = symbols.at(&[0x1000, 0x1104, 0x1200, 0x1304, 0x1600].map(|at| KERNEL | at));
@@ -510,8 +531,7 @@ mod tests {
         let mut symbols = Symbols::default();
         let mut long = record(KERNEL | 1, "x", "");
         long[8..8 + NAME].fill(b'x');
-        let wanted = HashSet::from(["xxxx"]);
-        assert_eq!(symbols.add_all(&long, &wanted), long.len());
+        assert_eq!(symbols.add_all(&long, &|n| n == "xxxx"), long.len());
         assert!(symbols.wanted.is_empty());
         assert_eq!(symbols.starts, [KERNEL | 1]);
     }

@@ -140,21 +140,53 @@ pub fn addresses(wanted: impl Fn(&str) -> bool, mut found: impl FnMut(u64, &str)
     });
 }
 
-/// Where the functions of the kernel begin and end whose names are `wanted`; tells `also` each function.
-pub fn spans(wanted: impl Fn(&str) -> bool, mut also: impl FnMut(u64, &str)) -> Vec<(u64, u64)> {
-    let mut spans: Vec<(u64, u64)> = Vec::new();
+/// Where a function begins and ends.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Span {
+    pub start: u64,
+    pub end: u64,
+    pub name: String,
+}
+
+/// The functions of the kernel and its modules whose names begin with one of `heads` (three bytes at least) and are `wanted`, by address.
+pub fn spans<'a>(
+    btf: &Btf,
+    heads: impl Iterator<Item = &'a str>,
+    wanted: impl Fn(&str) -> bool,
+) -> Vec<Span> {
+    let mut spans = match ftrace::spans(btf, heads, &wanted) {
+        Ok(found) => found
+            .into_iter()
+            .map(|(f, end)| Span {
+                start: f.addr,
+                end,
+                name: f.name,
+            })
+            .collect(),
+        Err(_) => spans_printed(wanted),
+    };
+    spans.sort_unstable();
+    spans
+}
+
+/// The same by /proc/kallsyms.
+fn spans_printed(wanted: impl Fn(&str) -> bool) -> Vec<Span> {
+    let mut spans: Vec<Span> = Vec::new();
     // The list is in order of addresses: a function ends where the next one begins.
-    let mut open: Vec<u64> = Vec::new();
+    let mut open: Vec<(u64, String)> = Vec::new();
     each_symbol(|addr, name, _| {
-        if open.first().is_some_and(|start| *start < addr) {
-            spans.extend(open.drain(..).map(|start| (start, addr)));
+        if open.first().is_some_and(|(start, _)| *start < addr) {
+            let ended = open.drain(..).map(|(start, name)| Span {
+                start,
+                end: addr,
+                name,
+            });
+            spans.extend(ended);
         }
         if wanted(name) {
-            open.push(addr);
+            open.push((addr, name.to_owned()));
         }
-        also(addr, name);
     });
-    spans.sort_unstable();
     spans
 }
 
@@ -256,9 +288,9 @@ mod tests {
     #[test]
     fn spans_and_what_lies_in_them() {
         let wanted = |name: &str| name == "kfree_skb_list_reason" || name == "consume_skb";
-        let spans = spans(wanted, |_, _| ());
         // Addresses may be hidden here.
-        for (start, end) in spans {
+        for Span { start, end, name } in spans_printed(wanted) {
+            assert!(wanted(&name));
             assert!(start < end);
             let found = around(&[start, end - 1, 1]);
             assert_eq!(found[0], found[1]);

@@ -76,15 +76,23 @@ impl Case {
         })
     }
 
-    /// What it looks at is done in user space, alike on each kernel: once, to save CI's time. NETPROBE_LIVE_EVERYWHERE=1: on each.
+    /// What it looks at is done in user space, alike on each kernel: in CI on 6.12 alone.
     pub fn once(self) -> Self {
+        self.short_form("on 6.12 alone", |kernel| kernel == (6, 12))
+    }
+
+    /// Where the kernels differ in it, the oldest and the newest do: in CI on these two.
+    pub fn old_and_new(self) -> Self {
+        self.short_form("on the oldest and the newest kernel alone", |kernel| {
+            kernel < (6, 1) || kernel > (6, 12)
+        })
+    }
+
+    /// NETPROBE_LIVE_SHORT, which `tests/vm/live all` sets: runs on such kernels alone.
+    fn short_form(self, which: &'static str, on: fn((u32, u32)) -> bool) -> Self {
         self.when(move |env| {
-            let here =
-                env.kernel == (6, 12) || std::env::var_os("NETPROBE_LIVE_EVERYWHERE").is_some();
-            (!here).then(|| {
-                "the same on each kernel: on 6.12 alone (NETPROBE_LIVE_EVERYWHERE=1: on each)"
-                    .to_owned()
-            })
+            let short = std::env::var_os("NETPROBE_LIVE_SHORT").is_some();
+            (short && !on(env.kernel)).then(|| format!("{which} (`make live-everywhere`: on each)"))
         })
     }
 

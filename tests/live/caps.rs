@@ -10,9 +10,9 @@ use crate::drops_metrics::{get, value};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("caps_suffice", suffice).trace(),
-        case("caps_missing", missing).trace(),
-        case("caps_unit", unit).trace(),
+        case("caps_suffice", suffice).old_and_new().trace(),
+        case("caps_missing", missing).once().trace(),
+        case("caps_unit", unit).once().trace(),
     ]
 }
 

@@ -25,16 +25,22 @@ pub fn cases() -> Vec<Case> {
         case("drops_no_route", no_route)
             .trace()
             .when(|env| no_reasons(env.kernel)),
-        case("drops_filtered_is_not_balanced", filtered).trace(),
+        case("drops_filtered_is_not_balanced", filtered)
+            .once()
+            .trace(),
         case("drops_nothing_of_good_traffic", good_traffic).trace(),
         case("drops_burst_from_two_cpus", burst).trace().limit(900),
         case("drops_memory_does_not_grow", memory)
+            .old_and_new()
             .trace()
             .program("tc")
             .limit(900 + 90 * soak()),
-        case("drops_table_and_its_limits", text).trace(),
-        case("drops_order_and_offsets", order_and_offsets).trace(),
+        case("drops_table_and_its_limits", text).once().trace(),
+        case("drops_order_and_offsets", order_and_offsets)
+            .once()
+            .trace(),
         case("drops_rules_of_a_file", rules_of_a_file)
+            .once()
             .trace()
             .when(|env| no_reasons(env.kernel)),
         case("drops_explains_each_reason", explains).trace(),

@@ -11,13 +11,13 @@ use crate::who::Container;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_metrics_scraped", scraped).trace(),
-        case("drops_metrics_containers", containers).trace(),
+        case("drops_metrics_scraped", scraped).once().trace(),
+        case("drops_metrics_containers", containers).once().trace(),
         case("drops_metrics_prometheus", prometheus)
             .trace()
             .program("prometheus")
             .limit(180),
-        case("drops_max_cpu", max_cpu).trace(),
+        case("drops_max_cpu", max_cpu).once().trace(),
     ]
 }
 

@@ -14,10 +14,11 @@ use crate::xdp::{IFACE, PORT, flood, quiet_pair};
 pub fn cases() -> Vec<Case> {
     vec![
         case("extcap_xdp_in_tshark", in_tshark)
+            .once()
             .xdp()
             .program("tshark")
             .program("unshare"),
-        case("extcap_drops_and_skb", drops_and_skb).trace(),
+        case("extcap_drops_and_skb", drops_and_skb).once().trace(),
     ]
 }
 

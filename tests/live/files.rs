@@ -19,15 +19,17 @@ pub fn cases() -> Vec<Case> {
             .program("tcpdump")
             .once()
             .limit(300),
-        case("files_damaged", damaged).program("tcpdump"),
+        case("files_damaged", damaged).once().program("tcpdump"),
         case("files_written_by_skb", written_by_skb)
+            .once()
             .trace()
             .program("tcpdump")
             .program("ping"),
         case("files_of_bare_packets", bare_packets)
+            .once()
             .xdp()
             .program("tcpdump"),
-        case("files_vlan_note", vlan_note).xdp(),
+        case("files_vlan_note", vlan_note).once().xdp(),
     ]
 }
 

@@ -10,19 +10,21 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("filter_tcp_syn", tcp_syn).trace(),
-        case("filter_ip6_syn", ip6_syn).trace(),
-        case("filter_scratch_memory", scratch_memory).trace(),
+        case("filter_ip6_syn", ip6_syn).old_and_new().trace(),
+        case("filter_scratch_memory", scratch_memory)
+            .old_and_new()
+            .trace(),
         case("filter_payload_in_fragments", payload_in_fragments).trace(),
-        case("filter_arp", arp).trace(),
-        case("filter_with_fields", with_fields).trace(),
-        case("filter_many_hosts", many_hosts).trace(),
+        case("filter_arp", arp).once().trace(),
+        case("filter_with_fields", with_fields).once().trace(),
+        case("filter_many_hosts", many_hosts).once().trace(),
         case("filter_vxlan", vxlan).trace(),
-        case("filter_geneve", geneve).trace(),
-        case("filter_ipip", ipip).trace(),
-        case("filter_ctl", ctl).trace(),
-        case("filter_wrong_expression", wrong_expression),
-        case("filter_file", file),
-        case("filter_listing", listing),
+        case("filter_geneve", geneve).old_and_new().trace(),
+        case("filter_ipip", ipip).old_and_new().trace(),
+        case("filter_ctl", ctl).old_and_new().trace(),
+        case("filter_wrong_expression", wrong_expression).once(),
+        case("filter_file", file).once(),
+        case("filter_listing", listing).once(),
     ]
 }
 

@@ -6,12 +6,13 @@ use crate::common::{Case, Netns, Pair, SHORT, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("harness_namespaces_are_removed", namespaces_are_removed),
-        case("harness_traffic", traffic).program("ping"),
+        case("harness_namespaces_are_removed", namespaces_are_removed).once(),
+        case("harness_traffic", traffic).once().program("ping"),
         case("harness_iptables", iptables)
+            .once()
             .program("iptables")
             .program("ip6tables"),
-        case("harness_nft", nft).program("nft"),
+        case("harness_nft", nft).once().program("nft"),
     ]
 }
 

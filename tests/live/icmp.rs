@@ -13,30 +13,43 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("icmp_rows", rows).trace().program("ping").limit(400),
-        case("icmp_text", text).trace().program("ping").limit(400),
+        case("icmp_text", text)
+            .once()
+            .trace()
+            .program("ping")
+            .limit(400),
         case("icmp_legacy", legacy)
+            .once()
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_filters", filters)
+            .once()
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_rps", rps)
+            .old_and_new()
             .trace()
             .program("ping")
             .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned())),
         case("icmp_flood", flood).trace().program("ping").limit(400),
-        case("icmp_gap", gap).trace().program("ping").limit(400),
+        case("icmp_gap", gap)
+            .once()
+            .trace()
+            .program("ping")
+            .limit(400),
         case("icmp_histogram", histogram)
+            .once()
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_limit_and_file", limit_and_file)
+            .once()
             .trace()
             .program("ping")
             .limit(400),
-        case("icmp_usage", usage),
+        case("icmp_usage", usage).once(),
     ]
 }
 

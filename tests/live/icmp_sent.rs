@@ -17,6 +17,7 @@ pub fn cases() -> Vec<Case> {
             .program("iptables")
             .limit(400),
         case("icmp_sent_with_their_own_header", sent_hdrincl)
+            .old_and_new()
             .trace()
             .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned())),
         case("icmp_sent_flood", sent_flood)

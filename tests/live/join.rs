@@ -11,6 +11,7 @@ use crate::common::{Case, Finished, Netns, Netprobe, Running, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("join_lossy_link", lossy_link)
+            .old_and_new()
             .trace()
             .program("tc")
             .program("nft"),

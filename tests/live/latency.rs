@@ -20,14 +20,25 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case, wait_f
 pub fn cases() -> Vec<Case> {
     vec![
         case("latency_stages", stages).trace().fentry(),
-        case("latency_tables_and_filters", tables).trace().fentry(),
-        case("latency_whose", whose).trace().fentry().program("nc"),
-        case("latency_ways", ways).trace().fentry(),
-        case("latency_culprits", culprits)
+        case("latency_tables_and_filters", tables)
+            .once()
+            .trace()
+            .fentry(),
+        case("latency_whose", whose)
+            .old_and_new()
             .trace()
             .fentry()
             .program("nc"),
-        case("latency_requests", requests).trace().fentry(),
+        case("latency_ways", ways).trace().fentry(),
+        case("latency_culprits", culprits)
+            .old_and_new()
+            .trace()
+            .fentry()
+            .program("nc"),
+        case("latency_requests", requests)
+            .old_and_new()
+            .trace()
+            .fentry(),
         // An XDP program makes veth hand packets on by GRO.
         case("latency_gro", gro)
             .trace()

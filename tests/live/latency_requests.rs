@@ -23,10 +23,14 @@ const STAMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tc_stamp.o"));
 pub fn cases() -> Vec<Case> {
     vec![
         case("latency_requests_of_httpd", of_httpd)
+            .once()
             .trace()
             .fentry()
             .program("httpd"),
-        case("latency_requests_by_port", by_port).trace().fentry(),
+        case("latency_requests_by_port", by_port)
+            .once()
+            .trace()
+            .fentry(),
         // A test run of a program gives the stamp of its context to the packet from 5.16 on.
         case("latency_nic_stamp", nic_stamp)
             .trace()

@@ -11,23 +11,31 @@ use crate::common::{Case, Finished, Netprobe, Pair, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("record_text_as_live", text_as_live).trace(),
+        case("record_text_as_live", text_as_live).once().trace(),
         case("record_json_as_live", || drops_as_live(&["--output-json"]))
+            .old_and_new()
             .trace()
             .program("nft"),
         case("record_netfilter", || drops_as_live(&["--output-nft"]))
+            .old_and_new()
             .trace()
             .program("nft")
             .kernel(5, 17),
         case("record_flood", flood)
+            .old_and_new()
             .trace()
             .kprobe_multi()
             .program("ping"),
-        case("record_structs_and_tracking", structs_and_tracking).trace(),
-        case("record_views", views).trace().program("tcpdump"),
-        case("record_killed", killed).trace().limit(900),
-        case("record_sizes", sizes).trace(),
-        case("record_why", why_as_live).trace(),
+        case("record_structs_and_tracking", structs_and_tracking)
+            .once()
+            .trace(),
+        case("record_views", views)
+            .once()
+            .trace()
+            .program("tcpdump"),
+        case("record_killed", killed).once().trace().limit(900),
+        case("record_sizes", sizes).once().trace(),
+        case("record_why", why_as_live).once().trace(),
     ]
 }
 

@@ -16,14 +16,28 @@ use crate::common::{Case, Netns, Netprobe, Pair, SHORT, binary, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("run_closed_pipe_icmp", || closed_pipe(&ICMP)).trace(),
-        case("run_closed_pipe_tcpconnect", || closed_pipe(&TCPCONNECT)).trace(),
-        case("run_closed_pipe_xdpdump", || closed_pipe(&XDPDUMP)).xdp(),
-        case("run_full_disk_icmp", || full_disk(&ICMP)).trace(),
-        case("run_full_disk_tcpconnect", || full_disk(&TCPCONNECT)).trace(),
-        case("run_full_disk_xdpdump", || full_disk(&XDPDUMP)).xdp(),
-        case("run_stalled_reader", stalled_reader).trace(),
-        case("run_cpu_comes_online", || cpu_comes_online("perf")).trace(),
+        case("run_closed_pipe_icmp", || closed_pipe(&ICMP))
+            .once()
+            .trace(),
+        case("run_closed_pipe_tcpconnect", || closed_pipe(&TCPCONNECT))
+            .once()
+            .trace(),
+        case("run_closed_pipe_xdpdump", || closed_pipe(&XDPDUMP))
+            .once()
+            .xdp(),
+        case("run_full_disk_icmp", || full_disk(&ICMP))
+            .once()
+            .trace(),
+        case("run_full_disk_tcpconnect", || full_disk(&TCPCONNECT))
+            .once()
+            .trace(),
+        case("run_full_disk_xdpdump", || full_disk(&XDPDUMP))
+            .once()
+            .xdp(),
+        case("run_stalled_reader", stalled_reader).once().trace(),
+        case("run_cpu_comes_online", || cpu_comes_online("perf"))
+            .old_and_new()
+            .trace(),
         case("run_cpu_comes_online_ringbuf", || {
             cpu_comes_online("ringbuf")
         })

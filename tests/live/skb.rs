@@ -20,28 +20,39 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("iptables"),
         case("skb_drop_iptables_v6", || drop_by(Rule::Iptables, true))
+            .old_and_new()
             .trace()
             .program("ip6tables"),
         case("skb_drop_nft_v4", || drop_by(Rule::Nft, false))
             .trace()
             .program("nft"),
         case("skb_drop_nft_v6", || drop_by(Rule::Nft, true))
+            .old_and_new()
             .trace()
             .program("nft"),
-        case("skb_tcp_before_the_rule", tcp_before_the_rule).trace(),
-        case("skb_filter_proto", filter_proto).trace(),
-        case("skb_filter_addresses_v4", || filter_addresses(false)).trace(),
-        case("skb_filter_addresses_v6", || filter_addresses(true)).trace(),
-        case("skb_filter_ports", filter_ports).trace(),
-        case("skb_filter_mark", filter_mark).trace(),
+        case("skb_tcp_before_the_rule", tcp_before_the_rule)
+            .old_and_new()
+            .trace(),
+        case("skb_filter_proto", filter_proto).once().trace(),
+        case("skb_filter_addresses_v4", || filter_addresses(false))
+            .once()
+            .trace(),
+        case("skb_filter_addresses_v6", || filter_addresses(true))
+            .old_and_new()
+            .trace(),
+        case("skb_filter_ports", filter_ports).once().trace(),
+        case("skb_filter_mark", filter_mark).old_and_new().trace(),
         case("skb_filter_netns", filter_netns).trace(),
         case("skb_filter_ifname", filter_ifname).trace(),
-        case("skb_backend_kprobe", || backend("kprobe")).trace(),
+        case("skb_backend_kprobe", || backend("kprobe"))
+            .old_and_new()
+            .trace(),
         case("skb_backend_kprobe_multi", || backend("kprobe-multi")).kprobe_multi(),
         case("skb_functions_as_printed", functions_as_printed)
             .kprobe_multi()
             .kernel(6, 5),
         case("skb_backend_refused", backend_refused)
+            .once()
             .trace()
             .when(|e| {
                 e.lacks_kprobe_multi()
@@ -49,11 +60,19 @@ pub fn cases() -> Vec<Case> {
                     .then(|| "has kprobe.multi".into())
             }),
         case("skb_stack_names_the_callers", stack).trace(),
-        case("skb_json_parses_and_keeps_zeros", json).trace(),
-        case("skb_relative_time_and_order", relative_time).trace(),
-        case("skb_relative_time_of_one_life", relative_time_of_one_life).trace(),
-        case("skb_relative_time_of_a_packet", relative_time_of_a_packet).trace(),
-        case("skb_config_is_pinned", config_is_pinned).trace(),
+        case("skb_json_parses_and_keeps_zeros", json).once().trace(),
+        case("skb_relative_time_and_order", relative_time)
+            .once()
+            .trace(),
+        case("skb_relative_time_of_one_life", relative_time_of_one_life)
+            .once()
+            .trace(),
+        case("skb_relative_time_of_a_packet", relative_time_of_a_packet)
+            .once()
+            .trace(),
+        case("skb_config_is_pinned", config_is_pinned)
+            .old_and_new()
+            .trace(),
     ]
 }
 

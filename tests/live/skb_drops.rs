@@ -20,15 +20,18 @@ pub fn cases() -> Vec<Case> {
         case("skb_drops_place_of_list_frees", place_of_list_frees)
             .trace()
             .program("tc"),
-        case("skb_drops_copies", copies).trace(),
+        case("skb_drops_copies", copies).old_and_new().trace(),
         case("skb_drops_nft", drops_nft).trace().program("nft"),
-        case("skb_drops_text", drops_text).trace(),
-        case("skb_drops_filters", drops_filters).trace(),
+        case("skb_drops_text", drops_text).once().trace(),
+        case("skb_drops_filters", drops_filters).once().trace(),
         case("skb_drops_normal_frees", normal_frees)
             .trace()
             .kernel(5, 17),
-        case("skb_drops_rules_of_a_file", rules_of_a_file).trace(),
+        case("skb_drops_rules_of_a_file", rules_of_a_file)
+            .once()
+            .trace(),
         case("skb_drops_another_hosts_address", another_hosts_address)
+            .old_and_new()
             .trace()
             .program("tcpdump"),
     ]

@@ -15,25 +15,36 @@ pub fn cases() -> Vec<Case> {
         case("skb_flood_seen_and_lost", flood).trace(),
         case("skb_flood_ringbuf", flood_ringbuf).trace(),
         // Kernels count such misses from 6.7 on.
-        case("skb_missed_is_told", missed).trace().kernel(6, 7),
-        case("skb_limit_ends_the_run", limit).trace(),
-        case("skb_pins_after_each_end", pins_after_each_end).trace(),
-        case("skb_stdout_closed", stdout_closed).trace(),
+        case("skb_missed_is_told", missed)
+            .old_and_new()
+            .trace()
+            .kernel(6, 7),
+        case("skb_limit_ends_the_run", limit).once().trace(),
+        case("skb_pins_after_each_end", pins_after_each_end)
+            .old_and_new()
+            .trace(),
+        case("skb_stdout_closed", stdout_closed).once().trace(),
         case("skb_ends_leave_kprobes_to_a_child", left_to_a_child)
+            .old_and_new()
             .trace()
             .limit(300),
-        case("skb_runs_on_under_nohup", under_nohup).trace(),
-        case("skb_write_is_created_first", write_first).trace(),
+        case("skb_runs_on_under_nohup", under_nohup).once().trace(),
+        case("skb_write_is_created_first", write_first)
+            .once()
+            .trace(),
         case("skb_kernel_btf_of_a_condition", kernel_btf_of_a_condition).trace(),
         case("kernel_btf_of_each_tool", kernel_btf_of_each_tool).trace(),
         case("skb_without_bpffs", without_bpffs)
+            .once()
             .trace()
             .program("unshare"),
         case("skb_without_btf", without_btf)
             .trace()
             .program("unshare"),
-        case("skb_no_function_matches", no_function_matches).trace(),
-        case("skb_not_root", not_root),
+        case("skb_no_function_matches", no_function_matches)
+            .once()
+            .trace(),
+        case("skb_not_root", not_root).once(),
         case("features_agree_with_the_kernel", features),
     ]
 }

@@ -37,6 +37,7 @@ pub fn cases() -> Vec<Case> {
             }),
         rules("skb_netfilter_late_expression", late_expression),
         case("skb_netfilter_refused", refused)
+            .once()
             .trace()
             .kernel_before(5, 11),
     ]

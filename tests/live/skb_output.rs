@@ -9,30 +9,40 @@ use crate::common::{Case, Netprobe, Pair, case, deadline, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("skb_output_tunnel", tunnel).trace(),
+        case("skb_output_tunnel", tunnel).old_and_new().trace(),
         case("skb_output_structs", structs).trace(),
-        case("skb_output_netns_names", netns_names).trace(),
-        case("skb_output_rotates", rotates).trace(),
-        case("skb_output_pcapng", pcapng).trace(),
+        case("skb_output_netns_names", netns_names).once().trace(),
+        case("skb_output_rotates", rotates).once().trace(),
+        case("skb_output_pcapng", pcapng).once().trace(),
         case("skb_output_modules", modules).trace(),
         case("skb_output_kprobe_batch", batch)
+            .old_and_new()
             .trace()
             .kprobe_multi(),
-        case("skb_output_wrong_values", wrong_values).trace(),
+        case("skb_output_wrong_values", wrong_values).once().trace(),
         case("skb_output_retval", retval)
             .trace()
             .program("nft")
             .kernel(5, 15),
         case("skb_output_retval_refused", retval_refused)
+            .once()
             .trace()
             .kernel_before(5, 15),
-        case("skb_output_non_skb_funcs", non_skb_funcs).trace(),
-        case("skb_output_columns", columns).trace(),
-        case("skb_output_metadata", metadata).trace(),
-        case("skb_output_const_parameters", const_parameters).trace(),
+        case("skb_output_non_skb_funcs", non_skb_funcs)
+            .old_and_new()
+            .trace(),
+        case("skb_output_columns", columns).once().trace(),
+        case("skb_output_metadata", metadata).once().trace(),
+        case("skb_output_const_parameters", const_parameters)
+            .old_and_new()
+            .trace(),
         case("skb_output_kernel_btf", kernel_btf).trace().fentry(),
-        case("skb_output_netns_without_device", netns_without_device).trace(),
-        case("skb_output_tcp_flags_and_caller", flags_and_caller).trace(),
+        case("skb_output_netns_without_device", netns_without_device)
+            .old_and_new()
+            .trace(),
+        case("skb_output_tcp_flags_and_caller", flags_and_caller)
+            .once()
+            .trace(),
     ]
 }
 

@@ -32,6 +32,7 @@ pub fn cases() -> Vec<Case> {
             .xdp()
             .fentry(),
         case("skb_xdp_programs_relative_time", relative_time)
+            .once()
             .trace()
             .fentry()
             .xdp(),
@@ -40,15 +41,19 @@ pub fn cases() -> Vec<Case> {
             .xdp()
             .fentry(),
         case("skb_programs_helpers_and_maps", helpers)
+            .old_and_new()
             .trace()
             .fentry(),
         // What freplace has put in: libxdp's dispatcher calls such programs.
         case("skb_xdp_programs_dispatched", dispatched)
+            .old_and_new()
             .trace()
             .xdp()
             .fentry()
             .program("xdp-loader"),
-        case("skb_programs_wrong_values", wrong_values).trace(),
+        case("skb_programs_wrong_values", wrong_values)
+            .once()
+            .trace(),
     ]
 }
 

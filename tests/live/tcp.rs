@@ -18,8 +18,8 @@ pub fn cases() -> Vec<Case> {
             .program("nft")
             .program("nc"),
         case("tcp_counters", counters).trace().program("nft"),
-        case("tcp_burst_and_filters", burst).trace(),
-        case("tcp_live", live),
+        case("tcp_burst_and_filters", burst).old_and_new().trace(),
+        case("tcp_live", live).once(),
     ]
 }
 

@@ -25,12 +25,14 @@ pub fn cases() -> Vec<Case> {
             .program("nft")
             .program("ss"),
         case("tcp_vxlan_bridge_v6", vxlan_bridge_v6)
+            .old_and_new()
             .trace()
             .program("nft"),
         case("tcp_mptcp_subflows", subflows)
             .trace()
             .when(lacks_mptcp),
         case("tcp_beside_tcplife", beside)
+            .old_and_new()
             .trace()
             .program("peer-tcplife"),
     ]

@@ -15,12 +15,16 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case, wait_f
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("tcp_spurious", spurious).trace().fentry(),
-        case("tcp_reordering", reordering).trace(),
+        case("tcp_spurious", spurious)
+            .old_and_new()
+            .trace()
+            .fentry(),
+        case("tcp_reordering", reordering).old_and_new().trace(),
         case("tcp_lost_last_ack", lost_last_ack)
             .trace()
             .program("nft"),
         case("tcp_sentence_of_the_network", network)
+            .old_and_new()
             .trace()
             .program("nft"),
         case("tcp_burst_counted", burst).trace(),

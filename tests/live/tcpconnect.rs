@@ -14,28 +14,29 @@ use crate::common::{
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("tcpconnect_columns", columns).trace(),
-        case("tcpconnect_json", json).trace(),
-        case("tcpconnect_ports", ports).trace(),
-        case("tcpconnect_family", family).trace(),
-        case("tcpconnect_addresses", addresses).trace(),
+        case("tcpconnect_columns", columns).once().trace(),
+        case("tcpconnect_json", json).once().trace(),
+        case("tcpconnect_ports", ports).once().trace(),
+        case("tcpconnect_family", family).old_and_new().trace(),
+        case("tcpconnect_addresses", addresses).once().trace(),
         case("tcpconnect_process", process)
             .trace()
             .limit(400)
             .program("nc"),
-        case("tcpconnect_netns", netns).trace(),
+        case("tcpconnect_netns", netns).old_and_new().trace(),
         case("tcpconnect_cgroup", cgroup).trace().program("nc"),
         case("tcpconnect_maps", maps)
+            .old_and_new()
             .trace()
             .limit(400)
             .program("nc")
             .program("bpftool"),
         case("tcpconnect_count", count).trace(),
-        case("tcpconnect_count_live", count_live).trace(),
-        case("tcpconnect_count_full", count_full).trace(),
-        case("tcpconnect_threads", threads).trace(),
-        case("tcpconnect_limit", limit).trace(),
-        case("tcpconnect_usage", usage),
+        case("tcpconnect_count_live", count_live).once().trace(),
+        case("tcpconnect_count_full", count_full).once().trace(),
+        case("tcpconnect_threads", threads).once().trace(),
+        case("tcpconnect_limit", limit).once().trace(),
+        case("tcpconnect_usage", usage).once(),
     ]
 }
 

@@ -13,8 +13,12 @@ use crate::common::{Case, Netns, Netprobe, Pair, case, deadline};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("tcpconnect_burst", burst).trace().limit(600),
+        case("tcpconnect_burst", burst)
+            .old_and_new()
+            .trace()
+            .limit(600),
         case("tcpconnect_beside", beside)
+            .old_and_new()
             .trace()
             .limit(400)
             .program("peer-tcpconnect"),

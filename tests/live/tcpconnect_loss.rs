@@ -18,10 +18,11 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("nft"),
         case("tcpconnect_drop_same_addresses", same_addresses)
+            .old_and_new()
             .trace()
             .program("nft"),
         case("tcpconnect_drop_listen_queue", listen_queue).trace(),
-        case("tcpconnect_copies", copies).trace(),
+        case("tcpconnect_copies", copies).old_and_new().trace(),
         case("tcpconnect_errors", errors)
             .trace()
             .program("nft")

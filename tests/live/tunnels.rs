@@ -26,6 +26,7 @@ pub fn cases() -> Vec<Case> {
         tunnel("tunnels_over_ipv6", over_ipv6),
         tunnel("tunnels_traced_programs", traced).fentry(),
         case("tunnels_wireguard", wireguard)
+            .old_and_new()
             .xdp()
             .program("wg")
             .program("tcpdump")

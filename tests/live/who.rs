@@ -18,17 +18,19 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, binary, case, deadlin
 pub fn cases() -> Vec<Case> {
     vec![
         case("who_pid", pid).trace().program("nft"),
-        case("who_uid_and_comm", uid_and_comm).trace(),
+        case("who_uid_and_comm", uid_and_comm).old_and_new().trace(),
         case("who_container", container).trace().program("ping"),
         case("who_command_skb_and_drops", commands)
+            .old_and_new()
             .trace()
             .program("ping"),
         case("who_command_tree", tree)
+            .once()
             .trace()
             .program("ping")
             .program("unshare"),
-        case("who_command_ctrl_c", ctrl_c).trace(),
-        case("who_wrong", wrong),
+        case("who_command_ctrl_c", ctrl_c).once().trace(),
+        case("who_wrong", wrong).once(),
     ]
 }
 

@@ -17,7 +17,7 @@ pub fn cases() -> Vec<Case> {
             .kernel(5, 17),
         case("why_sockets", sockets).trace(),
         case("why_delivered", delivered).trace().program("nft"),
-        case("why_flags", flags).trace(),
+        case("why_flags", flags).once().trace(),
     ]
 }
 

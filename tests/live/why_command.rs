@@ -9,10 +9,12 @@ use crate::common::{Case, Netns, Netprobe, Pair, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("why_command", command)
+            .once()
             .trace()
             .program("nft")
             .program("ping"),
         case("why_changes", changes)
+            .once()
             .trace()
             .program("nft")
             .program("tc"),

@@ -7,14 +7,18 @@ use crate::common::{Case, Env, Netprobe, Pair, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("why_compare_rule", by_rule).trace().program("nft"),
-        case("why_compare_route", by_route).trace(),
+        case("why_compare_rule", by_rule)
+            .once()
+            .trace()
+            .program("nft"),
+        case("why_compare_route", by_route).once().trace(),
         case("why_rules_and_connections", rules)
+            .old_and_new()
             .trace()
             .program("nft")
             .program("ping"),
         case("why_burst", burst).trace(),
-        case("why_too_many", too_many).trace().program("tc"),
+        case("why_too_many", too_many).once().trace().program("tc"),
     ]
 }
 

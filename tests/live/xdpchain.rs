@@ -20,11 +20,19 @@ pub fn cases() -> Vec<Case> {
             .xdp()
             .program("ping")
             .program("tcpdump"),
-        case("xdpdump_in_front_of_netlink", in_front_of_netlink).xdp(),
-        case("xdpdump_in_front_of_link", in_front_of_link).xdp(),
-        case("xdpdump_panic_puts_back", panic_puts_back).xdp(),
+        case("xdpdump_in_front_of_netlink", in_front_of_netlink)
+            .old_and_new()
+            .xdp(),
+        case("xdpdump_in_front_of_link", in_front_of_link)
+            .old_and_new()
+            .xdp(),
+        case("xdpdump_panic_puts_back", panic_puts_back)
+            .old_and_new()
+            .xdp(),
         case("xdpdump_killed_and_restored", killed_and_restored).xdp(),
-        case("xdpdump_swap_under_a_flood_loses_nothing", swap_under_flood).xdp(),
+        case("xdpdump_swap_under_a_flood_loses_nothing", swap_under_flood)
+            .old_and_new()
+            .xdp(),
         case(
             "xdpchain_swap_under_a_flood_loses_nothing",
             slots_under_flood,
@@ -34,9 +42,12 @@ pub fn cases() -> Vec<Case> {
             .xdp()
             .program("ping"),
         case("xdpchain_outlives_a_killed_capture", chain_outlives_capture)
+            .old_and_new()
             .xdp()
             .program("ping"),
-        case("xdpchain_slots_filled_by_hand", filled_by_hand).xdp(),
+        case("xdpchain_slots_filled_by_hand", filled_by_hand)
+            .once()
+            .xdp(),
     ];
     cases.into_iter().map(|case| case.limit(900)).collect()
 }

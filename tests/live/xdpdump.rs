@@ -11,38 +11,54 @@ use crate::xdp::*;
 pub fn cases() -> Vec<Case> {
     let cases = vec![
         case("xdpdump_text_and_limits", text_and_limits)
+            .once()
             .xdp()
             .program("ping"),
         case("xdpdump_pcapng_reads_everywhere", pcapng)
+            .once()
             .xdp()
             .program("tshark")
             .program("capinfos")
             .program("tcpdump"),
         case("xdpdump_pcap_is_what_tcpdump_saw", pcap)
+            .old_and_new()
             .xdp()
             .program("ping")
             .program("tcpdump"),
         case("xdpdump_flood_captured_and_lost_is_sent", flood_to_file).xdp(),
-        case("xdpdump_snap_lengths_and_sizes", snap_lengths).xdp(),
+        case("xdpdump_snap_lengths_and_sizes", snap_lengths)
+            .once()
+            .xdp(),
         case("xdpdump_packets_of_several_buffers", several_buffers)
+            .old_and_new()
             .xdp()
             .kernel(5, 18)
             .program("ping"),
         case("xdpdump_two_interfaces_and_rotation", two_interfaces)
+            .once()
             .xdp()
             .program("ping"),
-        case("xdpdump_rotation_by_time", rotation_by_time).xdp(),
-        case("xdpdump_promiscuous_meanwhile", promiscuous).xdp(),
-        case("xdpdump_wake_ups", wake_ups).xdp(),
-        case("xdpdump_errors", errors).xdp(),
+        case("xdpdump_rotation_by_time", rotation_by_time)
+            .once()
+            .xdp(),
+        case("xdpdump_promiscuous_meanwhile", promiscuous)
+            .old_and_new()
+            .xdp(),
+        case("xdpdump_wake_ups", wake_ups).old_and_new().xdp(),
+        case("xdpdump_errors", errors).once().xdp(),
         case("xdpdump_small_receive_buffers", small_receive_buffers)
+            .once()
             .xdp()
             .when(|_| {
                 let here = (!is_emulated()).then_some("changes a setting of the whole machine");
                 here.map(str::to_owned)
             }),
-        case("xdpdump_file_printed_again", printed_again).xdp(),
-        case("xdpdump_filter_in_the_kernel", filters).xdp(),
+        case("xdpdump_file_printed_again", printed_again)
+            .once()
+            .xdp(),
+        case("xdpdump_filter_in_the_kernel", filters)
+            .old_and_new()
+            .xdp(),
     ];
     cases.into_iter().map(|case| case.limit(900)).collect()
 }

@@ -10,20 +10,26 @@ use crate::xdp::*;
 
 pub fn cases() -> Vec<Case> {
     let cases = vec![
-        case("xdpdump_explains_failed_redirects", failed_redirects).xdp(),
+        case("xdpdump_explains_failed_redirects", failed_redirects)
+            .old_and_new()
+            .xdp(),
         case("xdpdump_trace_verdicts_and_ids", trace)
             .xdp()
             .fentry()
             .program("ping"),
-        case("xdpdump_trace_names", trace_names).xdp().fentry(),
+        case("xdpdump_trace_names", trace_names)
+            .once()
+            .xdp()
+            .fentry(),
         case("xdpdump_dispatcher", dispatcher)
+            .old_and_new()
             .xdp()
             .fentry()
             .program("xdp-loader"),
-        case("xdpdump_aborted", aborted).xdp(),
-        case("xdpdump_diff", diff).xdp().fentry(),
-        case("xdpdump_diff_refused", diff_refused).xdp(),
-        case("xdpdump_auto_says_which", auto_mode).xdp(),
+        case("xdpdump_aborted", aborted).old_and_new().xdp(),
+        case("xdpdump_diff", diff).once().xdp().fentry(),
+        case("xdpdump_diff_refused", diff_refused).once().xdp(),
+        case("xdpdump_auto_says_which", auto_mode).once().xdp(),
     ];
     cases.into_iter().map(|case| case.limit(900)).collect()
 }

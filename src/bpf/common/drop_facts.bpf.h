@@ -61,24 +61,26 @@ static __always_inline bool np_was_waiting(struct sk_buff *skb)
 
 #define DROP_TCP_SYN 0x02
 
-static __always_inline __u8 np_tcp_facts(struct sk_buff *skb,
-					 const struct np_tuple *t)
+/* A global function: the verifier reads it once. */
+__noinline int np_tcp_facts(__u64 skb_ptr, __u32 tcp_flags)
 {
+	struct sk_buff *skb = (void *)skb_ptr;
 	struct tcp_skb_cb *cb = (void *)skb->cb;
 	bool ended = np_was_waiting(skb);
 	__u32 seq, end;
 
-	if (t->tcp_flags & DROP_TCP_SYN)
+	if (tcp_flags & DROP_TCP_SYN)
 		return 0;
 	if (ended)
 		return DROP_TIME_WAIT;
 	/* A FIN counts as one byte. */
-	seq = BPF_CORE_READ(cb, seq) + (t->tcp_flags & 1);
+	seq = BPF_CORE_READ(cb, seq) + (tcp_flags & 1);
 	end = BPF_CORE_READ(cb, end_seq);
 	return seq == end ? DROP_NO_DATA : 0;
 }
 
-static __always_inline __u8 np_drop_facts(struct sk_buff *skb,
+/* `skb`: the same as `skb_ptr`, fit for NP_READ. */
+static __always_inline __u8 np_drop_facts(__u64 skb_ptr, struct sk_buff *skb,
 					  struct net_device *dev,
 					  const struct np_tuple *t)
 {
@@ -99,7 +101,7 @@ static __always_inline __u8 np_drop_facts(struct sk_buff *skb,
 	    (t->l4_proto == 58 && t->icmp_type == 129))
 		facts |= DROP_ECHO_REPLY;
 	if (t->l4_proto == IPPROTO_TCP)
-		facts |= np_tcp_facts(skb, t);
+		facts |= np_tcp_facts(skb_ptr, t->tcp_flags);
 	return facts;
 }
 

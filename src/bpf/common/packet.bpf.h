@@ -111,40 +111,76 @@ static __always_inline void np_read_v4_by(const __u8 *l3, __u8 first,
 		np_read_l4(l3 + words * 4, t);
 }
 
+static __always_inline bool np_is_v6_extension(__u8 proto)
+{
+	return proto == 0 || proto == 43 || proto == 44 || proto == 51 ||
+	       proto == 60;
+}
+
+/* A packet's upper layer behind its extension headers: how far behind `next` (16 bits), its protocol, a later fragment. */
+static __always_inline __u32 np_v6_walk_on(const __u8 *next, __u8 proto)
+{
+	__u8 fragment = 0, ext[4];
+	__u16 far = 0;
+
+	for (int i = 0; i < NP_IPV6_EXTENSIONS && !fragment; i++) {
+		if (!np_is_v6_extension(proto) ||
+		    bpf_probe_read_kernel(ext, sizeof(ext), next + far) < 0)
+			break;
+		if (proto ==
+		    44) { /* fragment: 8 bytes, offset in bytes 2 and 3 */
+			if (((__u16)ext[2] << 8 | ext[3]) & 0xfff8)
+				fragment = 1;
+			far += 8;
+		} else if (proto == 51) { /* authentication: in units of 4 */
+			far += (ext[1] + 2) * 4;
+		} else {
+			far += (ext[1] + 1) * 8;
+		}
+		proto = ext[0];
+	}
+	return far | (__u32)proto << 16 | (__u32)fragment << 24;
+}
+
+#ifdef NP_V6_WALK_APART
+/* The same, read by the verifier once, and not for each of the ways that lead here and on. */
+__noinline __u32 np_v6_walk_apart(__u64 next, __u32 proto)
+{
+	return np_v6_walk_on((const __u8 *)next, proto);
+}
+
+static __always_inline __u32 np_v6_walk(const __u8 *next, __u8 proto)
+{
+	__u64 plain = 0;
+
+	if (!np_is_v6_extension(proto))
+		return (__u32)proto << 16;
+	/* A number, where newest kernels have a pointer. */
+	bpf_probe_read_kernel(&plain, sizeof(plain), &next);
+	return np_v6_walk_apart(plain, proto);
+}
+#else
+#define np_v6_walk(next, proto) np_v6_walk_on(next, proto)
+#endif
+
 /* Follows extension headers (RFC 8200 section 4) to the upper layer. */
 static __always_inline void np_read_v6_by(const __u8 *l3, struct np_tuple *t,
 					  const bool use_cast)
 {
 	struct ipv6hdr ip;
 	const __u8 *next = l3 + sizeof(ip);
-	__u8 proto, ext[4];
+	__u32 walk;
+	__u8 proto;
 
 	if (bpf_probe_read_kernel(&ip, sizeof(ip), l3) < 0)
 		return;
 	t->l3_version = 6;
 	__builtin_memcpy(t->saddr, &ip.saddr, 16);
 	__builtin_memcpy(t->daddr, &ip.daddr, 16);
-	proto = ip.nexthdr;
-	for (int i = 0; i < NP_IPV6_EXTENSIONS; i++) {
-		if (proto != 0 && proto != 43 && proto != 44 && proto != 51 &&
-		    proto != 60)
-			break;
-		if (bpf_probe_read_kernel(ext, sizeof(ext), next) < 0)
-			break;
-		if (proto ==
-		    44) { /* fragment: 8 bytes, offset in bytes 2 and 3 */
-			if (((__u16)ext[2] << 8 | ext[3]) & 0xfff8)
-				t->fragment = 1;
-			next += 8;
-		} else if (proto == 51) { /* authentication: in units of 4 */
-			next += (ext[1] + 2) * 4;
-		} else {
-			next += (ext[1] + 1) * 8;
-		}
-		proto = ext[0];
-		if (t->fragment)
-			break;
-	}
+	walk = np_v6_walk(next, ip.nexthdr);
+	proto = walk >> 16;
+	t->fragment = walk >> 24;
+	next += (__u16)walk;
 	t->l4_proto = proto;
 	if (!t->fragment)
 		np_read_l4(next, t);

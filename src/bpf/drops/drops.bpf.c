@@ -16,6 +16,7 @@
 #include "common/config.bpf.h"
 #include "common/stats.bpf.h"
 #include "common/packet.h"
+#define NP_V6_WALK_APART
 #include "common/packet.bpf.h"
 #include "common/fields.bpf.h"
 #include "filter/filter.bpf.h"
@@ -392,7 +393,7 @@ __hidden __noinline int count_drop(void *ctx, __u64 skb_ptr, __u64 to_ptr,
 	len = NP_READ(skb, len);
 	if (by & DROP_BY_REASON) {
 		key.reason = reason;
-		key.facts = np_drop_facts(skb, dev, &tuple);
+		key.facts = np_drop_facts(skb_ptr, skb, dev, &tuple);
 		if (has_qdisc_drop)
 			take_qdisc(&key, skb_ptr);
 	}

@@ -151,7 +151,7 @@ __noinline __u64 nft_chain_with(__u64 base, __u64 expr)
 }
 
 /* The number of the rule with this expression; 0: not known. */
-static __noinline __u32 nft_rule_with(__u64 base, __u64 expr)
+__noinline __u32 nft_rule_with(__u64 base, __u64 expr)
 {
 	struct nft_known known = {};
 	__u32 number = nft_still(bpf_map_lookup_elem(&nft_knowns, &expr), expr);
@@ -174,7 +174,7 @@ static __noinline __u32 nft_rule_with(__u64 base, __u64 expr)
 }
 
 /* The number of a base chain's policy, where it drops. */
-static __noinline __u32 nft_policy_of(__u64 chain)
+__noinline __u32 nft_policy_of(__u64 chain)
 {
 	struct nft_known known = {.chain = chain};
 	__u32 number;

@@ -195,7 +195,8 @@ static __noinline __u64 drop_facts(__u64 skb_ptr, const struct np_tuple *tuple)
 {
 	struct sk_buff *skb = NP_CAST(sk_buff, skb_ptr);
 
-	return tuple ? np_drop_facts(skb, NP_READ(skb, dev), tuple) : 0;
+	return tuple ? np_drop_facts(skb_ptr, skb, NP_READ(skb, dev), tuple)
+		     : 0;
 }
 
 /* The filters by mark, interface and namespace. */

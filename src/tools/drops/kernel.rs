@@ -15,10 +15,11 @@ use crate::bpf::drops::{DropsSkel, DropsSkelBuilder};
 use crate::bpf::{bytes_of, read};
 use crate::filter::{Filters, set_filter};
 use crate::kernel::bpf_object;
+use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
-use crate::kernel::frees::only_frees;
-use crate::kernel::functions;
+use crate::kernel::frees::{self, only_frees};
+use crate::kernel::functions::{self, Span};
 use crate::run::object;
 use crate::tools::skb::hooks::{ENDS, Hook, WHO, WHO_PROCESSES};
 use crate::tools::who::{self, FORKS, Who, WhoWants};
@@ -45,6 +46,13 @@ pub struct Taken {
     pub rule: Option<drop_rule>,
 }
 
+/// The functions whose addresses [`Programs::begin`] asks for. `nft`: those of nf_tables, too.
+pub fn spans(btf: &Btf, nft: bool) -> Vec<Span> {
+    let of_nft = || Rules::functions().filter(move |_| nft);
+    let wanted = |name: &str| only_frees(name) || of_nft().any(|function| function == name);
+    functions::spans(btf, frees::heads().chain(of_nft()), wanted)
+}
+
 /// The programs and what is attached; dropping it detaches.
 pub struct Programs<'a> {
     pub skel: DropsSkel<'a>,
@@ -59,7 +67,7 @@ impl<'a> Programs<'a> {
         args: &Args,
         features: &Features,
         (filters, who): (&Filters, &Who),
-        (core, nft): (&CoreBtf, Option<u32>),
+        (core, nft, spans): (&CoreBtf, Option<u32>, &[Span]),
         storage: &'a mut MaybeUninit<OpenObject>,
     ) -> Result<Self> {
         let mut open = object::open(DropsSkelBuilder::default(), Some(core.path()), storage)?;
@@ -74,17 +82,12 @@ impl<'a> Programs<'a> {
         rodata.has_qdisc_drop = u8::from(features.qdisc_drop);
         rodata.by = args.by();
         rodata.np_translations = u8::from(filters.translations);
-        let mut of_nft = Vec::new();
-        let frees = functions::spans(only_frees, |addr, name| {
-            if nft.is_some() && Rules::wants(name) {
-                of_nft.push((name.to_owned(), addr));
-            }
-        });
-        let rules = nft.map(|_| Rules::new(&of_nft, features));
+        let rules = nft.map(|_| Rules::new(spans, features));
         rodata.frees_start.fill(u64::MAX);
-        for (i, (start, end)) in frees.iter().take(rodata.frees_start.len()).enumerate() {
-            rodata.frees_start[i] = *start;
-            rodata.frees_end[i] = *end;
+        let frees = spans.iter().filter(|span| only_frees(&span.name));
+        for (i, span) in frees.take(rodata.frees_start.len()).enumerate() {
+            rodata.frees_start[i] = span.start;
+            rodata.frees_end[i] = span.end;
         }
         set_filter!(rodata, filters.on(features.skb_fields));
         rodata.who_on = who.on;

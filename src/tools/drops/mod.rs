@@ -69,6 +69,7 @@ pub fn run(args: &Args) -> Result<()> {
         _ => CoreBtf::new(&btf, bpf::DROPS_TYPES)?,
     };
     let nft = nft.and_then(|_| reasons.number("NETFILTER_DROP"));
+    let spans = kernel::spans(&btf, nft.is_some());
     drop(btf);
     let stop = signals::stop_channel()?;
     let presenter = Presenter::new(args);
@@ -82,7 +83,7 @@ pub fn run(args: &Args) -> Result<()> {
         args,
         &features,
         (&filters, &who),
-        (&core, nft),
+        (&core, nft, &spans),
         &mut storage,
     )?;
     drop(core);

@@ -11,6 +11,7 @@ use crate::bpf::drops::{DropsSkel, OpenDropsSkel};
 use crate::kernel::attach;
 use crate::kernel::btf::{self, Btf};
 use crate::kernel::features::Features;
+use crate::kernel::functions::Span;
 use crate::text::escape::escaped;
 use crate::tools::skb::hooks::{ENDS, EXPRESSION, Hook, NETFILTER};
 use crate::tools::skb::netfilter::{Hooks, Nft, family};
@@ -66,13 +67,13 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// `addresses`: those that kallsyms gives; none where it hides them.
-    pub fn new(addresses: &[(String, u64)], features: &Features) -> Self {
+    /// `addresses`: those that kallsyms gives, among others; none where it hides them.
+    pub fn new(addresses: &[Span], features: &Features) -> Self {
         let address = |function: &str| {
-            let mut found = addresses.iter().filter(|(name, _)| name == function);
-            found.next().map(|(_, address)| *address)
+            let mut found = addresses.iter().filter(|span| span.name == function);
+            found.next().map(|span| span.start)
         };
-        let hidden = addresses.is_empty();
+        let hidden = !Self::functions().any(|f| address(f).is_some());
         let targets = NETFILTER.iter().filter(|(p, _)| PROGRAMS.contains(p));
         let targets = targets.filter_map(|hook| match address(hook.1) {
             None if !hidden => None,
@@ -84,10 +85,10 @@ impl Rules {
         }
     }
 
-    /// Whether this function's address is wanted.
-    pub fn wants(function: &str) -> bool {
-        let mut hooks = NETFILTER.iter().filter(|(p, _)| PROGRAMS.contains(p));
-        hooks.any(|(_, name)| *name == function)
+    /// Whose addresses are wanted.
+    pub fn functions() -> impl Iterator<Item = &'static str> {
+        let hooks = NETFILTER.iter().filter(|(p, _)| PROGRAMS.contains(p));
+        hooks.map(|(_, name)| *name)
     }
 
     /// Before the load.
@@ -209,7 +210,8 @@ mod tests {
         for program in PROGRAMS {
             assert!(NETFILTER.iter().any(|(p, _)| *p == program), "{program}");
         }
-        assert!(Rules::wants("nft_do_chain") && !Rules::wants("nf_hook_slow"));
+        let wants = |name: &str| Rules::functions().any(|f| f == name);
+        assert!(wants("nft_do_chain") && !wants("nf_hook_slow"));
     }
 
     #[test]
