@@ -84,7 +84,7 @@ impl Case {
     /// Where the kernels differ in it, the oldest and the newest do: in CI on these two.
     pub fn old_and_new(self) -> Self {
         self.short_form("on the oldest and the newest kernel alone", |kernel| {
-            kernel < (6, 1) || kernel > (6, 12)
+            !((6, 1)..=(6, 12)).contains(&kernel)
         })
     }
 
