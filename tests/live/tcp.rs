@@ -353,7 +353,8 @@ fn burst() -> Result<()> {
     ])?;
     let pid = std::process::id().to_string();
     let inode = format!("inode:{}", net.client.inode()?);
-    let mine = start(&["--pid", &pid, "--netns", &inode, "--uid", "0"])?;
+    let mine = start(&["--pid", &pid, "--netns", &inode, "--uid", "0", "-4"])?;
+    let none = start(&["--port", "80", "-6"])?;
     let text = Netprobe::new("tcp")
         .args(["-v", "--comm", "nobody-has-it"])
         .start()?;
@@ -412,6 +413,7 @@ fn burst() -> Result<()> {
         let again = row["retransmitted"].as_u64() > Some(0) || row["lost"].as_u64() > Some(0);
         ensure!(again || row["remote"]["port"] == 81, "{row}");
     }
+    ensure!(none.stop()?.json_of("connection")?.is_empty());
     ensure!(slow.stop()?.json_of("connection")?.is_empty());
     let done = few.stop()?;
     done.expect_stderr("insertions into a full map refused")?;

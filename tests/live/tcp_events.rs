@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
-use super::tcp::{connected, info, listen, read_all, resent};
+use super::tcp::{connected, ends, info, listen, read_all, resent};
 use super::tcp_losses::in_stack;
 use crate::common::{Case, Env, Finished, Netprobe, Pair, Running, case, wait_for};
 
@@ -174,6 +174,19 @@ fn windows(net: &Pair, run: &Running) -> Result<()> {
     }
     drop(client);
     drop(server);
+    // The row has the sum of both.
+    let done = ends(run, "connect", 93, "closed-here")?;
+    let text = run.stdout();
+    let of_port = |e: &Value| e["remote"]["port"] == 93;
+    let all = text.lines().filter_map(|l| serde_json::from_str(l).ok());
+    let all: Vec<Value> = all.filter(of_port).collect();
+    let shut = all.iter().filter(|e| e["happened"] == "peer-window-zero");
+    let open = all.iter().filter(|e| e["happened"] == "peer-window-open");
+    let waited: u64 = open.filter_map(|e| e["waited_ns"].as_u64()).sum();
+    ensure!(
+        done["zero_windows"] == shut.count() && done["zero_windows_ns"] == waited,
+        "{waited}: {done}"
+    );
     let open = event(run, 93, |e| e["happened"] == "peer-window-open")?;
     ensure!(
         open["waited_ns"].as_u64() > Some(0) && open["role"] == "connect",

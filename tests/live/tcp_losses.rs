@@ -103,7 +103,7 @@ fn kinds() -> Result<()> {
     // Kernels from 6.5 wait for as long before the first four.
     let _ = net.client.sysctl("net/ipv4/tcp_syn_linear_timeouts", "0");
     let run = start(&["--events"])?;
-    let slow = start(&["--min-ms", "1000", "--port", "78"])?;
+    let slow = start(&["--min-ms", "900", "--only", "slow", "--port", "78"])?;
     // Two SYNs are lost, while the others go on.
     std::thread::scope(|scope| {
         let syns = scope.spawn(|| {

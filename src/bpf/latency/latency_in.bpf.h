@@ -248,33 +248,42 @@ __hidden __noinline int lat_tcp_read_one(void *ctx, __u64 sk,
 	return lat_finish(ctx, p);
 }
 
+/* One segment more that has been read; else 0. Not static: so the verifier checks it once. */
+__noinline int lat_tcp_read_next(struct bpf_raw_tracepoint_args *ctx, __u64 sk,
+				 __u32 copied)
+{
+	struct lat_unread *r = bpf_map_lookup_elem(&readers, &sk);
+	struct lat_segment key = {.sk = sk};
+	struct lat_packet *p;
+
+	if (!r || r->first == r->next)
+		return 0;
+	key.number = r->first;
+	p = bpf_map_lookup_elem(&unread, &key);
+	if (p && (__s32)(copied - p->end_seq) < 0)
+		return 0;
+	if (p) {
+		lat_tcp_read_one(ctx, sk, p);
+		bpf_map_delete_elem(&unread, &key);
+	}
+	r->first++;
+	return 1;
+}
+
 /* tcp_rcv_space_adjust(sk): a process has read up to copied_seq. */
 SEC("raw_tp/tcp_rcv_space_adjust")
 int lat_tcp_read(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 sk = ctx->args[0];
-	struct tcp_sock *tp = (void *)sk;
 	struct lat_unread *r = bpf_map_lookup_elem(&readers, &sk);
-	struct lat_segment key = {.sk = sk};
-	struct lat_packet *p;
 	__u32 copied;
 
 	if (!r || r->first == r->next)
 		return 0;
-	copied = BPF_CORE_READ(tp, copied_seq);
-	for (int i = 0; i < LAT_READS; i++) {
-		if (r->first == r->next)
+	copied = BPF_CORE_READ((struct tcp_sock *)sk, copied_seq);
+	for (int i = 0; i < LAT_READS; i++)
+		if (!lat_tcp_read_next(ctx, sk, copied))
 			break;
-		key.number = r->first;
-		p = bpf_map_lookup_elem(&unread, &key);
-		if (p && (__s32)(copied - p->end_seq) < 0)
-			break;
-		if (p) {
-			lat_tcp_read_one(ctx, sk, p);
-			bpf_map_delete_elem(&unread, &key);
-		}
-		r->first++;
-	}
 	return 0;
 }
 

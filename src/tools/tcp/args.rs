@@ -23,7 +23,12 @@ pub enum Only {
     Resets,
     /// with segments that were sent again, or that the kernel took for lost
     Retransmits,
+    /// a second or more from the SYN to the end (--min-ms chooses another bound, and says why)
+    Slow,
 }
+
+/// ns
+const SLOW: u64 = 1_000_000_000;
 
 /// What may happen to a connection before it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -96,6 +101,14 @@ pub struct FilterArgs {
     /// These ports of the service only: the remote port of a connection from here, the local port of one to here
     #[arg(short = 'P', long, value_name = "PORT,..", value_delimiter = ',')]
     pub port: Vec<u16>,
+
+    /// IPv4 only, also by IPv6 sockets (::ffff:a.b.c.d)
+    #[arg(short = '4', long, conflicts_with = "ipv6")]
+    pub ipv4: bool,
+
+    /// IPv6 only
+    #[arg(short = '6', long)]
+    pub ipv6: bool,
 
     /// In this network namespace: /proc/PID/ns/net, a name under /run/netns, or inode:N
     #[arg(long, value_name = "NETNS")]
@@ -217,9 +230,15 @@ impl Filter {
                 .uid
                 .is_none_or(|uid| owner.is_some_and(|o| o.uid == uid))
             && args.comm.as_deref().is_none_or(comm)
+            && (!args.ipv4 || is_ipv4(who.remote))
+            && (!args.ipv6 || !is_ipv4(who.remote))
             && self.netns.is_none_or(|netns| who.netns == netns)
             && (args.port.is_empty() || args.port.iter().any(|&port| is_service(who, port)))
     }
+}
+
+fn is_ipv4(at: SocketAddr) -> bool {
+    at.ip().to_canonical().is_ipv4()
 }
 
 /// The port is that of the service; of a connection whose role is not known, either may be.
@@ -239,5 +258,6 @@ fn is_kind(c: &Connection, only: Only) -> bool {
         ),
         Only::Resets => c.reset_sent || c.reset_received,
         Only::Retransmits => c.counters.retransmitted > 0 || c.counters.lost > 0,
+        Only::Slow => c.duration() >= Some(SLOW),
     }
 }

@@ -13,7 +13,7 @@ use super::happenings::process_name;
 use super::notes::{Kind, Note, What};
 
 /// Connections with notes that are remembered, at most.
-const STORIES: usize = 65_536;
+pub const STORIES: usize = 65_536;
 
 /// What notes told of a connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,7 +42,7 @@ struct Story {
 }
 
 /// One end of a connection: namespace, local and remote address.
-type End = (u32, SocketAddr, SocketAddr);
+pub type End = (u32, SocketAddr, SocketAddr);
 
 /// The stories of connections that are open.
 #[derive(Debug, Default)]
@@ -139,10 +139,8 @@ fn blame(c: &Connection, story: &Story) -> Option<Blame> {
     let n = &c.counters;
     let handshake = c.handshake().unwrap_or(total);
     let syn: u64 = story.syn.iter().sum::<u64>().min(handshake);
-    let sending = n.busy.saturating_sub(n.window_limited + n.buffer_limited);
-    let idle = c.established.map_or(0, |since| {
-        c.end.saturating_sub(since).saturating_sub(n.busy)
-    });
+    let sending = c.network_limited();
+    let idle = c.application_limited().unwrap_or(0);
     let rto = story.rto.min(sending);
     let asks = c.role == Role::Connect;
     let (rule, ns) = [

@@ -130,6 +130,8 @@ pub struct Connection {
     /// it exists
     pub open: bool,
     pub counters: Counters,
+    /// times that the peer's window was zero, and ns until it was open again; `None`: not looked at
+    pub zero_windows: Option<(u32, u64)>,
 }
 
 /// What the kernel counted in its struct tcp_sock.
@@ -185,6 +187,7 @@ impl Connection {
             last_state: 0,
             open: false,
             counters: Counters::default(),
+            zero_windows: None,
         }
     }
 
@@ -210,6 +213,18 @@ impl Connection {
             () if share(n.busy)? >= 50 => (Limit::Network, share(n.busy)?),
             () => (Limit::Application, 100 - share(n.busy)?),
         })
+    }
+
+    /// ns with data to send that waited for neither window nor buffer: for the network, by congestion control.
+    pub fn network_limited(&self) -> u64 {
+        let n = &self.counters;
+        n.busy.saturating_sub(n.window_limited + n.buffer_limited)
+    }
+
+    /// ns with nothing to send since it was established: by the application; `None`: since when is not known.
+    pub fn application_limited(&self) -> Option<u64> {
+        let whole = self.end.saturating_sub(self.established?);
+        Some(whole.saturating_sub(self.counters.busy))
     }
 
     /// From the SYN to the established connection, ns.
@@ -274,6 +289,7 @@ pub fn decode(bytes: &[u8]) -> Option<Connection> {
             window_limited: window,
             buffer_limited: buffer,
         },
+        zero_windows: None,
     })
 }
 

@@ -107,6 +107,13 @@ pub struct Row {
     busy_ns: u64,
     window_limited_ns: u64,
     buffer_limited_ns: u64,
+    network_limited_ns: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    application_limited_ns: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zero_windows: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zero_windows_ns: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     limited_by: Option<Limit>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -175,6 +182,10 @@ impl Row {
             busy_ns: n.busy,
             window_limited_ns: n.window_limited,
             buffer_limited_ns: n.buffer_limited,
+            network_limited_ns: c.network_limited(),
+            application_limited_ns: c.application_limited(),
+            zero_windows: c.zero_windows.map(|(times, _)| times),
+            zero_windows_ns: c.zero_windows.map(|(_, ns)| ns),
             limited_by: c.limit().map(|(limit, _)| limit),
             slow,
         }

@@ -101,11 +101,12 @@ impl Consumer for Rows<'_, '_> {
             let note = (&note, &stack[..]);
             return self.presenter.note(self.out, note, record.late, shown);
         }
-        let Some(connection) = connection::decode(record.bytes) else {
+        let Some(mut connection) = connection::decode(record.bytes) else {
             self.undecodable += 1;
             return Ok(Flow::Continue);
         };
         self.ended += 1;
+        connection.zero_windows = self.presenter.zero_windows(&connection);
         let blame = self.presenter.blame(&connection);
         if !self.filter.takes(&connection) {
             return Ok(Flow::Continue);

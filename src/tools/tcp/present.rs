@@ -1,5 +1,6 @@
 //! The lines of `netprobe tcp`.
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::net::SocketAddr;
 
@@ -12,12 +13,13 @@ use crate::text::escape::push_escaped;
 use anyhow::Result;
 
 use super::args::Args;
-use super::blame::{Blame, Stories};
+use super::blame::{Blame, End, STORIES, Stories};
 use super::connection::{Connection, Limit, Owner, Role};
 use super::ending::sentence;
 use super::happenings::{Reasons, Words};
 use super::json::{NoteRow, Place, Row};
-use super::notes::Note;
+use super::notes::{Note, What};
+use crate::bpf::tcp::types::conn_what;
 
 /// Turns connections into lines.
 pub struct Presenter {
@@ -30,6 +32,8 @@ pub struct Presenter {
     words: Words,
     /// why connections take long (--min-ms)
     stories: Option<Stories>,
+    /// windows of zero of connections that are open, where they are looked at: times, and ns
+    windows: Option<HashMap<End, (u32, u64)>>,
 }
 
 impl Presenter {
@@ -42,6 +46,7 @@ impl Presenter {
             events: false,
             words: Words::default(),
             stories: None,
+            windows: None,
         })
     }
 
@@ -50,6 +55,7 @@ impl Presenter {
             events: !args.events.is_empty(),
             words: Words::new(reasons),
             stories: args.filter.min_ms.map(|_| Stories::default()),
+            windows: (args.notes() & 1 << conn_what::CONN_WHAT_PEER_SHUT.0 != 0).then(HashMap::new),
             ..Self::new(args.details)?
         })
     }
@@ -82,6 +88,31 @@ impl Presenter {
         );
         out.line(|b| b.extend_from_slice(line.as_bytes()))?;
         out.flush()
+    }
+
+    /// Times that the window of a connection's peer was zero, and ns; it has ended.
+    pub fn zero_windows(&mut self, c: &Connection) -> Option<(u32, u64)> {
+        let windows = self.windows.as_mut()?;
+        let known = windows.remove(&(c.netns, c.local, c.remote));
+        Some(known.unwrap_or_default())
+    }
+
+    fn count_windows(&mut self, n: &Note) {
+        let Some(windows) = &mut self.windows else {
+            return;
+        };
+        let end = (n.netns, n.local, n.remote);
+        match n.what {
+            What::PeerShut { .. } if windows.len() < STORIES || windows.contains_key(&end) => {
+                windows.entry(end).or_default().0 += 1;
+            }
+            What::PeerOpen(ns) => {
+                if let Some((_, all)) = windows.get_mut(&end) {
+                    *all += ns;
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Why a connection that has ended took long.
@@ -143,6 +174,7 @@ impl Presenter {
     ) -> Result<Flow> {
         self.clock.refresh()?;
         let happening = self.words.of(n, stack);
+        self.count_windows(n);
         if let Some(stories) = &mut self.stories {
             stories.learn(n, happening.lost_by());
         }
@@ -297,14 +329,18 @@ fn details(line: &mut Vec<u8>, c: &Connection) {
     );
     let _ = write!(
         line,
-        "\n  round trip {} us, varies by {}, least {}; had data to send for {:.3} ms, of these waited for the peer's window {:.3}, for the send buffer {:.3}",
+        "\n  round trip {} us, varies by {}, least {}; had data to send for {:.3} ms, of these waited for the peer's window {:.3}, for the send buffer {:.3}, for the network {:.3}",
         n.rtt,
         n.rttvar,
         n.min_rtt,
         ms(n.busy),
         ms(n.window_limited),
-        ms(n.buffer_limited)
+        ms(n.buffer_limited),
+        ms(c.network_limited())
     );
+    if let Some((times, ns)) = c.zero_windows {
+        let _ = write!(line, "; window of zero {times} times, for {:.3} ms", ms(ns));
+    }
     if c.mptcp {
         line.extend_from_slice(b"; a subflow of MPTCP");
     }
