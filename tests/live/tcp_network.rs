@@ -2,7 +2,7 @@
 //! that overtake one another, the last acknowledgement lost; and many connections at once.
 
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +27,7 @@ pub fn cases() -> Vec<Case> {
             .old_and_new()
             .trace()
             .program("nft"),
+        case("tcp_memory_pressure", memory_pressure).trace(),
         case("tcp_burst_counted", burst).trace(),
     ]
 }
@@ -235,6 +236,64 @@ fn network() -> Result<()> {
         sent.len()
     );
     ensure!(said.ends_with(&wanted) && rtt >= 80_000, "{wanted}: {done}");
+    run.stop()?.expect_success()
+}
+
+const TCP_MEM: &str = "/proc/sys/net/ipv4/tcp_mem";
+
+/// What TCP may have, in pages: as it was before, when dropped.
+struct TcpMem(String);
+
+impl TcpMem {
+    /// It is short of memory from the third page on.
+    fn short() -> Result<Self> {
+        let before = Self(std::fs::read_to_string(TCP_MEM)?);
+        let most = before.0.split_whitespace().last().context(TCP_MEM)?;
+        std::fs::write(TCP_MEM, format!("1 2 {most}"))?;
+        Ok(before)
+    }
+}
+
+impl Drop for TcpMem {
+    fn drop(&mut self) {
+        let _ = std::fs::write(TCP_MEM, &self.0);
+    }
+}
+
+/// Bytes that nobody reads, as many as go.
+fn fill(client: &mut TcpStream) -> Result<()> {
+    client.set_nonblocking(true)?;
+    loop {
+        match client.write(&[0; 65_536]) {
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn memory_pressure() -> Result<()> {
+    let net = Pair::new()?;
+    let run = start(&["--events=pressure"])?;
+    let short = TcpMem::short()?;
+    let mut held = Vec::new();
+    // Each CPU has a megabyte that is not counted, and the kernel looks only when it needs memory again.
+    let mut until = |happened: &str| {
+        wait_for(happened, || {
+            let mut pair = connected(&net, 58)?;
+            fill(&mut pair.0)?;
+            held.push(pair);
+            let text = run.stdout();
+            let rows = text.lines().filter_map(|l| serde_json::from_str(l).ok());
+            let mut rows = rows.filter(|r: &Value| r["happened"] == happened);
+            Ok(rows.next())
+        })
+    };
+    let pressure = until("memory-pressure")?;
+    let ports = [&pressure["local"]["port"], &pressure["remote"]["port"]];
+    ensure!(ports.iter().any(|port| **port == 58), "{pressure}");
+    drop(short);
+    until("memory-relief")?;
     run.stop()?.expect_success()
 }
 
