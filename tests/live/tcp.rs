@@ -1,5 +1,6 @@
 //! `netprobe tcp`: a row for each connection, beside what its sockets and the kernel's counters say.
 
+use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
@@ -9,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
+use super::who::{Container, run_in};
 use crate::common::{Case, Netns, Netprobe, Pair, Running, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
@@ -20,6 +22,7 @@ pub fn cases() -> Vec<Case> {
         case("tcp_counters", counters).trace().program("nft"),
         case("tcp_burst_and_filters", burst).old_and_new().trace(),
         case("tcp_live", live).once(),
+        case("tcp_whose", whose).old_and_new().trace(),
     ]
 }
 
@@ -337,6 +340,67 @@ fn live() -> Result<()> {
         .run()?;
     ensure!(done.code() == 2, "{done}");
     Ok(())
+}
+
+/// A connection of a container and one of this process, to two addresses: each filter takes its own, with ! all others.
+fn whose() -> Result<()> {
+    let net = Pair::new()?;
+    let web = Container::new("npt-tcp", "c9")?;
+    let path = web.cgroup.to_string_lossy().into_owned();
+    let me = std::process::id().to_string();
+    let v6 = format!("{}/128", net.server.v6(0).ip());
+    let its_end: &[(&str, u16)] = &[("connect", 70)];
+    let others: &[(&str, u16)] = &[("accept", 70), ("accept", 71), ("connect", 71)];
+    let to_v4: &[(&str, u16)] = &[("accept", 70), ("connect", 70)];
+    let to_v6: &[(&str, u16)] = &[("accept", 71), ("connect", 71)];
+    let runs = [
+        ("--container", "npt-tcp".to_owned(), its_end),
+        ("--container", "!npt-tcp".to_owned(), others),
+        ("--cgroup", path, its_end),
+        ("--comm", "busybox".to_owned(), its_end),
+        ("--pid", format!("!{me}"), its_end),
+        ("--daddr", format!("192.0.2.0/24,{v6}"), to_v6),
+        ("--daddr", format!("!{v6}"), to_v4),
+        ("--port", "!71".to_owned(), to_v4),
+    ];
+    let runs = runs.map(|(flag, value, wanted)| start(&[flag, &value]).map(|run| (run, wanted)));
+    // Below the container's cgroup, and made when the runs had begun.
+    let below = web.cgroup.join("later");
+    std::fs::create_dir(&below)?;
+    let (v4, v6) = (net.server.v4(70), net.server.v6(71));
+    let listener = listen(&net.server, v4)?;
+    let nc = format!("busybox nc {} 70 </dev/null", v4.ip());
+    std::thread::scope(|scope| -> Result<()> {
+        let client = scope.spawn(|| run_in(&below, &net.client, &nc));
+        read_all(&mut listener.accept()?.0)?;
+        client.join().expect("the client ends").map(|_| ())
+    })?;
+    let listener = listen(&net.server, v6)?;
+    drop(net.client.enter(|| TcpStream::connect(v6))??);
+    read_all(&mut listener.accept()?.0)?;
+    for run in runs {
+        let (run, wanted) = run?;
+        for (role, port) in wanted {
+            row(&run, role, *port)?;
+        }
+        let done = run.stop()?;
+        let rows = done.json_of("connection")?;
+        let known = |row: &Value| {
+            let role = row["role"].as_str()?;
+            let end = if role == "accept" { "local" } else { "remote" };
+            let port = row[end]["port"].as_u64()?;
+            matches!(port, 70 | 71).then(|| (role.to_owned(), port))
+        };
+        let found: BTreeSet<(String, u64)> = rows.iter().filter_map(known).collect();
+        let wanted = wanted
+            .iter()
+            .map(|(role, port)| (role.to_string(), u64::from(*port)));
+        ensure!(found == wanted.collect(), "{done}");
+    }
+    std::fs::remove_dir(&below)?;
+    let done = Netprobe::new("tcp").args(["--pod", "!npt/none"]).run()?;
+    done.expect_code(2)?;
+    done.expect_stderr("npt/none")
 }
 
 /// Each of many connections is a row, and filters take those that they name.

@@ -202,6 +202,9 @@ fn network() -> Result<()> {
     net.fix_neighbours()?;
     net.client.sysctl("net/ipv4/tcp_autocorking", "0")?;
     let run = start(&["--events=retransmits", "--min-ms", "100", "--port", "57"])?;
+    let slow = start(&["--only", "slow", "--port", "57,60"])?;
+    let (client, server) = connected(&net, 60)?;
+    finish(server, client)?;
     net.client
         .cmd("tc qdisc add dev veth0 root netem delay 80ms")?;
     let (mut client, mut server) = connected(&net, 57)?;
@@ -228,6 +231,10 @@ fn network() -> Result<()> {
         timeouts > 1 && done["slow"]["rule"] == "tcp-network-lossy",
         "{done}"
     );
+    let long = |row: &Value| row["duration_ns"].as_u64() >= Some(1_000_000_000);
+    row(&slow, "connect", 57)?;
+    let rows = slow.stop()?.json_of("connection")?;
+    ensure!(long(&done) && rows.iter().all(long), "{rows:#?}");
     let rtt = done["rtt_us"].as_u64().unwrap_or(0);
     let wanted = format!(
         "the network: a round trip of {}.{:03} ms, {} segments sent again, {timeouts} of them by timeout (RTO)",

@@ -1,18 +1,10 @@
-//! The flags of `netprobe tcp`, and which connections they choose.
+//! The flags of `netprobe tcp`.
 
-use std::net::SocketAddr;
-
-use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::bpf::tcp::types::conn_what;
-use crate::kernel::netns::Netns;
 use crate::run::output::OutputArgs;
 use crate::tools::{EngineArgs, Transport, TransportArgs, TypesArgs};
-
-use super::connection::{Connection, Owner, Role};
-use super::ending::{Ending, ending};
-use super::notes::Note;
 
 /// Kinds of connections that are worth a look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -26,9 +18,6 @@ pub enum Only {
     /// a second or more from the SYN to the end (--min-ms chooses another bound, and says why)
     Slow,
 }
-
-/// ns
-const SLOW: u64 = 1_000_000_000;
 
 /// What may happen to a connection before it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -84,23 +73,25 @@ pub struct Args {
 
 /// Connections to show. All that are given must hold.
 #[derive(Debug, Clone, Default, clap::Args)]
-#[command(next_help_heading = "Filter (all must hold; decided when a connection ends)")]
+#[command(
+    next_help_heading = "Filter (all must hold; decided when a connection ends; a ! before the value: all others)"
+)]
 pub struct FilterArgs {
     /// This process only
-    #[arg(short = 'p', long, value_name = "PID")]
-    pub pid: Option<u32>,
+    #[arg(short = 'p', long, value_name = "[!]PID")]
+    pub pid: Option<String>,
 
     /// This user only
-    #[arg(short = 'u', long, value_name = "UID")]
-    pub uid: Option<u32>,
+    #[arg(short = 'u', long, value_name = "[!]UID")]
+    pub uid: Option<String>,
 
     /// Processes of this name only
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "[!]NAME")]
     pub comm: Option<String>,
 
     /// These ports of the service only: the remote port of a connection from here, the local port of one to here
-    #[arg(short = 'P', long, value_name = "PORT,..", value_delimiter = ',')]
-    pub port: Vec<u16>,
+    #[arg(short = 'P', long, value_name = "[!]PORT,…")]
+    pub port: Option<String>,
 
     /// IPv4 only, also by IPv6 sockets (::ffff:a.b.c.d)
     #[arg(short = '4', long, conflicts_with = "ipv6")]
@@ -110,8 +101,24 @@ pub struct FilterArgs {
     #[arg(short = '6', long)]
     pub ipv6: bool,
 
+    /// Services within these networks only: the remote address of a connection from here, the local one of one to here
+    #[arg(long, value_name = "[!]ADDR[/LEN],…")]
+    pub daddr: Option<String>,
+
+    /// Processes in this cgroup (v2) or below it: a path, from /sys/fs/cgroup on or whole
+    #[arg(long, value_name = "[!]PATH")]
+    pub cgroup: Option<String>,
+
+    /// Processes of this container: its name, or the beginning of its id
+    #[arg(long, value_name = "[!]NAME|ID")]
+    pub container: Option<String>,
+
+    /// Processes of this pod of Kubernetes on this node
+    #[arg(long, value_name = "[!]NAMESPACE/NAME")]
+    pub pod: Option<String>,
+
     /// In this network namespace: /proc/PID/ns/net, a name under /run/netns, or inode:N
-    #[arg(long, value_name = "NETNS")]
+    #[arg(long, value_name = "[!]NETNS")]
     pub netns: Option<String>,
 
     /// Only connections that took at least MS milliseconds (not those whose begin was not seen), and why they did
@@ -165,99 +172,5 @@ impl Args {
             Happening::States => bits(&[conn_what::CONN_WHAT_STATE]),
         };
         happenings.iter().map(of).fold(0, |all, some| all | some)
-    }
-}
-
-/// The same, looked up.
-#[derive(Debug, Default)]
-pub struct Filter {
-    args: FilterArgs,
-    netns: Option<u32>,
-}
-
-impl FilterArgs {
-    pub fn resolve(&self) -> Result<Filter> {
-        let netns = self.netns.as_deref().map(Netns::parse).transpose()?;
-        Ok(Filter {
-            args: self.clone(),
-            netns: netns.map(|netns| netns.inode),
-        })
-    }
-}
-
-/// What a filter looks at.
-struct Who<'a> {
-    owner: Option<&'a Owner>,
-    role: Role,
-    local: SocketAddr,
-    remote: SocketAddr,
-    netns: u32,
-}
-
-impl Filter {
-    pub fn takes(&self, c: &Connection) -> bool {
-        let args = &self.args;
-        self.has(&Who {
-            owner: c.owner.as_ref(),
-            role: c.role,
-            local: c.local,
-            remote: c.remote,
-            netns: c.netns,
-        }) && args
-            .min_ms
-            .is_none_or(|ms| c.duration() >= Some(ms.saturating_mul(1_000_000)))
-            && (args.only.is_empty() || args.only.iter().any(|&only| is_kind(c, only)))
-    }
-
-    /// What happens to a connection is shown whatever its duration and its end will be.
-    pub fn takes_note(&self, n: &Note) -> bool {
-        self.has(&Who {
-            owner: n.owner.as_ref(),
-            role: n.role,
-            local: n.local,
-            remote: n.remote,
-            netns: n.netns,
-        })
-    }
-
-    fn has(&self, who: &Who<'_>) -> bool {
-        let args = &self.args;
-        let owner = who.owner;
-        let comm = |name: &str| owner.is_some_and(|o| o.comm() == name.as_bytes());
-        args.pid
-            .is_none_or(|pid| owner.is_some_and(|o| o.tgid == pid))
-            && args
-                .uid
-                .is_none_or(|uid| owner.is_some_and(|o| o.uid == uid))
-            && args.comm.as_deref().is_none_or(comm)
-            && (!args.ipv4 || is_ipv4(who.remote))
-            && (!args.ipv6 || !is_ipv4(who.remote))
-            && self.netns.is_none_or(|netns| who.netns == netns)
-            && (args.port.is_empty() || args.port.iter().any(|&port| is_service(who, port)))
-    }
-}
-
-fn is_ipv4(at: SocketAddr) -> bool {
-    at.ip().to_canonical().is_ipv4()
-}
-
-/// The port is that of the service; of a connection whose role is not known, either may be.
-fn is_service(who: &Who<'_>, port: u16) -> bool {
-    match who.role {
-        Role::Connect => who.remote.port() == port,
-        Role::Accept => who.local.port() == port,
-        Role::Unknown => who.remote.port() == port || who.local.port() == port,
-    }
-}
-
-fn is_kind(c: &Connection, only: Only) -> bool {
-    match only {
-        Only::Failed => !matches!(
-            ending(c),
-            Ending::ClosedHere | Ending::ClosedByPeer | Ending::Open
-        ),
-        Only::Resets => c.reset_sent || c.reset_received,
-        Only::Retransmits => c.counters.retransmitted > 0 || c.counters.lost > 0,
-        Only::Slow => c.duration() >= Some(SLOW),
     }
 }

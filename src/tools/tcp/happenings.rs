@@ -188,7 +188,7 @@ impl Words {
             },
             What::Duplicates(segments) => Happening {
                 happened: "spurious",
-                text: format!("nothing was lost: the peer has {segments} segments twice (DSACK)"),
+                text: format!("nothing was lost: the peer has {segments} segment{} twice (DSACK)", if segments == 1 { "" } else { "s" }),
                 how: Some("dsack"),
                 segments: Some(segments),
                 ..Happening::default()

@@ -16,7 +16,7 @@ use super::present::Presenter;
 
 /// One line for each connection of each network namespace of this host; ends then.
 pub fn run(args: &Args) -> Result<()> {
-    let filter = args.filter.resolve()?;
+    let mut filter = args.filter.resolve()?;
     log::init(args.engine.verbose);
     let mut out = Output::open(&args.output)?;
     let mut presenter = Presenter::new(args.details)?;

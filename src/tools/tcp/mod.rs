@@ -5,6 +5,7 @@ mod attach;
 mod blame;
 mod connection;
 mod ending;
+mod filter;
 mod happenings;
 mod json;
 mod live;
@@ -25,8 +26,9 @@ use crate::run::output::{self, Output};
 use crate::run::session::{self, Consumer, Tool};
 use crate::run::{Flow, log, signals};
 
-use args::{Args, Filter, Happening};
+use args::{Args, Happening};
 use attach::{Attached, Kernel};
+use filter::Filter;
 use happenings::Reasons;
 use present::Presenter;
 

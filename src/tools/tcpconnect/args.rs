@@ -266,11 +266,13 @@ impl Filter {
     }
 }
 
-fn list(text: &str) -> impl Iterator<Item = &str> {
+/// The members of a list with commas.
+pub fn list(text: &str) -> impl Iterator<Item = &str> {
     text.split(',').map(str::trim)
 }
 
-fn number<T: std::str::FromStr>(text: &str, flag: &str, what: &str) -> Result<T> {
+/// `what` `flag` wants.
+pub fn number<T: std::str::FromStr>(text: &str, flag: &str, what: &str) -> Result<T> {
     text.parse()
         .map_err(|_| usage(format!("{flag} {text:?}: give {what}")))
 }
