@@ -43,6 +43,19 @@ const NETPROBE: &str = "netprobe";
 const PWRU: &str = "pwru";
 /// Where every tool writes what it captures.
 const CAPTURE: &str = "captured";
+/// libbpf-tools' and bpftrace's for how long packets take.
+const LATENCY_PEERS: [(&str, &str); 4] = [
+    ("peer-tcprtt", "exec peer-tcprtt"),
+    ("peer-softirqs", "exec peer-softirqs -d"),
+    (
+        "bpftrace-socket",
+        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec bpftrace -e 'tracepoint:net:netif_receive_skb { @from[args->skbaddr] = nsecs; } tracepoint:skb:skb_copy_datagram_iovec /@from[args->skbaddr]/ { @us = hist((nsecs - @from[args->skbaddr]) / 1000); delete(@from[args->skbaddr]); }'",
+    ),
+    (
+        "bpftrace-tcpretrans",
+        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec bpftrace -e 'tracepoint:tcp:tcp_retransmit_skb { @[args->daddr, args->dport] = count(); }'",
+    ),
+];
 /// The tracepoints that `netprobe icmp` attaches to.
 const ICMP_TRACEPOINTS: [&CStr; 10] = [
     c"irq_handler_entry",
@@ -100,7 +113,8 @@ fn run(scenarios: &[String]) -> Result<()> {
             "why" => bench.why(),
             "tcp" => bench.tcp(),
             "latency" => bench.latency(),
-            "peer-tcplife" => bench.peer_tcplife(),
+            "peer-tcplife" => bench.peers(&[("peer-tcplife", "exec peer-tcplife")]),
+            "peer-latency" => bench.peers(&LATENCY_PEERS),
             "flight" => bench.flight(),
             "capture" => bench.capture(),
             "peer-capture" => bench.peer_capture(),
@@ -364,14 +378,22 @@ impl Bench {
         end(tool)
     }
 
-    /// The same of libbpf-tools' tcplife: ready when its program is there.
-    fn peer_tcplife(&mut self) -> Result<()> {
-        let before = last_program();
-        let tool = Tool::start("peer-tcplife", LIMIT, || last_program() > before)?;
-        tool.settle()?;
-        say("tcp.peer-tcplife", self.connect()?);
-        say("memory.peer-tcplife", tool.memory()?.0);
-        end(tool)
+    /// What other tools for the same questions cost a connection, or a UDP packet: ready when their programs are there.
+    fn peers(&mut self, peers: &[(&str, &str)]) -> Result<()> {
+        for (name, command) in peers {
+            let script = format!("/tmp/{name}.sh");
+            fs::write(&script, command)?;
+            let before = last_program();
+            let tool = Tool::start(&format!("/bin/sh {script}"), LIMIT, || {
+                last_program() > before
+            })?;
+            tool.settle()?;
+            say(&format!("tcp.{name}"), self.connect()?);
+            say(&format!("udp.{name}"), self.packet()?);
+            say(&format!("memory.{name}"), tool.memory()?.0);
+            end(tool)?;
+        }
+        Ok(())
     }
 
     /// A burst while a recording runs, and while a flight recorder is armed whose trigger never comes: a packet in all.
