@@ -53,7 +53,7 @@ const LATENCY_PEERS: [(&str, &str); 4] = [
     ),
     (
         "bpftrace-tcpretrans",
-        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec bpftrace -e 'tracepoint:tcp:tcp_retransmit_skb { @[args->daddr, args->dport] = count(); }'",
+        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec bpftrace -e 'tracepoint:tcp:tcp_retransmit_skb { @[args->dport] = count(); }'",
     ),
 ];
 /// The tracepoints that `netprobe icmp` attaches to.
