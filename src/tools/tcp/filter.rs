@@ -21,6 +21,9 @@ use super::notes::Note;
 /// `--only slow`, ns.
 const SLOW: u64 = 1_000_000_000;
 
+/// Prefix length (of 128) and address, IPv4 as ::ffff:a.b.c.d.
+type Network = (u32, [u8; 16]);
+
 /// The flags, looked up.
 #[derive(Debug, Default)]
 pub struct Filter {
@@ -29,8 +32,7 @@ pub struct Filter {
     uid: Option<Wanted<u32>>,
     comm: Option<Wanted<String>>,
     ports: Option<Wanted<Vec<u16>>>,
-    /// prefix length (of 128) and address, IPv4 as ::ffff:a.b.c.d
-    daddrs: Option<Wanted<Vec<(u32, [u8; 16])>>>,
+    daddrs: Option<Wanted<Vec<Network>>>,
     netns: Option<Wanted<u32>>,
     /// of --cgroup, --container and --pod
     groups: Vec<Wanted<Group>>,
@@ -170,11 +172,11 @@ impl Filter {
         let owner = who.owner;
         let v4 = who.remote.ip().to_canonical().is_ipv4();
         let port = |ports: &Vec<u16>| who.services().any(|at| ports.contains(&at.port()));
-        let within = |nets: &Vec<(u32, [u8; 16])>| {
+        let within = |nets: &Vec<Network>| {
             let mut pairs = who
                 .services()
                 .flat_map(|at| nets.iter().map(move |n| (at, n)));
-            pairs.any(|(at, (len, net))| lies_in(at.ip(), *len, *net))
+            pairs.any(|(at, net)| lies_in(at.ip(), *net))
         };
         let named = |name: &String| owner.is_some_and(|o| o.comm() == name.as_bytes());
         holds(&self.pid, |pid| owner.is_some_and(|o| o.tgid == *pid))
@@ -200,8 +202,7 @@ impl Who<'_> {
     }
 }
 
-/// `len`: of 128; `net`: IPv4 as ::ffff:a.b.c.d.
-fn lies_in(at: IpAddr, len: u32, net: [u8; 16]) -> bool {
+fn lies_in(at: IpAddr, (len, net): Network) -> bool {
     let at = match at {
         IpAddr::V4(at) => at.to_ipv6_mapped(),
         IpAddr::V6(at) => at,
