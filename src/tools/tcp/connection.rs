@@ -215,6 +215,16 @@ impl Connection {
         })
     }
 
+    /// Seen, or known by what is seen of established connections alone: its state before the end, an acknowledgement, data.
+    pub fn was_established(&self) -> bool {
+        let n = &self.counters;
+        self.established.is_some()
+            || self.old
+            || self.closed_first.is_some()
+            || n.rtt > 0
+            || n.data_segments_in > 0
+    }
+
     /// ns with data to send that waited for neither window nor buffer: for the network, by congestion control.
     pub fn network_limited(&self) -> u64 {
         let n = &self.counters;

@@ -48,7 +48,7 @@ pub fn ending(c: &Connection) -> Ending {
         () if c.reset_received && connecting => Ending::Refused,
         () if c.reset_received => Ending::ResetByPeer,
         () if c.reset_sent => Ending::ResetHere,
-        () if c.established.is_none() && !c.old => Ending::NotEstablished,
+        () if !c.was_established() => Ending::NotEstablished,
         () if c.error != 0 => Ending::Failed,
         () => match c.closed_first {
             Some(Side::Here) => Ending::ClosedHere,
@@ -117,7 +117,7 @@ pub fn sentence(c: &Connection) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tools::tcp::connection::Role;
+    use crate::tools::tcp::connection::{Counters, Role};
 
     fn connection() -> Connection {
         let any = "10.0.0.1:1".parse().unwrap();
@@ -145,6 +145,26 @@ mod tests {
                     ..connection()
                 },
                 "closed here first",
+            ),
+            // The kernel skipped the program when it was established.
+            (
+                Connection {
+                    established: None,
+                    closed_first: Some(Side::Here),
+                    ..connection()
+                },
+                "closed here first",
+            ),
+            (
+                Connection {
+                    established: None,
+                    counters: Counters {
+                        rtt: 9000,
+                        ..Counters::default()
+                    },
+                    ..connection()
+                },
+                "ended without FIN or RST",
             ),
             (
                 Connection {
