@@ -222,7 +222,7 @@ impl Connection {
             || self.old
             || self.closed_first.is_some()
             || n.rtt > 0
-            || n.data_segments_in > 0
+            || n.data_segs_in > 0
     }
 
     /// ns with data to send that waited for neither window nor buffer: for the network, by congestion control.
