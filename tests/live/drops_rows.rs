@@ -10,9 +10,9 @@ use crate::common::{Case, Env, Netprobe, Pair, Running, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_of_whom", of_whom).old_and_new().trace(),
+        case("drops_of_whom", of_whom).once().trace(),
         case("drops_of_a_container", of_a_container)
-            .old_and_new()
+            .once()
             .trace()
             .program("ping"),
         case("drops_grouped", grouped).trace().once(),
@@ -20,7 +20,7 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .once(),
         case("drops_words_of_skb", words_of_skb)
-            .old_and_new()
+            .once()
             .trace()
             .program("nft"),
     ]

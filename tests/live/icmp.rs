@@ -33,7 +33,11 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("ping")
             .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned())),
-        case("icmp_flood", flood).trace().program("ping").limit(400),
+        case("icmp_flood", flood)
+            .old_and_new()
+            .trace()
+            .program("ping")
+            .limit(400),
         case("icmp_gap", gap)
             .once()
             .trace()

@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Case> {
             .program("ping")
             .program("nft"),
         case("icmp_whose_containers", containers)
+            .old_and_new()
             .trace()
             .program("ping")
             .limit(400),

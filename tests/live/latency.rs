@@ -29,7 +29,7 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .fentry()
             .program("nc"),
-        case("latency_ways", ways).trace().fentry(),
+        case("latency_ways", ways).old_and_new().trace().fentry(),
         case("latency_culprits", culprits)
             .old_and_new()
             .trace()

@@ -17,12 +17,12 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .program("nft"),
         case("record_netfilter", || drops_as_live(&["--output-nft"]))
-            .old_and_new()
+            .once()
             .trace()
             .program("nft")
             .kernel(5, 17),
         case("record_flood", flood)
-            .old_and_new()
+            .once()
             .trace()
             .kprobe_multi()
             .program("ping"),

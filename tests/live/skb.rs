@@ -38,16 +38,20 @@ pub fn cases() -> Vec<Case> {
             .once()
             .trace(),
         case("skb_filter_addresses_v6", || filter_addresses(true))
-            .old_and_new()
+            .once()
             .trace(),
         case("skb_filter_ports", filter_ports).once().trace(),
-        case("skb_filter_mark", filter_mark).old_and_new().trace(),
-        case("skb_filter_netns", filter_netns).trace(),
-        case("skb_filter_ifname", filter_ifname).trace(),
+        case("skb_filter_mark", filter_mark).once().trace(),
+        case("skb_filter_netns", filter_netns).old_and_new().trace(),
+        case("skb_filter_ifname", filter_ifname)
+            .old_and_new()
+            .trace(),
         case("skb_backend_kprobe", || backend("kprobe"))
             .old_and_new()
             .trace(),
-        case("skb_backend_kprobe_multi", || backend("kprobe-multi")).kprobe_multi(),
+        case("skb_backend_kprobe_multi", || backend("kprobe-multi"))
+            .old_and_new()
+            .kprobe_multi(),
         case("skb_functions_as_printed", functions_as_printed)
             .kprobe_multi()
             .kernel(6, 5),
@@ -71,7 +75,7 @@ pub fn cases() -> Vec<Case> {
             .once()
             .trace(),
         case("skb_config_is_pinned", config_is_pinned)
-            .old_and_new()
+            .once()
             .trace(),
     ]
 }

@@ -12,18 +12,26 @@ use crate::xdp::{IFACE, end};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("headers_netlink_is_no_ip", netlink_is_no_ip).trace(),
-        case("headers_unix_is_no_ip", unix_is_no_ip).trace(),
+        case("headers_netlink_is_no_ip", netlink_is_no_ip)
+            .old_and_new()
+            .trace(),
+        case("headers_unix_is_no_ip", unix_is_no_ip)
+            .old_and_new()
+            .trace(),
         case("headers_llc_and_vendor_frames", llc_and_vendor_frames)
             .old_and_new()
             .trace(),
-        case("headers_outgoing", outgoing).trace().program("ping"),
+        case("headers_outgoing", outgoing)
+            .old_and_new()
+            .trace()
+            .program("ping"),
         case("headers_vlan_beside", vlan_beside)
             .old_and_new()
             .trace()
             .program("tcpdump")
             .when(lacks_vlan),
         case("headers_vlan_in_the_frame", vlan_in_the_frame)
+            .old_and_new()
             .trace()
             .program("tcpdump")
             .when(lacks_vlan),

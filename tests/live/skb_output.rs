@@ -9,7 +9,7 @@ use crate::common::{Case, Netprobe, Pair, case, deadline, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("skb_output_tunnel", tunnel).old_and_new().trace(),
+        case("skb_output_tunnel", tunnel).once().trace(),
         case("skb_output_structs", structs).trace(),
         case("skb_output_netns_names", netns_names).once().trace(),
         case("skb_output_rotates", rotates).once().trace(),

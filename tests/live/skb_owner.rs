@@ -18,7 +18,9 @@ pub fn cases() -> Vec<Case> {
         case("skb_owner_older_than_the_trace", owner_older)
             .old_and_new()
             .trace(),
-        case("skb_owner_of_arrivals", owner_of_arrivals).trace(),
+        case("skb_owner_of_arrivals", owner_of_arrivals)
+            .old_and_new()
+            .trace(),
     ]
 }
 

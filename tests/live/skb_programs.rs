@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Case> {
             .fentry()
             .kernel(6, 7),
         case("skb_xdp_programs_generic", || xdp(XdpFlags::SKB_MODE))
+            .old_and_new()
             .trace()
             .xdp()
             .fentry(),
@@ -46,7 +47,7 @@ pub fn cases() -> Vec<Case> {
             .fentry(),
         // What freplace has put in: libxdp's dispatcher calls such programs.
         case("skb_xdp_programs_dispatched", dispatched)
-            .old_and_new()
+            .once()
             .trace()
             .xdp()
             .fentry()

@@ -34,7 +34,9 @@ pub fn cases() -> Vec<Case> {
         case("skb_track_address_reuse", track_reuse)
             .old_and_new()
             .trace(),
-        case("skb_track_by_stack", track_by_stack).trace(),
+        case("skb_track_by_stack", track_by_stack)
+            .old_and_new()
+            .trace(),
     ]
 }
 

@@ -21,6 +21,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("tcp_kinds_of_loss", kinds).trace().program("nft"),
         case("tcp_ends_by_others", ends_by_others)
+            .old_and_new()
             .trace()
             .program("nft")
             .program("ss"),
@@ -32,7 +33,7 @@ pub fn cases() -> Vec<Case> {
             .trace()
             .when(lacks_mptcp),
         case("tcp_beside_tcplife", beside)
-            .old_and_new()
+            .once()
             .trace()
             .program("peer-tcplife"),
     ]

@@ -19,7 +19,7 @@ pub fn cases() -> Vec<Case> {
             .old_and_new()
             .trace()
             .fentry(),
-        case("tcp_reordering", reordering).old_and_new().trace(),
+        case("tcp_reordering", reordering).once().trace(),
         case("tcp_lost_last_ack", lost_last_ack)
             .trace()
             .program("nft"),

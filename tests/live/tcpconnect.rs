@@ -20,18 +20,22 @@ pub fn cases() -> Vec<Case> {
         case("tcpconnect_family", family).old_and_new().trace(),
         case("tcpconnect_addresses", addresses).once().trace(),
         case("tcpconnect_process", process)
+            .old_and_new()
             .trace()
             .limit(400)
             .program("nc"),
         case("tcpconnect_netns", netns).old_and_new().trace(),
-        case("tcpconnect_cgroup", cgroup).trace().program("nc"),
+        case("tcpconnect_cgroup", cgroup)
+            .old_and_new()
+            .trace()
+            .program("nc"),
         case("tcpconnect_maps", maps)
             .old_and_new()
             .trace()
             .limit(400)
             .program("nc")
             .program("bpftool"),
-        case("tcpconnect_count", count).trace(),
+        case("tcpconnect_count", count).old_and_new().trace(),
         case("tcpconnect_count_live", count_live).once().trace(),
         case("tcpconnect_count_full", count_full).once().trace(),
         case("tcpconnect_threads", threads).once().trace(),

@@ -19,9 +19,12 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("who_pid", pid).trace().program("nft"),
         case("who_uid_and_comm", uid_and_comm).old_and_new().trace(),
-        case("who_container", container).trace().program("ping"),
-        case("who_command_skb_and_drops", commands)
+        case("who_container", container)
             .old_and_new()
+            .trace()
+            .program("ping"),
+        case("who_command_skb_and_drops", commands)
+            .once()
             .trace()
             .program("ping"),
         case("who_command_tree", tree)

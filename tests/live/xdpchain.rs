@@ -27,7 +27,7 @@ pub fn cases() -> Vec<Case> {
             .old_and_new()
             .xdp(),
         case("xdpdump_panic_puts_back", panic_puts_back)
-            .old_and_new()
+            .once()
             .xdp(),
         case("xdpdump_killed_and_restored", killed_and_restored).xdp(),
         case("xdpdump_swap_under_a_flood_loses_nothing", swap_under_flood)

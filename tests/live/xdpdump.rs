@@ -21,7 +21,7 @@ pub fn cases() -> Vec<Case> {
             .program("capinfos")
             .program("tcpdump"),
         case("xdpdump_pcap_is_what_tcpdump_saw", pcap)
-            .old_and_new()
+            .once()
             .xdp()
             .program("ping")
             .program("tcpdump"),
@@ -30,7 +30,7 @@ pub fn cases() -> Vec<Case> {
             .once()
             .xdp(),
         case("xdpdump_packets_of_several_buffers", several_buffers)
-            .old_and_new()
+            .once()
             .xdp()
             .kernel(5, 18)
             .program("ping"),
@@ -42,9 +42,9 @@ pub fn cases() -> Vec<Case> {
             .once()
             .xdp(),
         case("xdpdump_promiscuous_meanwhile", promiscuous)
-            .old_and_new()
+            .once()
             .xdp(),
-        case("xdpdump_wake_ups", wake_ups).old_and_new().xdp(),
+        case("xdpdump_wake_ups", wake_ups).once().xdp(),
         case("xdpdump_errors", errors).once().xdp(),
         case("xdpdump_small_receive_buffers", small_receive_buffers)
             .once()
