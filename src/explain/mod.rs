@@ -413,9 +413,10 @@ mod tests {
         assert!(what("NO_SOCKET", "ping_rcv", &[Fact::EchoReply]).is_expected());
         assert!(!what("NO_SOCKET", "__udp4_lib_rcv", &[]).is_expected());
         assert!(what("TCP_CLOSE", "tcp_rcv_state_process", &[Fact::NoData]).is_expected());
-        let old = "TCP_RFC7323_PAWS";
-        assert!(what(old, "tcp_validate_incoming", &[Fact::NoData]).is_expected());
-        assert!(!what(old, "tcp_validate_incoming", &[]).is_expected());
+        for old in ["TCP_RFC7323_PAWS", "TCP_INVALID_SEQUENCE"] {
+            assert!(what(old, "tcp_validate_incoming", &[Fact::NoData]).is_expected());
+            assert!(!what(old, "tcp_validate_incoming", &[]).is_expected());
+        }
         assert!(!what("TCP_CLOSE", "tcp_rcv_state_process", &[]).is_expected());
         assert!(what("NO_SOCKET", "__udp4_lib_rcv", &[Fact::Multicast]).is_expected());
         assert_eq!(
