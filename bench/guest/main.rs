@@ -49,11 +49,15 @@ const LATENCY_PEERS: [(&str, &str); 4] = [
     ("peer-softirqs", "exec peer-softirqs -d"),
     (
         "bpftrace-socket",
-        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec bpftrace -e 'tracepoint:net:netif_receive_skb { @from[args->skbaddr] = nsecs; } tracepoint:skb:skb_copy_datagram_iovec /@from[args->skbaddr]/ { @us = hist((nsecs - @from[args->skbaddr]) / 1000); delete(@from[args->skbaddr]); }'",
+        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; \
+         exec bpftrace -e 'tracepoint:net:netif_receive_skb { @from[args->skbaddr] = nsecs; } \
+         tracepoint:skb:skb_copy_datagram_iovec /@from[args->skbaddr]/ { \
+         @us = hist((nsecs - @from[args->skbaddr]) / 1000); delete(@from[args->skbaddr]); }'",
     ),
     (
         "bpftrace-tcpretrans",
-        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec bpftrace -e 'tracepoint:tcp:tcp_retransmit_skb { @[args->dport] = count(); }'",
+        "mount -t debugfs none /sys/kernel/debug 2>/dev/null; \
+         exec bpftrace -e 'tracepoint:tcp:tcp_retransmit_skb { @[args->dport] = count(); }'",
     ),
 ];
 /// The tracepoints that `netprobe icmp` attaches to.

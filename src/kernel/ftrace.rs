@@ -58,8 +58,8 @@ pub(super) fn traceable(btf: &Btf, wanted: &HashSet<&str>) -> Result<Vec<Found>>
     Ok(symbols.at(&calls))
 }
 
-/// Where functions of kallsyms begin and end whose names begin with one of `heads` (three bytes at least) and are `wanted`. An error:
-/// this kernel does not let it be done so.
+/// Where functions of kallsyms begin and end whose names begin with one of `heads` (three bytes at least) and are
+/// `wanted`. An error: this kernel does not let it be done so.
 pub(super) fn spans<'a>(
     btf: &Btf,
     heads: impl Iterator<Item = &'a str>,

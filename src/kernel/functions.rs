@@ -148,7 +148,8 @@ pub struct Span {
     pub name: String,
 }
 
-/// The functions of the kernel and its modules whose names begin with one of `heads` (three bytes at least) and are `wanted`, by address.
+/// The functions of the kernel and its modules whose names begin with one of `heads` (three bytes at least) and are
+/// `wanted`, by address.
 pub fn spans<'a>(
     btf: &Btf,
     heads: impl Iterator<Item = &'a str>,

@@ -76,7 +76,8 @@ impl Case {
         })
     }
 
-    /// What it looks at is done in user space, alike on each kernel, or another case looks at its kernel side: in CI on 6.12 alone.
+    /// What it looks at is done in user space, alike on each kernel, or another case looks at its kernel side: in CI on
+    /// 6.12 alone.
     pub fn once(self) -> Self {
         self.short_form("on 6.12 alone", |kernel| kernel == (6, 12))
     }

@@ -117,7 +117,10 @@ static __always_inline bool np_is_v6_extension(__u8 proto)
 	       proto == 60;
 }
 
-/* A packet's upper layer behind its extension headers: how far behind `next` (16 bits), its protocol, a later fragment. */
+/*
+ * A packet's upper layer behind its extension headers: how far behind `next`
+ * (16 bits), its protocol (8 bits), and whether it is a later fragment.
+ */
 static __always_inline __u32 np_v6_walk_on(const __u8 *next, __u8 proto)
 {
 	__u8 fragment = 0, ext[4];

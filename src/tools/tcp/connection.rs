@@ -215,7 +215,7 @@ impl Connection {
         })
     }
 
-    /// Seen, or known by what is seen of established connections alone: its state before the end, an acknowledgement, data.
+    /// Seen, or known by what only established connections have: the state before the end, an acknowledgement, data.
     pub fn was_established(&self) -> bool {
         let n = &self.counters;
         self.established.is_some()

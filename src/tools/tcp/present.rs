@@ -90,11 +90,13 @@ impl Presenter {
         out.flush()
     }
 
-    /// Times that the window of a connection's peer was zero, and ns; it has ended.
+    /// Times that the window of a connection's peer was zero, and ns; it has ended. `None`: not looked at, or there was
+    /// no room for it.
     pub fn zero_windows(&mut self, c: &Connection) -> Option<(u32, u64)> {
         let windows = self.windows.as_mut()?;
+        let full = windows.len() >= STORIES;
         let known = windows.remove(&(c.netns, c.local, c.remote));
-        Some(known.unwrap_or_default())
+        known.or((!full).then_some((0, 0)))
     }
 
     fn count_windows(&mut self, n: &Note) {
@@ -343,5 +345,26 @@ fn details(line: &mut Vec<u8>, c: &Connection) {
     }
     if c.mptcp {
         line.extend_from_slice(b"; a subflow of MPTCP");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_without_room_are_not_told() {
+        let any = "10.0.0.1:1".parse().unwrap();
+        let of = |netns| Connection {
+            netns,
+            ..Connection::nothing(any, any)
+        };
+        let mut presenter = Presenter::new(false).unwrap();
+        assert_eq!(presenter.zero_windows(&of(0)), None);
+        let all = (0..STORIES as u32).map(|netns| ((netns, any, any), (1, 7)));
+        presenter.windows = Some(all.collect());
+        assert_eq!(presenter.zero_windows(&of(u32::MAX)), None);
+        assert_eq!(presenter.zero_windows(&of(3)), Some((1, 7)));
+        assert_eq!(presenter.zero_windows(&of(3)), Some((0, 0)));
     }
 }
