@@ -97,11 +97,15 @@ live-everywhere: deps ## each live test on each kernel: some 80 minutes
 fuzz: ## changed recordings through report for SECONDS (default: an hour)
 	NETPROBE_FUZZ_SECONDS=$(or $(SECONDS),3600) cargo test --locked --release --test recording changed_files -- --nocapture
 
+# What tests/vm/live has built, so that there is nothing to build after it; stripped, as a release is.
+packages: export CARGO_PROFILE_RELEASE_DEBUG = line-tables-only
+packages: export CARGO_PROFILE_RELEASE_STRIP = none
 packages: ## the Debian package: built twice, installed in a new Debian root, used, purged; the image; rules for Prometheus
-	cargo build --locked --release
-	packaging/test target/release/netprobe
-	packaging/oci-test target/release/netprobe
-	packaging/dist-test target/release/netprobe
+	cargo test --locked --release --test live --no-run
+	strip -o target/netprobe-stripped target/release/netprobe
+	packaging/test target/netprobe-stripped
+	packaging/oci-test target/netprobe-stripped
+	packaging/dist-test target/netprobe-stripped
 	deploy/prometheus/test
 	deploy/clickhouse/test
 

@@ -18,6 +18,19 @@ pub struct Case {
     body: fn() -> Result<()>,
 }
 
+/// The names of `tests/vm/fetch --list`.
+const VM_KERNELS: [&str; 4] = ["5.10", "6.1", "6.12", "newest"];
+
+/// What `tests/vm` calls a kernel of this version.
+fn vm_kernel(version: (u32, u32)) -> &'static str {
+    match version {
+        (5, 10) => "5.10",
+        (6, 1) => "6.1",
+        (6, 12) => "6.12",
+        _ => "newest",
+    }
+}
+
 /// Gives the reason why a case cannot run in this environment, or nothing.
 type Need = Box<dyn Fn(&Env) -> Option<String> + Send>;
 
@@ -76,21 +89,23 @@ impl Case {
         })
     }
 
-    /// What it looks at is done in user space, alike on each kernel, or another case looks at its kernel side: in CI on
-    /// 6.12 alone.
-    pub fn once(self) -> Self {
-        self.short_form("on 6.12 alone", |kernel| kernel == (6, 12))
+    /// In CI on this one of `tests/vm/fetch --list` alone: what it looks at is done in user space, or another case looks at
+    /// its kernel side on more of them. Such cases are spread over the kernels, which run side by side.
+    pub fn once_on(self, kernel: &'static str) -> Self {
+        assert!(VM_KERNELS.contains(&kernel), "{kernel}");
+        self.short_form(format!("on {kernel} alone"), move |k| {
+            vm_kernel(k) == kernel
+        })
     }
 
     /// Where the kernels differ in it, the oldest and the newest do: in CI on these two.
     pub fn old_and_new(self) -> Self {
-        self.short_form("on the oldest and the newest kernel alone", |kernel| {
-            !((6, 1)..=(6, 12)).contains(&kernel)
-        })
+        let which = "on the oldest and the newest kernel alone".to_owned();
+        self.short_form(which, |k| ["5.10", "newest"].contains(&vm_kernel(k)))
     }
 
     /// NETPROBE_LIVE_SHORT, which `tests/vm/live all` sets: runs on such kernels alone.
-    fn short_form(self, which: &'static str, on: fn((u32, u32)) -> bool) -> Self {
+    fn short_form(self, which: String, on: impl Fn((u32, u32)) -> bool + Send + 'static) -> Self {
         self.when(move |env| {
             let short = std::env::var_os("NETPROBE_LIVE_SHORT").is_some();
             (short && !on(env.kernel)).then(|| format!("{which} (`make live-everywhere`: on each)"))

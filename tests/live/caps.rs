@@ -10,9 +10,9 @@ use crate::drops_metrics::{get, value};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("caps_suffice", suffice).old_and_new().trace(),
-        case("caps_missing", missing).once().trace(),
-        case("caps_unit", unit).once().trace(),
+        case("caps_suffice", suffice).once_on("6.12").trace(),
+        case("caps_missing", missing).once_on("5.10").trace(),
+        case("caps_unit", unit).once_on("5.10").trace(),
     ]
 }
 

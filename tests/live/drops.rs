@@ -10,37 +10,51 @@ use crate::common::{Case, Env, Finished, Netns, Netprobe, Pair, Running, SHORT, 
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_udp_no_socket", udp_no_socket).trace(),
+        case("drops_udp_no_socket", udp_no_socket)
+            .old_and_new()
+            .trace(),
         case("drops_firewall_rule", firewall_rule)
             .trace()
             .program("nft"),
-        case("drops_receive_buffer", receive_buffer).trace(),
-        case("drops_accept_queue", accept_queue).trace(),
+        case("drops_receive_buffer", receive_buffer)
+            .once_on("5.10")
+            .trace(),
+        case("drops_accept_queue", accept_queue)
+            .once_on("6.1")
+            .trace(),
         case("drops_queue_discipline", queue_discipline)
+            .once_on("newest")
             .trace()
             .program("tc"),
         case("drops_reverse_path", reverse_path)
+            .once_on("6.12")
             .trace()
             .when(|env| no_reasons(env.kernel)),
         case("drops_no_route", no_route)
+            .old_and_new()
             .trace()
             .when(|env| no_reasons(env.kernel)),
         case("drops_filtered_is_not_balanced", filtered)
-            .once()
+            .once_on("5.10")
             .trace(),
         case("drops_nothing_of_good_traffic", good_traffic).trace(),
-        case("drops_burst_from_two_cpus", burst).trace().limit(900),
+        case("drops_burst_from_two_cpus", burst)
+            .once_on("newest")
+            .trace()
+            .limit(900),
         case("drops_memory_does_not_grow", memory)
-            .old_and_new()
+            .once_on("6.12")
             .trace()
             .program("tc")
             .limit(900 + 90 * soak()),
-        case("drops_table_and_its_limits", text).once().trace(),
+        case("drops_table_and_its_limits", text)
+            .once_on("6.12")
+            .trace(),
         case("drops_order_and_offsets", order_and_offsets)
-            .once()
+            .once_on("5.10")
             .trace(),
         case("drops_rules_of_a_file", rules_of_a_file)
-            .once()
+            .once_on("6.12")
             .trace()
             .when(|env| no_reasons(env.kernel)),
         case("drops_explains_each_reason", explains).trace(),

@@ -14,10 +14,12 @@ pub fn cases() -> Vec<Case> {
     vec![
         // From there on the cards' driver tells time-outs.
         case("drops_tx_timeout", tx_timeout)
+            .once_on("6.1")
             .trace()
             .kernel(5, 17)
             .when(no_cards),
         case("drops_devlink_trap", devlink_trap)
+            .once_on("6.12")
             .trace()
             .program("devlink")
             .when(no_netdevsim),

@@ -10,11 +10,15 @@ use crate::common::{Case, Env, Netprobe, Pair, case, refuse_all, send_frame, wai
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_kinds_of_sockets", || run(&SOCKETS)).trace(),
+        case("drops_kinds_of_sockets", || run(&SOCKETS))
+            .old_and_new()
+            .trace(),
         case("drops_kinds_of_headers", || run(&HEADERS))
+            .once_on("newest")
             .trace()
             .when(no_reasons),
         case("drops_kinds_of_routes", || run(&ROUTES))
+            .once_on("newest")
             .trace()
             .when(no_reasons),
         case("drops_kinds_of_rules", || run(&RULES))

@@ -11,13 +11,18 @@ use crate::who::Container;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_metrics_scraped", scraped).once().trace(),
-        case("drops_metrics_containers", containers).once().trace(),
+        case("drops_metrics_scraped", scraped)
+            .once_on("5.10")
+            .trace(),
+        case("drops_metrics_containers", containers)
+            .once_on("6.12")
+            .trace(),
         case("drops_metrics_prometheus", prometheus)
+            .once_on("6.12")
             .trace()
             .program("prometheus")
             .limit(180),
-        case("drops_max_cpu", max_cpu).once().trace(),
+        case("drops_max_cpu", max_cpu).once_on("6.12").trace(),
     ]
 }
 

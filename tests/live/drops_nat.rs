@@ -7,10 +7,16 @@ use crate::common::{Case, Netns, Netprobe, Pair, Running, SHORT, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_after_dnat", dnat).trace().program("nft"),
-        case("drops_after_snat", snat).once().trace().program("nft"),
+        case("drops_after_dnat", dnat)
+            .once_on("newest")
+            .trace()
+            .program("nft"),
+        case("drops_after_snat", snat)
+            .once_on("newest")
+            .trace()
+            .program("nft"),
         case("drops_after_nat_tracked", tracked)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("nft"),
     ]

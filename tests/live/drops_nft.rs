@@ -10,9 +10,9 @@ use crate::skb_netfilter::handle;
 pub fn cases() -> Vec<Case> {
     let rules = |name, body| case(name, body).trace().program("nft").kernel(5, 17);
     vec![
-        rules("drops_nft_rules", nft_rules),
-        rules("drops_nft_rules_that_change", rules_that_change),
-        rules("drops_nft_in_metrics", in_metrics),
+        rules("drops_nft_rules", nft_rules).old_and_new(),
+        rules("drops_nft_rules_that_change", rules_that_change).once_on("6.1"),
+        rules("drops_nft_in_metrics", in_metrics).once_on("newest"),
     ]
 }
 

@@ -19,6 +19,7 @@ const DROPPED: u16 = 9;
 pub fn cases() -> Vec<Case> {
     vec![
         case("drops_programs", programs)
+            .old_and_new()
             .trace()
             .xdp()
             .fentry()

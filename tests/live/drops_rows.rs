@@ -10,17 +10,17 @@ use crate::common::{Case, Env, Netprobe, Pair, Running, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_of_whom", of_whom).once().trace(),
+        case("drops_of_whom", of_whom).once_on("newest").trace(),
         case("drops_of_a_container", of_a_container)
-            .once()
+            .once_on("newest")
             .trace()
             .program("ping"),
-        case("drops_grouped", grouped).trace().once(),
+        case("drops_grouped", grouped).once_on("6.12").trace(),
         case("drops_tables_one_after_the_other", tables)
-            .trace()
-            .once(),
+            .once_on("6.12")
+            .trace(),
         case("drops_words_of_skb", words_of_skb)
-            .once()
+            .once_on("newest")
             .trace()
             .program("nft"),
     ]

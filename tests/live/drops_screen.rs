@@ -15,9 +15,9 @@ use crate::common::{Case, Netns, Pair, binary, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("drops_screen_sizes", sizes).once().trace(),
+        case("drops_screen_sizes", sizes).once_on("6.12").trace(),
         case("drops_screen_hostile_names", hostile_names)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("tc"),
     ]

@@ -14,11 +14,13 @@ use crate::xdp::{IFACE, PORT, flood, quiet_pair};
 pub fn cases() -> Vec<Case> {
     vec![
         case("extcap_xdp_in_tshark", in_tshark)
-            .once()
+            .once_on("6.12")
             .xdp()
             .program("tshark")
             .program("unshare"),
-        case("extcap_drops_and_skb", drops_and_skb).once().trace(),
+        case("extcap_drops_and_skb", drops_and_skb)
+            .once_on("6.12")
+            .trace(),
     ]
 }
 

@@ -16,20 +16,22 @@ pub fn cases() -> Vec<Case> {
     vec![
         // Some 600 processes, each of which takes 0.2 s to start in an emulated machine.
         case("files_of_each_link_type", each_link_type)
+            .once_on("6.12")
             .program("tcpdump")
-            .once()
             .limit(300),
-        case("files_damaged", damaged).once().program("tcpdump"),
+        case("files_damaged", damaged)
+            .once_on("5.10")
+            .program("tcpdump"),
         case("files_written_by_skb", written_by_skb)
-            .once()
+            .once_on("5.10")
             .trace()
             .program("tcpdump")
             .program("ping"),
         case("files_of_bare_packets", bare_packets)
-            .once()
+            .once_on("5.10")
             .xdp()
             .program("tcpdump"),
-        case("files_vlan_note", vlan_note).once().xdp(),
+        case("files_vlan_note", vlan_note).once_on("5.10").xdp(),
     ]
 }
 

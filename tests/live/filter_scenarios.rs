@@ -9,14 +9,14 @@ use crate::common::{Case, Finished, Netprobe, Pair, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("filter_members_all_hold", members_all_hold)
-            .once()
+            .once_on("newest")
             .trace(),
         case("filter_members_any_holds", members_any_holds)
-            .once()
+            .once_on("newest")
             .trace(),
-        case("filter_members_refused", members_refused).once(),
+        case("filter_members_refused", members_refused).once_on("5.10"),
         case("filter_dnat_and_track", dnat_and_track)
-            .once()
+            .once_on("newest")
             .trace()
             .program("nft"),
     ]

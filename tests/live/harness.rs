@@ -6,13 +6,15 @@ use crate::common::{Case, Netns, Pair, SHORT, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("harness_namespaces_are_removed", namespaces_are_removed).once(),
-        case("harness_traffic", traffic).once().program("ping"),
+        case("harness_namespaces_are_removed", namespaces_are_removed).once_on("5.10"),
+        case("harness_traffic", traffic)
+            .once_on("5.10")
+            .program("ping"),
         case("harness_iptables", iptables)
-            .once()
+            .once_on("5.10")
             .program("iptables")
             .program("ip6tables"),
-        case("harness_nft", nft).once().program("nft"),
+        case("harness_nft", nft).once_on("5.10").program("nft"),
     ]
 }
 

@@ -14,46 +14,46 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("icmp_rows", rows).trace().program("ping").limit(400),
         case("icmp_text", text)
-            .once()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_legacy", legacy)
-            .once()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_filters", filters)
-            .once()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_rps", rps)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("ping")
             .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned())),
         case("icmp_flood", flood)
-            .old_and_new()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_gap", gap)
-            .once()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_histogram", histogram)
-            .once()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_limit_and_file", limit_and_file)
-            .once()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
-        case("icmp_usage", usage).once(),
+        case("icmp_usage", usage).once_on("5.10"),
     ]
 }
 

@@ -13,11 +13,13 @@ use crate::common::{Case, Env, Netns, Netprobe, case, wait_for};
 pub fn cases() -> Vec<Case> {
     vec![
         case("icmp_nic", nic)
+            .once_on("6.1")
             .trace()
             .program("ping")
             .when(no_cards)
             .limit(400),
         case("icmp_culprit", culprit)
+            .once_on("5.10")
             .trace()
             .program("ping")
             .program("iptables-legacy")

@@ -16,31 +16,31 @@ pub fn cases() -> Vec<Case> {
             .program("ping")
             .program("nft"),
         case("icmp_whose_containers", containers)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_whose_same_addresses", same_addresses)
-            .old_and_new()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .program("nft"),
         case("icmp_whose_copies", copies)
-            .old_and_new()
+            .once_on("5.10")
             .trace()
             .program("ping")
             .limit(400),
         case("icmp_whose_duplicates", duplicates)
-            .old_and_new()
+            .once_on("5.10")
             .trace()
             .program("nft")
             .program("ping")
             .when(lacks_dup),
         case("icmp_whose_full_socket", full_socket)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
         case("icmp_whose_late_reply", late_reply)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("ping")
             .program("tc"),

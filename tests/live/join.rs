@@ -11,7 +11,7 @@ use crate::common::{Case, Finished, Netns, Netprobe, Running, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("join_lossy_link", lossy_link)
-            .old_and_new()
+            .once_on("6.12")
             .trace()
             .program("tc")
             .program("nft"),

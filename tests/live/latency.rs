@@ -21,26 +21,27 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("latency_stages", stages).trace().fentry(),
         case("latency_tables_and_filters", tables)
-            .once()
+            .once_on("5.10")
             .trace()
             .fentry(),
         case("latency_whose", whose)
-            .old_and_new()
+            .once_on("5.10")
             .trace()
             .fentry()
             .program("nc"),
-        case("latency_ways", ways).old_and_new().trace().fentry(),
+        case("latency_ways", ways).once_on("6.1").trace().fentry(),
         case("latency_culprits", culprits)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .fentry()
             .program("nc"),
         case("latency_requests", requests)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .fentry(),
         // An XDP program makes veth hand packets on by GRO.
         case("latency_gro", gro)
+            .old_and_new()
             .trace()
             .fentry()
             .xdp()

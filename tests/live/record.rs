@@ -11,31 +11,34 @@ use crate::common::{Case, Finished, Netprobe, Pair, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("record_text_as_live", text_as_live).once().trace(),
+        case("record_text_as_live", text_as_live)
+            .once_on("5.10")
+            .trace(),
         case("record_json_as_live", || drops_as_live(&["--output-json"]))
-            .old_and_new()
             .trace()
             .program("nft"),
         case("record_netfilter", || drops_as_live(&["--output-nft"]))
-            .once()
             .trace()
             .program("nft")
             .kernel(5, 17),
         case("record_flood", flood)
-            .once()
+            .once_on("6.12")
             .trace()
             .kprobe_multi()
             .program("ping"),
         case("record_structs_and_tracking", structs_and_tracking)
-            .once()
+            .once_on("5.10")
             .trace(),
         case("record_views", views)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("tcpdump"),
-        case("record_killed", killed).once().trace().limit(900),
-        case("record_sizes", sizes).once().trace(),
-        case("record_why", why_as_live).once().trace(),
+        case("record_killed", killed)
+            .once_on("6.12")
+            .trace()
+            .limit(900),
+        case("record_sizes", sizes).once_on("5.10").trace(),
+        case("record_why", why_as_live).once_on("6.12").trace(),
     ]
 }
 

@@ -13,7 +13,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage}
 use crate::common::{Case, Netprobe, Pair, Running, case, deadline, wait_for};
 
 pub fn cases() -> Vec<Case> {
-    vec![case("record_flight", flight).old_and_new().trace()]
+    vec![case("record_flight", flight).once_on("6.12").trace()]
 }
 
 /// Functions that a packet to a neighbour passes.

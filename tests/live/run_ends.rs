@@ -17,30 +17,33 @@ use crate::common::{Case, Netns, Netprobe, Pair, SHORT, binary, case, wait_for};
 pub fn cases() -> Vec<Case> {
     vec![
         case("run_closed_pipe_icmp", || closed_pipe(&ICMP))
-            .once()
+            .once_on("6.12")
             .trace(),
         case("run_closed_pipe_tcpconnect", || closed_pipe(&TCPCONNECT))
-            .once()
+            .once_on("6.12")
             .trace(),
         case("run_closed_pipe_xdpdump", || closed_pipe(&XDPDUMP))
-            .once()
+            .once_on("6.12")
             .xdp(),
         case("run_full_disk_icmp", || full_disk(&ICMP))
-            .once()
+            .once_on("6.12")
             .trace(),
         case("run_full_disk_tcpconnect", || full_disk(&TCPCONNECT))
-            .once()
+            .once_on("6.12")
             .trace(),
         case("run_full_disk_xdpdump", || full_disk(&XDPDUMP))
-            .once()
+            .once_on("6.12")
             .xdp(),
-        case("run_stalled_reader", stalled_reader).once().trace(),
+        case("run_stalled_reader", stalled_reader)
+            .once_on("6.12")
+            .trace(),
         case("run_cpu_comes_online", || cpu_comes_online("perf"))
-            .old_and_new()
+            .once_on("5.10")
             .trace(),
         case("run_cpu_comes_online_ringbuf", || {
             cpu_comes_online("ringbuf")
         })
+        .once_on("6.1")
         .trace(),
     ]
 }

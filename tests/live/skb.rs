@@ -15,48 +15,44 @@ pub const FUNCS: &str = "ip_output|ip6_output|nf_hook_slow|kfree_skb|kfree_skb_r
 const PINS: &str = "/sys/fs/bpf/netprobe";
 
 pub fn cases() -> Vec<Case> {
+    let filter = |name, body| case(name, body).once_on("5.10").trace();
     vec![
         case("skb_drop_iptables_v4", || drop_by(Rule::Iptables, false))
             .trace()
             .program("iptables"),
         case("skb_drop_iptables_v6", || drop_by(Rule::Iptables, true))
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("ip6tables"),
         case("skb_drop_nft_v4", || drop_by(Rule::Nft, false))
             .trace()
             .program("nft"),
         case("skb_drop_nft_v6", || drop_by(Rule::Nft, true))
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("nft"),
         case("skb_tcp_before_the_rule", tcp_before_the_rule)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
-        case("skb_filter_proto", filter_proto).once().trace(),
-        case("skb_filter_addresses_v4", || filter_addresses(false))
-            .once()
-            .trace(),
-        case("skb_filter_addresses_v6", || filter_addresses(true))
-            .once()
-            .trace(),
-        case("skb_filter_ports", filter_ports).once().trace(),
-        case("skb_filter_mark", filter_mark).once().trace(),
-        case("skb_filter_netns", filter_netns).old_and_new().trace(),
-        case("skb_filter_ifname", filter_ifname)
-            .old_and_new()
-            .trace(),
+        filter("skb_filter_proto", filter_proto),
+        filter("skb_filter_addresses_v4", || filter_addresses(false)),
+        filter("skb_filter_addresses_v6", || filter_addresses(true)),
+        filter("skb_filter_ports", filter_ports),
+        filter("skb_filter_mark", filter_mark),
+        filter("skb_filter_netns", filter_netns),
+        filter("skb_filter_ifname", filter_ifname),
         case("skb_backend_kprobe", || backend("kprobe"))
             .old_and_new()
             .trace(),
         case("skb_backend_kprobe_multi", || backend("kprobe-multi"))
-            .old_and_new()
+            .once_on("newest")
             .kprobe_multi(),
         case("skb_functions_as_printed", functions_as_printed)
+            .once_on("6.12")
             .kprobe_multi()
             .kernel(6, 5),
         case("skb_backend_refused", backend_refused)
-            .once()
+            .once_on("5.10")
             .trace()
             .when(|e| {
                 e.lacks_kprobe_multi()
@@ -64,18 +60,20 @@ pub fn cases() -> Vec<Case> {
                     .then(|| "has kprobe.multi".into())
             }),
         case("skb_stack_names_the_callers", stack).trace(),
-        case("skb_json_parses_and_keeps_zeros", json).once().trace(),
+        case("skb_json_parses_and_keeps_zeros", json)
+            .once_on("6.12")
+            .trace(),
         case("skb_relative_time_and_order", relative_time)
-            .once()
+            .once_on("6.12")
             .trace(),
         case("skb_relative_time_of_one_life", relative_time_of_one_life)
-            .once()
+            .once_on("6.12")
             .trace(),
         case("skb_relative_time_of_a_packet", relative_time_of_a_packet)
-            .once()
+            .once_on("6.12")
             .trace(),
         case("skb_config_is_pinned", config_is_pinned)
-            .once()
+            .once_on("6.12")
             .trace(),
     ]
 }

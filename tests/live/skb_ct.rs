@@ -17,8 +17,10 @@ pub fn cases() -> Vec<Case> {
     };
     vec![
         listed("skb_ct_nat_v4", || nat(false)),
-        listed("skb_ct_nat_v6", || nat(true)),
-        listed("skb_ct_zones_and_untracked", zones).program("ping"),
+        listed("skb_ct_nat_v6", || nat(true)).once_on("6.1"),
+        listed("skb_ct_zones_and_untracked", zones)
+            .once_on("6.1")
+            .program("ping"),
         case("skb_ct_given_back", given_back)
             .trace()
             .program("nft")

@@ -10,28 +10,36 @@ use crate::common::{Case, Env, Netns, Netprobe, Pair, Running, SHORT, case, dead
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("skb_drops_accept_queue", accept_queue).trace(),
+        case("skb_drops_accept_queue", accept_queue)
+            .once_on("6.1")
+            .trace(),
         case("skb_drops_syn_queue", syn_queue)
+            .once_on("5.10")
             .trace()
             .program("nft"),
         case("skb_drops_end_of_handshake", end_of_handshake)
+            .once_on("6.1")
             .trace()
             .program("nft"),
         case("skb_drops_place_of_list_frees", place_of_list_frees)
+            .once_on("5.10")
             .trace()
             .program("tc"),
-        case("skb_drops_copies", copies).old_and_new().trace(),
+        case("skb_drops_copies", copies).once_on("5.10").trace(),
         case("skb_drops_nft", drops_nft).trace().program("nft"),
-        case("skb_drops_text", drops_text).once().trace(),
-        case("skb_drops_filters", drops_filters).once().trace(),
+        case("skb_drops_text", drops_text).once_on("5.10").trace(),
+        case("skb_drops_filters", drops_filters)
+            .once_on("6.12")
+            .trace(),
         case("skb_drops_normal_frees", normal_frees)
+            .once_on("6.12")
             .trace()
             .kernel(5, 17),
         case("skb_drops_rules_of_a_file", rules_of_a_file)
-            .once()
+            .once_on("5.10")
             .trace(),
         case("skb_drops_another_hosts_address", another_hosts_address)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("tcpdump"),
     ]

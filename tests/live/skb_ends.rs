@@ -12,46 +12,63 @@ use crate::skb::{FUNCS, netfilter_reason, pins_of, skb};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("skb_flood_seen_and_lost", flood).trace(),
-        case("skb_flood_ringbuf", flood_ringbuf).trace(),
+        case("skb_flood_seen_and_lost", flood)
+            .once_on("6.1")
+            .trace(),
+        case("skb_flood_ringbuf", flood_ringbuf)
+            .once_on("6.1")
+            .trace(),
         // Kernels count such misses from 6.7 on.
         case("skb_missed_is_told", missed)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .kernel(6, 7),
-        case("skb_limit_ends_the_run", limit).once().trace(),
-        case("skb_pins_after_each_end", pins_after_each_end)
-            .old_and_new()
+        case("skb_limit_ends_the_run", limit)
+            .once_on("6.12")
             .trace(),
-        case("skb_stdout_closed", stdout_closed).once().trace(),
+        case("skb_pins_after_each_end", pins_after_each_end)
+            .once_on("5.10")
+            .trace(),
+        case("skb_stdout_closed", stdout_closed)
+            .once_on("6.12")
+            .trace(),
         case("skb_ends_leave_kprobes_to_a_child", left_to_a_child)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .limit(300),
-        case("skb_runs_on_under_nohup", under_nohup).once().trace(),
+        case("skb_runs_on_under_nohup", under_nohup)
+            .once_on("6.12")
+            .trace(),
         case("skb_write_is_created_first", write_first)
-            .once()
+            .once_on("6.12")
             .trace(),
         case("skb_kernel_btf_of_a_condition", kernel_btf_of_a_condition).trace(),
-        case("kernel_btf_of_each_tool", kernel_btf_of_each_tool).trace(),
+        case("kernel_btf_of_each_tool", kernel_btf_of_each_tool)
+            .once_on("6.1")
+            .trace(),
         case("skb_without_bpffs", without_bpffs)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("unshare"),
         case("skb_without_btf", without_btf)
             .trace()
             .program("unshare"),
         case("skb_no_function_matches", no_function_matches)
-            .once()
+            .once_on("6.12")
             .trace(),
-        case("skb_not_root", not_root).once(),
+        case("skb_not_root", not_root).once_on("6.12"),
         case("features_agree_with_the_kernel", features),
     ]
 }
 
 /// To run behind all others: a kernel without kprobe.multi is busy for a minute afterwards, removing what this has put there.
 pub fn last() -> Vec<Case> {
-    vec![case("skb_all_functions", all_functions).trace().limit(600)]
+    vec![
+        case("skb_all_functions", all_functions)
+            .once_on("6.1")
+            .trace()
+            .limit(600),
+    ]
 }
 
 /// Packets of the flood.

@@ -13,29 +13,30 @@ use crate::xdp::{IFACE, end};
 pub fn cases() -> Vec<Case> {
     vec![
         case("headers_netlink_is_no_ip", netlink_is_no_ip)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
         case("headers_unix_is_no_ip", unix_is_no_ip)
-            .old_and_new()
+            .once_on("6.1")
             .trace(),
         case("headers_llc_and_vendor_frames", llc_and_vendor_frames)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
         case("headers_outgoing", outgoing)
-            .old_and_new()
+            .once_on("6.1")
             .trace()
             .program("ping"),
         case("headers_vlan_beside", vlan_beside)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("tcpdump")
             .when(lacks_vlan),
         case("headers_vlan_in_the_frame", vlan_in_the_frame)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("tcpdump")
             .when(lacks_vlan),
         case("headers_of_tunnel_devices", tunnel_devices)
+            .old_and_new()
             .trace()
             .program("ping")
             .when(crate::tunnels::lacks_tunnels),

@@ -10,16 +10,18 @@ pub fn cases() -> Vec<Case> {
     let rules = |name, body| case(name, body).trace().program("nft").kernel(5, 17);
     vec![
         rules("skb_netfilter_rules", nft_rules),
-        rules("skb_netfilter_chain_of_chains", chain_of_chains),
-        rules("skb_netfilter_goto_and_maps", goto_and_maps),
-        rules("skb_netfilter_later_hooks", later_hooks),
+        rules("skb_netfilter_chain_of_chains", chain_of_chains).once_on("6.1"),
+        rules("skb_netfilter_goto_and_maps", goto_and_maps).once_on("6.1"),
+        rules("skb_netfilter_later_hooks", later_hooks).old_and_new(),
         rules(
             "skb_netfilter_not_the_last_packets_rule",
             not_the_last_packets_rule,
-        ),
-        rules("skb_netfilter_queue", queue),
-        rules("skb_netfilter_conntrack_full", conntrack_full),
+        )
+        .once_on("newest"),
+        rules("skb_netfilter_queue", queue).once_on("newest"),
+        rules("skb_netfilter_conntrack_full", conntrack_full).once_on("6.1"),
         rules("skb_netfilter_xt_target", xt_target)
+            .once_on("newest")
             .program("iptables")
             .when(|_| {
                 let version = Command::new("iptables").arg("--version").output();
@@ -28,6 +30,7 @@ pub fn cases() -> Vec<Case> {
                 (!nft).then(|| "iptables is not that of nft".into())
             }),
         rules("skb_netfilter_legacy", legacy)
+            .once_on("newest")
             .program("iptables-legacy")
             .when(|_| {
                 // Loads the module, where there is one.
@@ -35,9 +38,9 @@ pub fn cases() -> Vec<Case> {
                 (!listed.is_ok_and(|o| o.status.success()))
                     .then(|| "this kernel has no iptables of the older kind".into())
             }),
-        rules("skb_netfilter_late_expression", late_expression),
+        rules("skb_netfilter_late_expression", late_expression).once_on("6.1"),
         case("skb_netfilter_refused", refused)
-            .once()
+            .once_on("5.10")
             .trace()
             .kernel_before(5, 11),
     ]

@@ -9,39 +9,49 @@ use crate::common::{Case, Netprobe, Pair, case, deadline, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("skb_output_tunnel", tunnel).once().trace(),
-        case("skb_output_structs", structs).trace(),
-        case("skb_output_netns_names", netns_names).once().trace(),
-        case("skb_output_rotates", rotates).once().trace(),
-        case("skb_output_pcapng", pcapng).once().trace(),
-        case("skb_output_modules", modules).trace(),
+        case("skb_output_tunnel", tunnel).once_on("newest").trace(),
+        case("skb_output_structs", structs).once_on("5.10").trace(),
+        case("skb_output_netns_names", netns_names)
+            .once_on("5.10")
+            .trace(),
+        case("skb_output_rotates", rotates).once_on("5.10").trace(),
+        case("skb_output_pcapng", pcapng).once_on("5.10").trace(),
+        case("skb_output_modules", modules).once_on("6.1").trace(),
         case("skb_output_kprobe_batch", batch)
             .old_and_new()
             .trace()
             .kprobe_multi(),
-        case("skb_output_wrong_values", wrong_values).once().trace(),
+        case("skb_output_wrong_values", wrong_values)
+            .once_on("5.10")
+            .trace(),
         case("skb_output_retval", retval)
+            .once_on("6.1")
             .trace()
             .program("nft")
             .kernel(5, 15),
         case("skb_output_retval_refused", retval_refused)
-            .once()
+            .once_on("5.10")
             .trace()
             .kernel_before(5, 15),
         case("skb_output_non_skb_funcs", non_skb_funcs)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
-        case("skb_output_columns", columns).once().trace(),
-        case("skb_output_metadata", metadata).once().trace(),
+        case("skb_output_columns", columns).once_on("5.10").trace(),
+        case("skb_output_metadata", metadata)
+            .once_on("5.10")
+            .trace(),
         case("skb_output_const_parameters", const_parameters)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
-        case("skb_output_kernel_btf", kernel_btf).trace().fentry(),
-        case("skb_output_netns_without_device", netns_without_device)
+        case("skb_output_kernel_btf", kernel_btf)
             .old_and_new()
+            .trace()
+            .fentry(),
+        case("skb_output_netns_without_device", netns_without_device)
+            .once_on("newest")
             .trace(),
         case("skb_output_tcp_flags_and_caller", flags_and_caller)
-            .once()
+            .once_on("5.10")
             .trace(),
     ]
 }

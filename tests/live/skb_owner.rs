@@ -12,14 +12,14 @@ use nix::sys::socket;
 pub fn cases() -> Vec<Case> {
     vec![
         case("skb_owner_of_retransmits", owner_of_retransmits)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("nft"),
         case("skb_owner_older_than_the_trace", owner_older)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
         case("skb_owner_of_arrivals", owner_of_arrivals)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
     ]
 }

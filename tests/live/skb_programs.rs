@@ -24,36 +24,38 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("skb_tc_programs_and_later_ones", tc).trace().fentry(),
         case("skb_tcx_and_netkit_programs", tcx)
+            .once_on("newest")
             .trace()
             .fentry()
             .kernel(6, 7),
         case("skb_xdp_programs_generic", || xdp(XdpFlags::SKB_MODE))
-            .old_and_new()
+            .once_on("6.12")
             .trace()
             .xdp()
             .fentry(),
         case("skb_xdp_programs_relative_time", relative_time)
-            .once()
+            .once_on("5.10")
             .trace()
             .fentry()
             .xdp(),
         case("skb_xdp_programs_native", || xdp(XdpFlags::DRV_MODE))
+            .once_on("5.10")
             .trace()
             .xdp()
             .fentry(),
         case("skb_programs_helpers_and_maps", helpers)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .fentry(),
         // What freplace has put in: libxdp's dispatcher calls such programs.
         case("skb_xdp_programs_dispatched", dispatched)
-            .once()
+            .once_on("newest")
             .trace()
             .xdp()
             .fentry()
             .program("xdp-loader"),
         case("skb_programs_wrong_values", wrong_values)
-            .once()
+            .once_on("5.10")
             .trace(),
     ]
 }

@@ -13,29 +13,36 @@ use crate::icmp::{cpus, pinned_ping, steer};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("skb_track_segments", segments).trace(),
-        case("skb_track_fragments", fragments).old_and_new().trace(),
+        case("skb_track_segments", segments).old_and_new().trace(),
+        case("skb_track_fragments", fragments)
+            .once_on("newest")
+            .trace(),
         case("skb_track_dnat", dnat).trace().program("nft"),
-        case("skb_track_clones", clones).old_and_new().trace(),
+        case("skb_track_clones", clones).once_on("newest").trace(),
         case("skb_track_sweep_blinds_nobody", sweep_blinds_nobody)
+            .once_on("6.1")
             .trace()
             .program("ping")
             .when(|_| (cpus() < 2).then(|| "needs two CPUs".to_owned())),
-        case("skb_track_entries_go", entries_go).once().trace(),
+        case("skb_track_entries_go", entries_go)
+            .once_on("6.12")
+            .trace(),
         case("skb_track_stack_ends", stack_ends)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("nft"),
         case("skb_track_nat_bridge_vxlan", track_path)
             .trace()
             .program("nft")
             .limit(300),
-        case("skb_track_full_map", track_full_map).once().trace(),
+        case("skb_track_full_map", track_full_map)
+            .once_on("6.12")
+            .trace(),
         case("skb_track_address_reuse", track_reuse)
-            .old_and_new()
+            .once_on("newest")
             .trace(),
         case("skb_track_by_stack", track_by_stack)
-            .old_and_new()
+            .once_on("6.1")
             .trace(),
     ]
 }

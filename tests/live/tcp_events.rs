@@ -12,7 +12,12 @@ use super::tcp_losses::in_stack;
 use crate::common::{Case, Env, Finished, Netprobe, Pair, Running, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
-    vec![case("tcp_events", events).trace().program("nft")]
+    vec![
+        case("tcp_events", events)
+            .once_on("6.1")
+            .trace()
+            .program("nft"),
+    ]
 }
 
 /// The first event of the port that is like this.

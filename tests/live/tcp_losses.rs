@@ -21,19 +21,19 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("tcp_kinds_of_loss", kinds).trace().program("nft"),
         case("tcp_ends_by_others", ends_by_others)
-            .old_and_new()
+            .once_on("6.1")
             .trace()
             .program("nft")
             .program("ss"),
         case("tcp_vxlan_bridge_v6", vxlan_bridge_v6)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("nft"),
         case("tcp_mptcp_subflows", subflows)
             .trace()
             .when(lacks_mptcp),
         case("tcp_beside_tcplife", beside)
-            .once()
+            .once_on("newest")
             .trace()
             .program("peer-tcplife"),
     ]

@@ -16,19 +16,22 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case, wait_f
 pub fn cases() -> Vec<Case> {
     vec![
         case("tcp_spurious", spurious)
-            .old_and_new()
+            .once_on("6.12")
             .trace()
             .fentry(),
-        case("tcp_reordering", reordering).once().trace(),
+        case("tcp_reordering", reordering).once_on("newest").trace(),
         case("tcp_lost_last_ack", lost_last_ack)
+            .old_and_new()
             .trace()
             .program("nft"),
         case("tcp_sentence_of_the_network", network)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("nft"),
-        case("tcp_memory_pressure", memory_pressure).trace(),
-        case("tcp_burst_counted", burst).trace(),
+        case("tcp_memory_pressure", memory_pressure)
+            .once_on("6.1")
+            .trace(),
+        case("tcp_burst_counted", burst).old_and_new().trace(),
     ]
 }
 

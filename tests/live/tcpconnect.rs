@@ -14,33 +14,39 @@ use crate::common::{
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("tcpconnect_columns", columns).once().trace(),
-        case("tcpconnect_json", json).once().trace(),
-        case("tcpconnect_ports", ports).once().trace(),
-        case("tcpconnect_family", family).old_and_new().trace(),
-        case("tcpconnect_addresses", addresses).once().trace(),
+        case("tcpconnect_columns", columns).once_on("6.12").trace(),
+        case("tcpconnect_json", json).once_on("6.12").trace(),
+        case("tcpconnect_ports", ports).once_on("6.12").trace(),
+        case("tcpconnect_family", family).once_on("5.10").trace(),
+        case("tcpconnect_addresses", addresses)
+            .once_on("6.12")
+            .trace(),
         case("tcpconnect_process", process)
-            .old_and_new()
+            .once_on("6.1")
             .trace()
             .limit(400)
             .program("nc"),
-        case("tcpconnect_netns", netns).old_and_new().trace(),
+        case("tcpconnect_netns", netns).once_on("5.10").trace(),
         case("tcpconnect_cgroup", cgroup)
-            .old_and_new()
+            .once_on("6.1")
             .trace()
             .program("nc"),
         case("tcpconnect_maps", maps)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .limit(400)
             .program("nc")
             .program("bpftool"),
-        case("tcpconnect_count", count).old_and_new().trace(),
-        case("tcpconnect_count_live", count_live).once().trace(),
-        case("tcpconnect_count_full", count_full).once().trace(),
-        case("tcpconnect_threads", threads).once().trace(),
-        case("tcpconnect_limit", limit).once().trace(),
-        case("tcpconnect_usage", usage).once(),
+        case("tcpconnect_count", count).once_on("6.1").trace(),
+        case("tcpconnect_count_live", count_live)
+            .once_on("6.12")
+            .trace(),
+        case("tcpconnect_count_full", count_full)
+            .once_on("6.12")
+            .trace(),
+        case("tcpconnect_threads", threads).once_on("6.12").trace(),
+        case("tcpconnect_limit", limit).once_on("6.12").trace(),
+        case("tcpconnect_usage", usage).once_on("6.12"),
     ]
 }
 

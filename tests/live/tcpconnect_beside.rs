@@ -14,11 +14,11 @@ use crate::common::{Case, Netns, Netprobe, Pair, case, deadline};
 pub fn cases() -> Vec<Case> {
     vec![
         case("tcpconnect_burst", burst)
-            .old_and_new()
+            .once_on("5.10")
             .trace()
             .limit(600),
         case("tcpconnect_beside", beside)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .limit(400)
             .program("peer-tcpconnect"),

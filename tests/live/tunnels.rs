@@ -21,12 +21,14 @@ pub fn cases() -> Vec<Case> {
             .when(lacks_tunnels)
     };
     vec![
-        tunnel("tunnels_of_two_ends", of_two_ends),
-        tunnel("tunnels_without_a_far_end", without_a_far_end),
+        tunnel("tunnels_of_two_ends", of_two_ends).once_on("6.12"),
+        tunnel("tunnels_without_a_far_end", without_a_far_end).once_on("6.1"),
         tunnel("tunnels_over_ipv6", over_ipv6),
-        tunnel("tunnels_traced_programs", traced).fentry(),
+        tunnel("tunnels_traced_programs", traced)
+            .once_on("6.12")
+            .fentry(),
         case("tunnels_wireguard", wireguard)
-            .old_and_new()
+            .once_on("newest")
             .xdp()
             .program("wg")
             .program("tcpdump")

@@ -17,23 +17,25 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, binary, case, deadlin
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("who_pid", pid).trace().program("nft"),
-        case("who_uid_and_comm", uid_and_comm).old_and_new().trace(),
+        case("who_pid", pid).once_on("6.1").trace().program("nft"),
+        case("who_uid_and_comm", uid_and_comm)
+            .once_on("5.10")
+            .trace(),
         case("who_container", container)
-            .old_and_new()
+            .once_on("6.1")
             .trace()
             .program("ping"),
         case("who_command_skb_and_drops", commands)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("ping"),
         case("who_command_tree", tree)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("ping")
             .program("unshare"),
-        case("who_command_ctrl_c", ctrl_c).once().trace(),
-        case("who_wrong", wrong).once(),
+        case("who_command_ctrl_c", ctrl_c).once_on("6.12").trace(),
+        case("who_wrong", wrong).once_on("6.12"),
     ]
 }
 

@@ -12,12 +12,16 @@ use crate::common::{Case, Netns, Netprobe, Pair, Running, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("why_firewall", firewall)
+            .once_on("6.1")
             .trace()
             .program("nft")
             .kernel(5, 17),
-        case("why_sockets", sockets).trace(),
-        case("why_delivered", delivered).trace().program("nft"),
-        case("why_flags", flags).once().trace(),
+        case("why_sockets", sockets).once_on("6.1").trace(),
+        case("why_delivered", delivered)
+            .old_and_new()
+            .trace()
+            .program("nft"),
+        case("why_flags", flags).once_on("6.12").trace(),
     ]
 }
 

@@ -9,12 +9,12 @@ use crate::common::{Case, Netns, Netprobe, Pair, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("why_command", command)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("nft")
             .program("ping"),
         case("why_changes", changes)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("nft")
             .program("tc"),

@@ -29,8 +29,12 @@ pub fn cases() -> Vec<Case> {
     };
     vec![
         all("why_faults", || run(&Form::Expression)),
-        all("why_faults_of_a_command", || run(&Form::Command)).when(repeated),
-        all("why_faults_of_a_container", || run(&Form::Container)).when(repeated),
+        all("why_faults_of_a_command", || run(&Form::Command))
+            .once_on("6.12")
+            .when(repeated),
+        all("why_faults_of_a_container", || run(&Form::Container))
+            .once_on("6.12")
+            .when(repeated),
     ]
 }
 
@@ -399,6 +403,11 @@ impl Network {
                     self.held.tcp.push(fd);
                 }
             },
+            // A port's state, as user space's STP sets it: once the device is up.
+            ("port", [device, state]) => wait_for("a port that is up", || {
+                let set = format!("bridge link set dev {device} state {state}");
+                Ok(self.place(place).cmd(&set).ok().map(drop))
+            })?,
             ("xdp", [device, mode]) => self.xdp(place, device, mode)?,
             ("tcbpf", [device, way]) => self.tc(place, device, way)?,
             ("cgroup", ["egress"]) => self.cgroup(port)?,
@@ -502,24 +511,27 @@ impl Network {
         }
     }
 
-    /// What comes late: a neighbour that does not answer, fragments that wait for others.
+    /// What comes late: fragments that wait for others, a neighbour that does not answer.
     fn settle(&self) -> Result<()> {
-        wait_for(
-            "a neighbour that fails and a fragment that is given up",
-            || {
-                let neighbours = self.place(1).ip("neigh show 10.78.0.77")?;
-                let snmp = self.place(1).cmd("cat /proc/net/snmp")?;
-                let mut lines = snmp.lines().filter(|l| l.starts_with("Ip:"));
-                let names = lines.next().unwrap_or_default().split(' ');
-                let values = lines.next().unwrap_or_default().split(' ');
-                let given_up = names
-                    .zip(values)
-                    .any(|(n, v)| n == "ReasmTimeout" && v != "0");
-                // Of more than 128 neighbours the kernel soon forgets those that failed.
-                let failed = neighbours.contains("FAILED") || neighbours.trim().is_empty();
-                Ok((failed && given_up).then_some(()))
-            },
-        )
+        // A file is read, and no question asked by netlink: a timer that fires while a probe runs is not seen.
+        wait_for("a fragment that is given up", || {
+            let snmp = self
+                .place(1)
+                .enter(|| std::fs::read_to_string("/proc/thread-self/net/snmp"))??;
+            let mut lines = snmp.lines().filter(|l| l.starts_with("Ip:"));
+            let names = lines.next().unwrap_or_default().split(' ');
+            let values = lines.next().unwrap_or_default().split(' ');
+            let given_up = names
+                .zip(values)
+                .any(|(n, v)| n == "ReasmTimeout" && v != "0");
+            Ok(given_up.then_some(()))
+        })?;
+        wait_for("a neighbour that fails", || {
+            let neighbours = self.place(1).ip("neigh show 10.78.0.77")?;
+            // Of more than 128 neighbours the kernel soon forgets those that failed.
+            let failed = neighbours.contains("FAILED") || neighbours.trim().is_empty();
+            Ok(failed.then_some(()))
+        })
     }
 }
 
@@ -574,7 +586,22 @@ fn run(form: &Form) -> Result<()> {
         let why = fault.lacks(&env).unwrap_or_default();
         eprintln!("why_faults: {}: {why}", fault.name);
     }
-    let network = Network::new(&all)?;
+    let (mut wrong, stderr) = look(form, &all, &env)?;
+    // Of a machine that is slow the kernel skips a probe now and then: what is wrong must be right in another run then.
+    if stderr.contains("the kernel skips a probe") && (1..=2).contains(&wrong.len()) {
+        eprintln!("why_faults: probes were skipped, once more: {wrong:?}");
+        let (again, _) = look(form, &all, &env)?;
+        wrong.retain(|port, _| again.contains_key(port));
+    }
+    let lines = Vec::from_iter(wrong.values().cloned()).join("\n");
+    let (bad, of) = (wrong.len(), all.len());
+    ensure!(bad == 0, "{bad} of {of}:\n{lines}\n{stderr}");
+    Ok(())
+}
+
+/// Those of which a run said something else, and what; and its stderr.
+fn look(form: &Form, all: &[(u16, Fault)], env: &Env) -> Result<(BTreeMap<u16, String>, String)> {
+    let network = Network::new(all)?;
     let first = all.iter().flat_map(|(_, f)| &f.traffic);
     let last = all.iter().flat_map(|(_, f)| &f.last);
     let lines: Vec<&str> = first.chain(last).map(String::as_str).collect();
@@ -590,30 +617,22 @@ fn run(form: &Form) -> Result<()> {
     let done = done?;
     done.expect_success()?;
     let rows = done.json()?;
-    let mut wrong = Vec::new();
-    for (port, fault) in &all {
+    let mut wrong = BTreeMap::new();
+    for (port, fault) in all {
         if std::env::var_os("NETPROBE_LIVE_FAULTS_SHOW").is_some() {
             fault.show(*port, &rows);
         }
-        if let Err(what) = fault.check(*port, &rows, &env) {
-            wrong.push(format!("  {} ({port}): {what}", fault.name));
+        if let Err(what) = fault.check(*port, &rows, env) {
+            wrong.insert(*port, format!("  {} ({port}): {what}", fault.name));
         }
     }
-    ensure!(
-        wrong.is_empty(),
-        "{} of {}:\n{}\n{}",
-        wrong.len(),
-        all.len(),
-        wrong.join("\n"),
-        done.stderr
-    );
     // A probe that is hit while another one runs is skipped, which netprobe says; no event may be lost.
     let loss = rows.iter().find(|r| r["type"] == "loss");
     ensure!(
         loss.is_none_or(|l| l["lost"] == 0 && l["undecodable"] == 0),
         "{loss:?}"
     );
-    Ok(())
+    Ok((wrong, done.stderr))
 }
 
 fn by_expression(network: &Network, lines: &str) -> Result<Finished> {

@@ -8,17 +8,20 @@ use crate::common::{Case, Env, Netprobe, Pair, case};
 pub fn cases() -> Vec<Case> {
     vec![
         case("why_compare_rule", by_rule)
-            .once()
+            .once_on("6.12")
             .trace()
             .program("nft"),
-        case("why_compare_route", by_route).once().trace(),
+        case("why_compare_route", by_route).once_on("6.12").trace(),
         case("why_rules_and_connections", rules)
-            .old_and_new()
+            .once_on("newest")
             .trace()
             .program("nft")
             .program("ping"),
-        case("why_burst", burst).trace(),
-        case("why_too_many", too_many).once().trace().program("tc"),
+        case("why_burst", burst).once_on("6.1").trace(),
+        case("why_too_many", too_many)
+            .once_on("6.12")
+            .trace()
+            .program("tc"),
     ]
 }
 

@@ -21,32 +21,33 @@ pub fn cases() -> Vec<Case> {
             .program("ping")
             .program("tcpdump"),
         case("xdpdump_in_front_of_netlink", in_front_of_netlink)
-            .old_and_new()
+            .once_on("newest")
             .xdp(),
         case("xdpdump_in_front_of_link", in_front_of_link)
-            .old_and_new()
+            .once_on("newest")
             .xdp(),
         case("xdpdump_panic_puts_back", panic_puts_back)
-            .once()
+            .once_on("6.12")
             .xdp(),
         case("xdpdump_killed_and_restored", killed_and_restored).xdp(),
         case("xdpdump_swap_under_a_flood_loses_nothing", swap_under_flood)
-            .old_and_new()
+            .once_on("newest")
             .xdp(),
         case(
             "xdpchain_swap_under_a_flood_loses_nothing",
             slots_under_flood,
         )
+        .once_on("6.1")
         .xdp(),
         case("xdpchain_slots_and_statistics", slots_and_statistics)
             .xdp()
             .program("ping"),
         case("xdpchain_outlives_a_killed_capture", chain_outlives_capture)
-            .old_and_new()
+            .once_on("newest")
             .xdp()
             .program("ping"),
         case("xdpchain_slots_filled_by_hand", filled_by_hand)
-            .once()
+            .once_on("6.12")
             .xdp(),
     ];
     cases.into_iter().map(|case| case.limit(900)).collect()

@@ -11,53 +11,55 @@ use crate::xdp::*;
 pub fn cases() -> Vec<Case> {
     let cases = vec![
         case("xdpdump_text_and_limits", text_and_limits)
-            .once()
+            .once_on("5.10")
             .xdp()
             .program("ping"),
         case("xdpdump_pcapng_reads_everywhere", pcapng)
-            .once()
+            .once_on("6.12")
             .xdp()
             .program("tshark")
             .program("capinfos")
             .program("tcpdump"),
         case("xdpdump_pcap_is_what_tcpdump_saw", pcap)
-            .once()
+            .once_on("newest")
             .xdp()
             .program("ping")
             .program("tcpdump"),
-        case("xdpdump_flood_captured_and_lost_is_sent", flood_to_file).xdp(),
+        case("xdpdump_flood_captured_and_lost_is_sent", flood_to_file)
+            .once_on("6.1")
+            .xdp(),
         case("xdpdump_snap_lengths_and_sizes", snap_lengths)
-            .once()
+            .once_on("5.10")
             .xdp(),
         case("xdpdump_packets_of_several_buffers", several_buffers)
-            .once()
+            .once_on("newest")
             .xdp()
             .kernel(5, 18)
             .program("ping"),
         case("xdpdump_two_interfaces_and_rotation", two_interfaces)
-            .once()
+            .once_on("5.10")
             .xdp()
             .program("ping"),
         case("xdpdump_rotation_by_time", rotation_by_time)
-            .once()
+            .once_on("5.10")
             .xdp(),
         case("xdpdump_promiscuous_meanwhile", promiscuous)
-            .once()
+            .once_on("newest")
             .xdp(),
-        case("xdpdump_wake_ups", wake_ups).once().xdp(),
-        case("xdpdump_errors", errors).once().xdp(),
+        case("xdpdump_wake_ups", wake_ups).once_on("newest").xdp(),
+        case("xdpdump_errors", errors).once_on("5.10").xdp(),
         case("xdpdump_small_receive_buffers", small_receive_buffers)
-            .once()
+            .once_on("5.10")
             .xdp()
             .when(|_| {
                 let here = (!is_emulated()).then_some("changes a setting of the whole machine");
                 here.map(str::to_owned)
             }),
         case("xdpdump_file_printed_again", printed_again)
-            .once()
+            .once_on("5.10")
             .xdp(),
         case("xdpdump_filter_in_the_kernel", filters)
-            .old_and_new()
+            .once_on("newest")
             .xdp(),
     ];
     cases.into_iter().map(|case| case.limit(900)).collect()

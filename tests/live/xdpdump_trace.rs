@@ -11,25 +11,29 @@ use crate::xdp::*;
 pub fn cases() -> Vec<Case> {
     let cases = vec![
         case("xdpdump_explains_failed_redirects", failed_redirects)
-            .old_and_new()
+            .once_on("newest")
             .xdp(),
         case("xdpdump_trace_verdicts_and_ids", trace)
             .xdp()
             .fentry()
             .program("ping"),
         case("xdpdump_trace_names", trace_names)
-            .once()
+            .once_on("5.10")
             .xdp()
             .fentry(),
         case("xdpdump_dispatcher", dispatcher)
-            .old_and_new()
+            .once_on("newest")
             .xdp()
             .fentry()
             .program("xdp-loader"),
-        case("xdpdump_aborted", aborted).old_and_new().xdp(),
-        case("xdpdump_diff", diff).once().xdp().fentry(),
-        case("xdpdump_diff_refused", diff_refused).once().xdp(),
-        case("xdpdump_auto_says_which", auto_mode).once().xdp(),
+        case("xdpdump_aborted", aborted).once_on("newest").xdp(),
+        case("xdpdump_diff", diff).once_on("5.10").xdp().fentry(),
+        case("xdpdump_diff_refused", diff_refused)
+            .once_on("5.10")
+            .xdp(),
+        case("xdpdump_auto_says_which", auto_mode)
+            .once_on("5.10")
+            .xdp(),
     ];
     cases.into_iter().map(|case| case.limit(900)).collect()
 }
