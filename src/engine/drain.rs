@@ -7,8 +7,8 @@
 //! [`super::perf`] and [`super::ringbuf`].
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::batch::{Batch, BufferOptions};
+use super::heartbeat::Pulse;
 use super::hotplug::Hotplug;
 use super::perf::PerfBuffers;
 use super::ringbuf::RingBuffers;
@@ -90,6 +91,8 @@ struct Shared {
     awake: EventFd,
     /// bytes of batches that the tool has not given back
     waiting: AtomicUsize,
+    /// what is told of each round
+    pulse: OnceLock<Pulse>,
 }
 
 /// The drain threads of a session.
@@ -111,6 +114,7 @@ impl Drain {
             awake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
                 .context("failed to make an eventfd")?,
             waiting: AtomicUsize::new(0),
+            pulse: OnceLock::new(),
         });
         let (tx, batches) = bounded(CHANNEL);
         let mut drain = Self {
@@ -138,6 +142,12 @@ impl Drain {
     /// Number of groups, each with its own watermark.
     pub fn groups(&self) -> usize {
         self.recycle.len()
+    }
+
+    /// The threads tell `pulse` of each of their rounds from now on.
+    pub fn tell(&self, pulse: Pulse) {
+        // Another one would be that of another run.
+        let _ = self.shared.pulse.set(pulse);
     }
 
     /// Gives a batch back, so that its memory is used again.
@@ -194,10 +204,11 @@ fn drain_loop(
         let mut batch = recycled.try_recv().unwrap_or_default();
         batch.clear();
         batch.group = group;
+        let now = monotonic_ns()?;
         batch.watermark = if last {
             u64::MAX
         } else {
-            monotonic_ns()?.saturating_sub(SLACK_NS)
+            now.saturating_sub(SLACK_NS)
         };
         for cpu in hotplug.iter().flat_map(Hotplug::online) {
             if cpu as usize % groups == group {
@@ -206,6 +217,9 @@ fn drain_loop(
             }
         }
         buffer.consume(&mut batch);
+        if let Some(pulse) = shared.pulse.get() {
+            pulse.beat(now);
+        }
         shared
             .waiting
             .fetch_add(batch.data.len(), Ordering::Relaxed);

@@ -3,6 +3,7 @@
 
 pub mod batch;
 pub mod drain;
+pub mod heartbeat;
 mod hotplug;
 pub mod merge;
 pub mod perf;

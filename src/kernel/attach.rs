@@ -1,13 +1,15 @@
 //! Ways to attach and detach that libbpf-rs does not have.
 
 use std::ffi::CString;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::{AsRawLibbpf, Link, ProgramMut};
 use libbpf_sys as sys;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+use super::caps;
 
 /// One kprobe.multi link on the functions at `addrs`, or on their `returns`. The kernel refuses all of them if it refuses one.
 pub fn kprobe_multi_addrs(program: &ProgramMut<'_>, addrs: &[u64], returns: bool) -> Result<Link> {
@@ -77,35 +79,59 @@ pub fn make_room(links: usize) -> Result<()> {
 pub fn cpu_clock(program: &ProgramMut<'_>, cpus: &[i32], hz: u64) -> Result<Vec<Link>> {
     cpus.iter()
         .map(|&cpu| {
-            let mut attr = sys::perf_event_attr {
-                type_: sys::PERF_TYPE_SOFTWARE,
-                size: size_of::<sys::perf_event_attr>() as u32,
-                config: u64::from(sys::PERF_COUNT_SW_CPU_CLOCK),
-                ..Default::default()
-            };
-            attr.__bindgen_anon_1.sample_freq = hz;
-            attr.set_freq(1);
-            // SAFETY: attr is valid for the call and says its size; the other arguments are plain numbers.
-            let fd = unsafe {
-                libc::syscall(
-                    libc::SYS_perf_event_open,
-                    &raw const attr,
-                    -1,
-                    cpu,
-                    -1,
-                    sys::PERF_FLAG_FD_CLOEXEC,
-                )
-            };
-            if fd < 0 {
-                return Err(std::io::Error::last_os_error())
-                    .with_context(|| format!("failed to open a cpu-clock event on CPU {cpu}"));
-            }
             // The link owns the fd from here on.
             program
-                .attach_perf_event(fd as i32)
+                .attach_perf_event(open_cpu_clock(cpu, hz)?.into_raw_fd())
                 .with_context(|| format!("failed to attach to the cpu-clock event on CPU {cpu}"))
         })
         .collect()
+}
+
+/// PERF_EVENT_IOC_SET_BPF (linux/perf_event.h)
+const SET_BPF: libc::Ioctl = libc::_IOW::<u32>(b'$' as u32, 8);
+
+/// The same of one CPU, until the fd is closed.
+pub fn cpu_clock_of(program: BorrowedFd<'_>, cpu: i32, hz: u64) -> Result<OwnedFd> {
+    let event = open_cpu_clock(cpu, hz)?;
+    // SAFETY: two fds that are open; no pointers.
+    let status = unsafe { libc::ioctl(event.as_raw_fd(), SET_BPF, program.as_raw_fd()) };
+    if status < 0 {
+        return Err(std::io::Error::last_os_error())
+            .with_context(|| format!("failed to attach to the cpu-clock event on CPU {cpu}"));
+    }
+    Ok(event)
+}
+
+fn open_cpu_clock(cpu: i32, hz: u64) -> Result<OwnedFd> {
+    let mut attr = sys::perf_event_attr {
+        type_: sys::PERF_TYPE_SOFTWARE,
+        size: size_of::<sys::perf_event_attr>() as u32,
+        config: u64::from(sys::PERF_COUNT_SW_CPU_CLOCK),
+        ..Default::default()
+    };
+    attr.__bindgen_anon_1.sample_freq = hz;
+    attr.set_freq(1);
+    // SAFETY: attr is valid for the call and says its size; the other arguments are plain numbers.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attr,
+            -1,
+            cpu,
+            -1,
+            sys::PERF_FLAG_FD_CLOEXEC,
+        )
+    };
+    if fd < 0 {
+        let e = std::io::Error::last_os_error();
+        let why = match e.raw_os_error() {
+            Some(libc::EACCES) => caps::why_no_perf(),
+            _ => e.to_string(),
+        };
+        bail!("failed to open a cpu-clock event on CPU {cpu}: {why}");
+    }
+    // SAFETY: a fresh fd that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// Leaves the closing of `links` to a child process, which outlives this one and holds the last references; so this process can

@@ -7,7 +7,7 @@ use crate::bpf::bytes_of;
 use crate::bpf::skb::types::{np_config, np_field};
 
 /// Set in `np_config.fields`: no program sends any more.
-const PAUSED: u32 = np_field::NP_PAUSED.0;
+const ENDED: u32 = np_field::NP_PAUSED.0 | np_field::NP_ENDED.0;
 
 /// A run's configuration, as the programs read it.
 pub struct Config<'a, M> {
@@ -23,10 +23,10 @@ impl<'a, M: MapCore> Config<'a, M> {
         Ok(config)
     }
 
-    /// From here on no program sends anything.
+    /// From here on no program sends anything. The heartbeat has ended.
     pub fn pause(&self) -> Result<()> {
         self.write(&np_config {
-            fields: self.value.fields | PAUSED,
+            fields: self.value.fields | ENDED,
             ..self.value
         })
     }

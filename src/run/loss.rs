@@ -51,6 +51,12 @@ pub struct Loss {
     /// calls whose return was not seen: the kernel had no place left for it
     #[serde(skip_serializing_if = "is_zero")]
     pub unreturned: u64,
+    /// times that the programs stood still, since user space did
+    #[serde(skip_serializing_if = "is_zero")]
+    pub gaps: u64,
+    /// how long in all, ns
+    #[serde(skip_serializing_if = "is_zero")]
+    pub gap_ns: u64,
     /// insertions that a full map refused
     pub map_full: u64,
     /// printed, but out of the order of time
@@ -101,6 +107,8 @@ impl Loss {
             lost_by_cpu: self.lost_by_cpu.iter().filter_map(cpu).collect(),
             missed: self.missed.saturating_sub(earlier.missed),
             unreturned: self.unreturned.saturating_sub(earlier.unreturned),
+            gaps: self.gaps.saturating_sub(earlier.gaps),
+            gap_ns: self.gap_ns.saturating_sub(earlier.gap_ns),
             map_full: self.map_full.saturating_sub(earlier.map_full),
             late: self.late.saturating_sub(earlier.late),
             undecodable: self.undecodable.saturating_sub(earlier.undecodable),
@@ -109,7 +117,8 @@ impl Loss {
 
     /// Anything to tell?
     pub fn any(&self) -> bool {
-        self.lost + self.missed + self.unreturned + self.map_full + self.late + self.undecodable > 0
+        let some = self.lost + self.missed + self.unreturned + self.map_full;
+        some + self.late + self.undecodable + self.gaps + self.gap_ns > 0
     }
 
     /// One line a cause, for stderr.
@@ -138,6 +147,16 @@ impl Loss {
             lines.push(format!(
                 "{} calls are missing, their return was not seen: the kernel has places for the returns of few threads at once",
                 self.unreturned
+            ));
+        }
+        if self.gaps + self.gap_ns > 0 {
+            let times = match self.gaps {
+                1 => "once".to_owned(),
+                n => format!("{n} times"),
+            };
+            lines.push(format!(
+                "looked at nothing for {:.1} s ({times}): netprobe was stopped or behind, and its programs stood still",
+                self.gap_ns as f64 / 1e9
             ));
         }
         if self.map_full > 0 {
@@ -206,10 +225,12 @@ mod tests {
         loss.late = 1;
         loss.missed = 4;
         loss.undecodable = 1;
+        (loss.gaps, loss.gap_ns) = (1, 2_300_000_000);
         assert!(loss.any());
         let text = loss.lines().join("\n");
         assert!(text.contains("lost 2 of 15 events"), "{text}");
         assert!(text.contains("cpu 3: 2"), "{text}");
-        assert_eq!(loss.lines().len(), 5);
+        assert!(text.contains("nothing for 2.3 s (once)"), "{text}");
+        assert_eq!(loss.lines().len(), 6);
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod config;
+pub mod heartbeat;
 pub mod http;
 pub mod log;
 pub mod loss;

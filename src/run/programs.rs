@@ -8,6 +8,7 @@ use crate::engine::batch::BufferOptions;
 use crate::engine::drain::{Drain, EventMap};
 
 use super::config::Config;
+use super::heartbeat::Heartbeat;
 use super::loss::Loss;
 use super::pins::Pins;
 
@@ -29,6 +30,7 @@ pub struct Engine<'a, M> {
     /// the map that events come through
     pub source: EventMap<'a>,
     pub buffer: BufferOptions,
+    pub heartbeat: Heartbeat,
 }
 
 /// The engine of a loaded skeleton, its maps pinned: `engine!(skel, "icmp", filter, transport, buffer)`, in a function that gives a `Result`.
@@ -46,6 +48,7 @@ macro_rules! engine {
             stats: &maps.stats,
             source: $transport.source(maps.events.as_fd(), maps.rings.as_fd()),
             buffer: $buffer,
+            heartbeat: $crate::run::heartbeat::heartbeat!($skel, $crate::run::heartbeat::LIMIT)?,
         }
     }};
 }
@@ -56,6 +59,7 @@ pub struct Programs<'a, M, A> {
     config: Config<'a, M>,
     stats: &'a M,
     pub attached: A,
+    pub heartbeat: Heartbeat,
     _pins: Option<Pins>,
 }
 
@@ -83,6 +87,7 @@ impl<'a, M: MapCore, A: Attached> Programs<'a, M, A> {
                     config,
                     stats: engine.stats,
                     attached,
+                    heartbeat: engine.heartbeat,
                     _pins: engine.pins,
                 };
                 Ok((drain, programs))
@@ -107,9 +112,16 @@ impl<'a, M: MapCore, A: Attached> Programs<'a, M, A> {
         Ok(loss.lost)
     }
 
+    /// Grows while the programs stand still.
+    pub fn unseen(&self) -> u64 {
+        let gaps = self.heartbeat.gaps();
+        gaps.times + gaps.ns
+    }
+
     /// Adds the programs' own counters.
     pub fn count(&self, loss: &mut Loss) -> Result<()> {
         loss.missed += self.attached.missed();
+        self.heartbeat.count(loss);
         loss.add_stats(self.stats)
     }
 }

@@ -11,6 +11,7 @@ use crate::engine::drain::Drain;
 use crate::engine::merge::{Merge, Record};
 
 use super::Flow;
+use super::heartbeat::Heartbeat;
 use super::loss::Loss;
 
 /// The longest time between two calls of [`Consumer::tick`].
@@ -31,6 +32,10 @@ pub trait Tool: Consumer {
     /// The terminal has another size.
     fn resized(&mut self) -> Result<()> {
         Ok(())
+    }
+    /// What tells the programs that user space is there. It begins with the loop, and ends before [`Tool::pause`].
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        None
     }
     /// Keeps the programs from sending more. Called once, before the last events are taken out of the buffers.
     fn pause(&mut self) -> Result<()>;
@@ -74,7 +79,14 @@ pub fn run(
         merge: Merge::new(drain.groups()),
         loss: Loss::default(),
     };
+    if let Some(heartbeat) = tool.heartbeat() {
+        heartbeat.begin();
+        drain.tell(heartbeat.pulse.clone());
+    }
     let end = state.until_end(&drain, stop, deadline, tool);
+    if let Some(heartbeat) = tool.heartbeat() {
+        heartbeat.end();
+    }
     let paused = tool.pause();
     drain.stop();
     let ended = match end {
@@ -100,7 +112,14 @@ pub fn run_periodic(
 ) -> Result<()> {
     give_back_memory();
     let mut next = Instant::now() + period;
+    if let Some(heartbeat) = tool.heartbeat() {
+        heartbeat.begin();
+    }
     let ended = loop {
+        if let Some(heartbeat) = tool.heartbeat() {
+            heartbeat.beat();
+            heartbeat.look();
+        }
         let wait = next.saturating_duration_since(Instant::now());
         select! {
             recv(stop) -> _ => break Ok(()),
@@ -124,6 +143,9 @@ pub fn run_periodic(
             Err(e) => break Err(e),
         }
     };
+    if let Some(heartbeat) = tool.heartbeat() {
+        heartbeat.end();
+    }
     let paused = tool.pause();
     finish(tool, Loss::default(), ended.and(paused))
 }
@@ -172,6 +194,9 @@ impl Loop {
                 },
                 default(wait) => Ok(()),
             };
+            if let Some(heartbeat) = consumer.heartbeat() {
+                heartbeat.look();
+            }
             let step = step.and_then(|()| match consumer.tick()? {
                 Flow::Continue => Ok(()),
                 Flow::Stop => Err(End::Stop),

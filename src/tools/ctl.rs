@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::bpf::skb::types::np_config;
+use crate::bpf::skb::types::{np_config, np_field};
 use crate::bpf::{bytes_of, read};
 use crate::event::tuple::proto_name;
 use crate::kernel::netns::Netns;
@@ -57,6 +57,10 @@ pub fn run(args: &Args) -> Result<()> {
             let (map, mut config) = open(&session)?;
             for change in changes {
                 set(&mut config, change)?;
+            }
+            if config.fields & np_field::NP_ENDED.0 == 0 {
+                // Not ours: a run that stands still is told so again by its heartbeat.
+                config.fields &= !np_field::NP_PAUSED.0;
             }
             map.update(&KEY, bytes_of(&config), MapFlags::ANY)
                 .with_context(|| format!("failed to change the filter of {}", session.name))?;

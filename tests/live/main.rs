@@ -22,6 +22,7 @@ mod files;
 mod filter;
 mod filter_scenarios;
 mod harness;
+mod heartbeat;
 mod icmp;
 mod icmp_culprit;
 mod icmp_identity;
@@ -78,6 +79,7 @@ fn main() {
     common::mount_bpffs();
     let mut cases = Vec::new();
     cases.extend(harness::cases());
+    cases.extend(heartbeat::cases());
     cases.extend(caps::cases());
     cases.extend(icmp::cases());
     cases.extend(icmp_culprit::cases());

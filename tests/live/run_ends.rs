@@ -267,10 +267,10 @@ fn stalled_reader() -> Result<()> {
 const CPU_1: &str = "/sys/devices/system/cpu/cpu1/online";
 
 /// Takes a CPU away, and gives it back at the latest when dropped.
-struct Offline;
+pub struct Offline;
 
 impl Offline {
-    fn take() -> Result<Self> {
+    pub fn take() -> Result<Self> {
         ensure!(Path::new(CPU_1).exists(), "CPU 1 cannot go offline here");
         std::fs::write(CPU_1, "0").context("failed to take CPU 1 offline")?;
         Ok(Self)

@@ -17,10 +17,16 @@ static __always_inline const struct np_config *np_config_get(void)
 	return &np_config_value;
 }
 
-/* The run is at its end: what is sent now nobody reads. */
+/* Nothing begins now: nobody reads, or the run is at its end. */
 static __always_inline bool np_paused(void)
 {
 	return np_config_get()->fields & NP_PAUSED;
+}
+
+/* The run is at its end: what is sent now nobody reads. */
+static __always_inline bool np_ended(void)
+{
+	return np_config_get()->fields & NP_ENDED;
 }
 
 #endif

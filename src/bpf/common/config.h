@@ -21,7 +21,9 @@ enum np_field {
 	NP_FIELD_DADDR = 1U << 5,
 	NP_FIELD_SPORT = 1U << 6,
 	NP_FIELD_DPORT = 1U << 7,
-	/* Nothing matches: the session has ended and is detaching. */
+	/* With NP_PAUSED: the run has ended and is detaching, what has begun is of no interest either. */
+	NP_ENDED = 1U << 30,
+	/* Nothing matches: nobody reads (heartbeat.h), or the run has ended. */
 	NP_PAUSED = 1U << 31,
 };
 

@@ -19,6 +19,7 @@
 #include "common/cast.bpf.h"
 #include "common/compat.bpf.h"
 #include "common/config.bpf.h"
+#include "common/heartbeat.bpf.h"
 #include "common/fields.bpf.h"
 #include "common/stats.bpf.h"
 #include "common/output_ring.bpf.h"
@@ -207,7 +208,7 @@ static __noinline int answered(struct bpf_raw_tracepoint_args *ctx)
 	if (read_sent(skb, &e.key) != ECHO_REPLY)
 		return 0;
 	e.request = answer_found(skb_ptr, &e.key);
-	if (!e.request || np_paused())
+	if (!e.request || np_ended())
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_REPLY);
 	read_dev(&e, NP_CAST(net_device, ctx->args[1]));

@@ -231,7 +231,7 @@ static __always_inline __u64 sent_on(struct bpf_raw_tracepoint_args *ctx,
 	__u64 request = follow(skb_ptr, &e->key, false, false);
 	struct asked *asked;
 
-	if (np_paused())
+	if (np_ended())
 		return 0;
 	if (!request) {
 		request = asked_on_wire(&e->key);
@@ -355,7 +355,7 @@ static __noinline int sent_return(void *ctx, const struct seen *s)
 	__u64 request = s->request;
 	struct asked *asked = bpf_map_lookup_elem(&asking, &request);
 
-	if (!asked || asked->returned || np_paused())
+	if (!asked || asked->returned || np_ended())
 		return 0;
 	if (asked->netns != s->key.netns && asked_on_wire(&s->key) != request)
 		return 0;
@@ -451,7 +451,7 @@ static __noinline int delivered_echo(void *ctx, __u64 sock, void *skb_ptr)
 		s.delivered = 1;
 	}
 	bpf_map_update_elem(&seen, &at, &s, BPF_ANY);
-	if (!asked || asked->delivered || np_paused())
+	if (!asked || asked->delivered || np_ended())
 		return 0;
 	asked->delivered = 1;
 	if (!asked->returned) {
@@ -485,7 +485,7 @@ static __noinline int read_by_socket(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	e.request = s->request;
 	asked = bpf_map_lookup_elem(&asking, &e.request);
-	if (!asked || np_paused())
+	if (!asked || np_ended())
 		return 0;
 	np_head_fill(&e.head, ICMP_KIND_READ);
 	np_output(ctx, &e.head, sizeof(e));
@@ -555,7 +555,7 @@ static __noinline int dropped_echo(struct bpf_raw_tracepoint_args *ctx)
 	e.reply = echo == ECHO_REPLY;
 	e.request = dropped_of(skb_ptr, &e.key, e.reply, &e.drop);
 	asked = bpf_map_lookup_elem(&asking, &e.request);
-	if (!asked || np_paused())
+	if (!asked || np_ended())
 		return 0;
 	__sync_fetch_and_add(&asked->drops[e.reply & 1], 1);
 	if (asked->copies[e.reply & 1] > asked->drops[e.reply & 1])

@@ -17,6 +17,7 @@
 #include "common/compat.bpf.h"
 #include "common/event.h"
 #include "common/config.bpf.h"
+#include "common/heartbeat.bpf.h"
 #include "common/stats.bpf.h"
 #include "common/packet.h"
 #include "common/output_ring.bpf.h"

@@ -48,8 +48,6 @@ static __always_inline bool lat_talk_matches(struct lat_packet *p,
 	const struct np_config *cfg = np_config_get();
 
 	p->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
-	if (cfg->fields & NP_PAUSED)
-		return false;
 	if ((cfg->fields & NP_FIELD_NETNS) && p->netns != cfg->netns)
 		return false;
 	return !(cfg->fields & NP_FIELDS_PACKET) || match_tuple(cfg, &p->tuple);
@@ -104,7 +102,7 @@ static __always_inline struct lat_talk *lat_talk_of(__u64 sk)
 {
 	struct lat_talk *t = bpf_map_lookup_elem(&talks, &sk);
 
-	if (!t)
+	if (!t && !np_paused())
 		t = lat_talk_new(sk);
 	return t && (t->p.flags & LAT_FLAG_MATCHES) ? t : NULL;
 }
@@ -132,6 +130,10 @@ __hidden __noinline int lat_answered(void *ctx, struct lat_talk *t,
 	if (!t)
 		return 0;
 	p = &t->p;
+	if (np_paused()) {
+		t->overlap = 0;
+		return 0;
+	}
 	if (t->overlap) {
 		t->overlap = 0;
 		lat_claim(p);

@@ -15,6 +15,7 @@
 #include <bpf/bpf_tracing.h>
 
 #include "skb/skb_event.bpf.h"
+#include "common/heartbeat.bpf.h"
 #include "common/translated.bpf.h"
 #include "skb/skb_helpers.bpf.h"
 #include "skb/skb_changes.bpf.h"
@@ -119,13 +120,19 @@ int skb_sk_2(struct pt_regs *ctx)
 	return 0;
 }
 
+/*
+ * What frees an skb says so while nothing matches, too: its address may be
+ * another's when the run goes on.
+ */
+
 /* kfree_skb_reason(skb, reason) and its like (from 5.17). */
 SEC("kprobe/skb_drop_1")
 int skb_drop_1(struct pt_regs *ctx)
 {
-	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_DROP,
-		   (__u32)PT_REGS_PARM2(ctx), true) &&
-	    track)
+	bool ours = handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_DROP,
+			   (__u32)PT_REGS_PARM2(ctx), true);
+
+	if (track && (ours || np_paused()))
 		track_dying(TRACK_SKB(1));
 	return 0;
 }
@@ -134,9 +141,10 @@ int skb_drop_1(struct pt_regs *ctx)
 SEC("kprobe/skb_drop_2")
 int skb_drop_2(struct pt_regs *ctx)
 {
-	if (handle(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx), SKB_KIND_DROP,
-		   (__u32)PT_REGS_PARM3(ctx), true) &&
-	    track)
+	bool ours = handle(ctx, PT_REGS_PARM2(ctx), PT_REGS_PARM1(ctx),
+			   SKB_KIND_DROP, (__u32)PT_REGS_PARM3(ctx), true);
+
+	if (track && (ours || np_paused()))
 		track_dying(TRACK_SKB(2));
 	return 0;
 }
@@ -145,7 +153,8 @@ int skb_drop_2(struct pt_regs *ctx)
 SEC("kprobe/skb_free_1")
 int skb_free_1(struct pt_regs *ctx)
 {
-	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_HIT, 0, true) || lives)
+	if (handle(ctx, PT_REGS_PARM1(ctx), 0, SKB_KIND_HIT, 0, true) ||
+	    lives || np_paused())
 		track_dying(TRACK_SKB(1));
 	return 0;
 }
@@ -156,7 +165,7 @@ int skb_gone_1(struct pt_regs *ctx)
 {
 	__u64 key = PT_REGS_PARM1(ctx);
 
-	if (handle(ctx, key, 0, SKB_KIND_HIT, 0, false) || lives)
+	if (handle(ctx, key, 0, SKB_KIND_HIT, 0, false) || lives || np_paused())
 		bpf_map_delete_elem(&tracked, &key);
 	return 0;
 }

@@ -110,8 +110,8 @@ static __always_inline void leave_tc(void *ctx, struct sk_buff *ptr,
 			  .reason = verdict};
 	struct np_tuple tuple = {};
 
-	if ((cfg->fields & NP_PAUSED) ||
-	    !running_end(ctx, (__u64)ptr, hit.func, &hit.packet))
+	if (!running_end(ctx, (__u64)ptr, hit.func, &hit.packet) ||
+	    (cfg->fields & NP_PAUSED))
 		return;
 	if (wants_tuple(cfg))
 		np_read_tuple(skb, &tuple);
@@ -344,8 +344,8 @@ static __always_inline void leave_xdp(void *ctx, struct xdp_buff *xdp,
 	struct np_tuple tuple = {};
 	struct xdp_packet p;
 
-	if ((cfg->fields & NP_PAUSED) ||
-	    !running_end(ctx, (__u64)xdp, hit.func, &hit.packet))
+	if (!running_end(ctx, (__u64)xdp, hit.func, &hit.packet) ||
+	    (cfg->fields & NP_PAUSED))
 		return;
 	xdp_read(xdp, &p);
 	if (wants_tuple(cfg) && p.l3)

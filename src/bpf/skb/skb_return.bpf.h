@@ -71,10 +71,11 @@ int skb_return(struct pt_regs *ctx)
 	struct skb_entered *e = bpf_map_lookup_elem(&entered, &key);
 	const struct np_config *cfg = np_config_get();
 
-	if (!e || (cfg->fields & NP_PAUSED))
+	if (!e)
 		return 0;
-	write_short(ctx, SKB_KIND_RETURN, key.func, e->skb, e->packet,
-		    (__u32)PT_REGS_RC(ctx));
+	if (!(cfg->fields & NP_PAUSED))
+		write_short(ctx, SKB_KIND_RETURN, key.func, e->skb, e->packet,
+			    (__u32)PT_REGS_RC(ctx));
 	bpf_map_delete_elem(&entered, &key);
 	return 0;
 }

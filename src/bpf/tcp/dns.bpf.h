@@ -173,7 +173,7 @@ static __always_inline int dns_received(void *ctx, struct sock *sk,
 	struct dns_scratch *to;
 	__u64 size;
 
-	if (got <= 0 || (flags & (DNS_MSG_PEEK | DNS_MSG_TRUNC)) ||
+	if (got <= 0 || np_held() || (flags & (DNS_MSG_PEEK | DNS_MSG_TRUNC)) ||
 	    !dns_from_server(sk, msg))
 		return 0;
 	to = bpf_map_lookup_elem(&dns_scratch, &room);

@@ -18,6 +18,7 @@
 #include "common/cast.bpf.h"
 #include "common/compat.bpf.h"
 #include "common/stats.bpf.h"
+#include "common/heartbeat.bpf.h"
 #include "common/output_ring.bpf.h"
 #include "common/packet.bpf.h"
 #include "tcp/tcp_l3.bpf.h"
@@ -90,6 +91,10 @@ static __always_inline void end(void *ctx, struct tcp_sock *tp, __u64 key,
 	struct conn_event *e, row;
 	__u64 flags;
 
+	if (np_held()) {
+		bpf_map_delete_elem(&lives, &key);
+		return;
+	}
 	if (np_ring_wakeup) {
 		e = np_ring_reserve(sizeof(*e), &flags);
 		if (e) {

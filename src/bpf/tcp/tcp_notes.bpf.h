@@ -107,7 +107,8 @@ static __always_inline void note_again(void *ctx, struct conn_note *n)
 	take_drop(n, n->seq, CONN_LOST_ORIGINAL);
 	/* A later one: what it acknowledges was only freed as a drop is, by TIME_WAIT, or had been sent again. */
 	take_drop(n, n->end_seq, CONN_LOST_ACK);
-	np_output(ctx, &n->head, sizeof(*n));
+	if (!np_held())
+		np_output(ctx, &n->head, sizeof(*n));
 }
 
 SEC("raw_tp/tcp_retransmit_skb")
@@ -161,6 +162,8 @@ int BPF_KPROBE(note_undone, struct sock *sk)
 {
 	struct conn_note n = {};
 
+	if (np_held())
+		return 0;
 	note_begin(&n, sk, CONN_WHAT_UNDONE);
 	np_output(ctx, &n.head, sizeof(n));
 	return 0;
@@ -181,6 +184,8 @@ int note_acked(__u64 *ctx)
 	if (!more)
 		return 0;
 	*known += more;
+	if (np_held())
+		return 0;
 	note_begin(&n, (struct sock *)tp, CONN_WHAT_DUPLICATES);
 	n.seq = more;
 	np_output(ctx, &n.head, sizeof(n));
@@ -258,7 +263,7 @@ static __always_inline void note_reset(void *ctx, struct sock *sk,
 	struct conn_note n = {};
 	long stack;
 
-	if (!reset_begin(&n, sk, skb, what))
+	if (np_held() || !reset_begin(&n, sk, skb, what))
 		return;
 	n.reason = reason;
 	stack = bpf_get_stackid(ctx, &stacks, 0);
@@ -290,7 +295,7 @@ static __always_inline void note_state(void *ctx, struct sock *sk, int from,
 	struct conn_note n = {};
 
 	/* Listeners are no connections. */
-	if (from == TCP_LISTEN || to == TCP_LISTEN)
+	if (from == TCP_LISTEN || to == TCP_LISTEN || np_held())
 		return;
 	note_begin(&n, sk, CONN_WHAT_STATE);
 	n.from = from;
@@ -303,6 +308,8 @@ static __always_inline void note_window(void *ctx, struct sock *sk, __u8 what,
 {
 	struct conn_note n = {};
 
+	if (np_held())
+		return;
 	note_begin(&n, sk, what);
 	n.seq = seq;
 	if (since)
@@ -374,6 +381,8 @@ int note_read(struct bpf_raw_tracepoint_args *ctx)
 		known->read = 1;
 	else
 		bpf_map_update_elem(&windows, &key, &new, BPF_ANY);
+	if (np_held())
+		return 0;
 	note_begin(&n, sk, CONN_WHAT_HERE_READ);
 	n.seq = BPF_CORE_READ((struct tcp_sock *)sk, rcv_nxt);
 	n.waited = bpf_jiffies64();

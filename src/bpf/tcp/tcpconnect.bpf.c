@@ -17,6 +17,7 @@
 #include "common/no_cast.bpf.h"
 #include "common/compat.bpf.h"
 #include "common/stats.bpf.h"
+#include "common/heartbeat.bpf.h"
 #include "common/output_ring.bpf.h"
 #include "common/packet.bpf.h"
 #include "tcp/dns.bpf.h"
@@ -45,7 +46,7 @@ static __always_inline int leave(void *ctx, int ret, __u8 version)
 		leave_outcome(ctx, buf, &in, ret);
 		return 0;
 	}
-	if (ret)
+	if (ret || np_held())
 		return 0;
 	fill(&buf->event, &in, false);
 	if (!match_socket(&buf->event))
@@ -67,7 +68,7 @@ static __always_inline int connected(void *ctx, struct sock *sk, int ret,
 	struct inside in = {.sock = (__u64)sk, .version = version};
 	struct tcp_event e;
 
-	if (ret || !match_process())
+	if (ret || np_held() || !match_process())
 		return 0;
 	if (version == 4)
 		in.mapped = BPF_CORE_READ(sk, __sk_common.skc_family) ==

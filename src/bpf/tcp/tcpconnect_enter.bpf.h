@@ -131,7 +131,7 @@ static __always_inline int enter(struct sock *sk, const void *uaddr,
 		if (count)
 			count->hits++;
 	}
-	if (!match_process()) {
+	if (np_held() || !match_process()) {
 		if (outer)
 			bpf_map_delete_elem(&inside, &id);
 		return 0;

@@ -76,7 +76,7 @@ static __always_inline void decide(void *ctx, struct tcp_outcome *o,
 		if (BPF_CORE_READ_BITFIELD_PROBED(tp, syn_data))
 			e->flags |= TCP_FLAG_SYN_DATA | TCP_FLAG_FASTOPEN;
 	}
-	if (now - since >= filter.min_ns)
+	if (now - since >= filter.min_ns && !np_held())
 		np_output(ctx, &e->head, sizeof(*o));
 }
 

@@ -25,6 +25,7 @@ use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::run::Flow;
 use crate::run::config::Config;
+use crate::run::heartbeat::{Heartbeat, heartbeat};
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
 use crate::run::pins::Pins;
@@ -43,6 +44,9 @@ use nft::RuleNames;
 use present::{Presenter, Table};
 use rows::Names;
 use verdicts::Verdicts;
+
+/// How long user space may be silent. Nothing waits for it in a buffer, and a table of a large machine takes a while.
+const SILENT: Duration = Duration::from_secs(3);
 
 /// The longest time between a counter of the kernel and the free of its packet.
 const IN_FLIGHT: Duration = Duration::from_millis(2);
@@ -116,6 +120,8 @@ pub fn run(args: &Args) -> Result<()> {
         total: Total::default(),
         programs: &programs,
         config,
+        heartbeat: heartbeat!(programs.skel, SILENT)?,
+        gap_ns: 0,
         out,
         _pins: pins,
     };
@@ -152,6 +158,9 @@ struct Drops<'a, M> {
     total: Total,
     programs: &'a Programs<'a>,
     config: Config<'a, M>,
+    heartbeat: Heartbeat,
+    /// of it, told
+    gap_ns: u64,
     out: Output,
     _pins: Option<Pins>,
 }
@@ -194,6 +203,14 @@ impl<M: MapCore> Drops<'_, M> {
         }
         let flow = self.presenter.table(&mut self.out, &table)?;
         self.out.flush()?;
+        let gap = self.heartbeat.gaps().ns;
+        if gap > self.gap_ns {
+            eprintln!(
+                "netprobe: {:.1} s of this table were not counted: netprobe had been stopped, or was behind",
+                (gap - self.gap_ns) as f64 / 1e9
+            );
+            self.gap_ns = gap;
+        }
         Ok(flow)
     }
 }
@@ -229,6 +246,10 @@ impl<M: MapCore> Tool for Drops<'_, M> {
         self.out.flush()
     }
 
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        Some(&mut self.heartbeat)
+    }
+
     fn pause(&mut self) -> Result<()> {
         if let Some(command) = &mut self.command {
             command.stop();
@@ -250,6 +271,7 @@ impl<M: MapCore> Tool for Drops<'_, M> {
     fn count(&mut self, loss: &mut Loss) -> Result<()> {
         loss.map_full += self.programs.overflow()?.packets;
         loss.missed += self.programs.missed();
+        self.heartbeat.count(loss);
         loss.add_stats(&self.programs.skel.maps.stats)
     }
 

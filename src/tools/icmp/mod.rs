@@ -22,6 +22,7 @@ use crate::engine::merge::Record;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::run::Flow;
+use crate::run::heartbeat::Heartbeat;
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
 use crate::run::programs::{Programs, engine};
@@ -89,6 +90,10 @@ impl<M: MapCore> Consumer for Icmp<'_, M> {
 }
 
 impl<M: MapCore> Tool for Icmp<'_, M> {
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        Some(&mut self.programs.heartbeat)
+    }
+
     fn pause(&mut self) -> Result<()> {
         self.programs.pause()
     }

@@ -18,7 +18,7 @@ use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::features::Features;
 use crate::kernel::trampoline::{self, Targets};
 use crate::os::{self, online_cpus};
-use crate::run::{object, programs};
+use crate::run::{heartbeat, object, programs};
 use crate::usage::usage;
 
 use super::args::{Args, Mode};
@@ -312,7 +312,7 @@ pub fn load<'a>(
             };
             program.name() == *name && function
         });
-        program.set_autoload(wanted);
+        program.set_autoload(wanted || program.name() == heartbeat::PROGRAM);
     }
     targets.prepare(open.open_object_mut(), |object| {
         filters.put_into(object, features)

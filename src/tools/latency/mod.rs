@@ -22,6 +22,7 @@ use crate::bpf::latency::LatencySkel;
 use crate::engine::merge::Record;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::trampoline::Ahead;
+use crate::run::heartbeat::Heartbeat;
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
 use crate::run::programs::{Programs, engine};
@@ -173,6 +174,10 @@ impl<M: MapCore> Consumer for Latency<'_, '_, M> {
 }
 
 impl<M: MapCore> Tool for Latency<'_, '_, M> {
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        Some(&mut self.programs.heartbeat)
+    }
+
     fn pause(&mut self) -> Result<()> {
         self.programs.pause()
     }

@@ -6,6 +6,7 @@ use anyhow::Result;
 use libbpf_rs::MapCore;
 
 use crate::engine::merge::Record;
+use crate::run::heartbeat::Heartbeat;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::session::{Consumer, Tool};
@@ -73,6 +74,10 @@ impl<M: MapCore> Consumer for Skb<'_, '_, M> {
 }
 
 impl<M: MapCore> Tool for Skb<'_, '_, M> {
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        Some(&mut self.programs.heartbeat)
+    }
+
     fn pause(&mut self) -> Result<()> {
         if let Some(command) = &mut self.command {
             command.stop();

@@ -15,6 +15,7 @@ use crate::kernel::btf::{self, Btf};
 use crate::kernel::btf_functions::Function;
 use crate::kernel::features::Features;
 use crate::kernel::functions::{self, TraceableSet};
+use crate::run::heartbeat;
 use crate::run::progress::Progress;
 use crate::tools::who::{self, WhoWants};
 use crate::usage::usage;
@@ -423,11 +424,11 @@ impl Plan {
                 || self.hooks.contains_key(name.as_str())
                 || self.returns.contains_key(name.as_str())
                 || self.loaded.contains(&name.as_str())
-                || self.tracepoints().any(|(prog, _)| prog == name);
+                || self.tracepoints().any(|(prog, _)| prog == name)
+                || name == heartbeat::PROGRAM;
             p.set_autoload(used);
-            if self.backend == Backend::KprobeMulti
-                && !p.section().to_string_lossy().starts_with("raw_tp")
-            {
+            let is_probe = p.section().to_string_lossy().starts_with("kprobe");
+            if self.backend == Backend::KprobeMulti && is_probe {
                 p.set_attach_type(ProgramAttachType::KprobeMulti);
             }
         }

@@ -21,6 +21,7 @@ use crate::bpf::tcp::TcpSkel;
 use crate::engine::merge::Record;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::trampoline::Ahead;
+use crate::run::heartbeat::{Heartbeat, LIMIT, heartbeat};
 use crate::run::loss::Loss;
 use crate::run::output::{self, Output};
 use crate::run::session::{self, Consumer, Tool};
@@ -71,6 +72,7 @@ pub fn run(args: &Args) -> Result<()> {
         filter,
         skel: &skel,
         attached,
+        heartbeat: heartbeat!(skel, LIMIT)?,
         presenter,
         out: &mut out,
         ended: 0,
@@ -85,6 +87,7 @@ struct Rows<'a, 'o> {
     filter: Filter,
     skel: &'a TcpSkel<'o>,
     attached: Attached,
+    heartbeat: Heartbeat,
     presenter: Presenter,
     out: &'a mut Output,
     ended: u64,
@@ -125,6 +128,10 @@ impl Consumer for Rows<'_, '_> {
 }
 
 impl Tool for Rows<'_, '_> {
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        Some(&mut self.heartbeat)
+    }
+
     fn pause(&mut self) -> Result<()> {
         self.attached.detach();
         Ok(())
@@ -133,6 +140,7 @@ impl Tool for Rows<'_, '_> {
     fn count(&mut self, loss: &mut Loss) -> Result<()> {
         loss.undecodable += self.undecodable;
         loss.missed += self.attached.missed();
+        self.heartbeat.count(loss);
         loss.add_stats(&self.skel.maps.stats)
     }
 

@@ -8,6 +8,7 @@ use libbpf_rs::{MapCore, MapFlags};
 use crate::bpf::tcpconnect::TcpconnectSkel;
 use crate::engine::merge::Record;
 use crate::run::Flow;
+use crate::run::heartbeat::{Heartbeat, LIMIT, heartbeat};
 use crate::run::loss::{CpuStats, Loss};
 use crate::run::output::Output;
 use crate::run::programs::Attached as _;
@@ -44,6 +45,7 @@ pub struct Lines<'a, 'o> {
     args: &'a Args,
     skel: &'a TcpconnectSkel<'o>,
     attached: Attached,
+    heartbeat: Heartbeat,
     presenter: &'a mut Presenter,
     out: &'a mut Output,
     names: Names,
@@ -59,19 +61,20 @@ impl<'a, 'o> Lines<'a, 'o> {
         attached: Attached,
         presenter: &'a mut Presenter,
         out: &'a mut Output,
-    ) -> Self {
+    ) -> Result<Self> {
         let interval = args.interval.map(Duration::from_secs);
-        Self {
+        Ok(Self {
             args,
             skel,
             attached,
+            heartbeat: heartbeat!(skel, LIMIT)?,
             presenter,
             out,
             names: Names::default(),
             stacks: StackTable::default(),
             next_table: interval.map(|interval| Instant::now() + interval),
             undecodable: 0,
-        }
+        })
     }
 }
 
@@ -123,6 +126,10 @@ impl Consumer for Lines<'_, '_> {
 }
 
 impl Tool for Lines<'_, '_> {
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        Some(&mut self.heartbeat)
+    }
+
     fn pause(&mut self) -> Result<()> {
         self.attached.detach();
         Ok(())
@@ -132,6 +139,7 @@ impl Tool for Lines<'_, '_> {
         let maps = &self.skel.maps;
         loss.undecodable += self.undecodable;
         loss.missed += self.attached.missed();
+        self.heartbeat.count(loss);
         // A thread that entered connect and was not seen to return.
         loss.unreturned += maps.inside.keys().count() as u64 + overwritten(self.skel)?;
         loss.add_stats(&maps.stats)

@@ -57,6 +57,6 @@ pub fn run(args: &Args) -> Result<()> {
     }
     output::ready(args.output.ready_file.as_deref())?;
 
-    let mut consumer = Lines::new(args, &skel, attached, &mut presenter, &mut out);
+    let mut consumer = Lines::new(args, &skel, attached, &mut presenter, &mut out)?;
     session::run(drain, &stop, None, &mut consumer)
 }

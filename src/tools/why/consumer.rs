@@ -10,6 +10,7 @@ use crate::engine::merge::Record;
 use crate::explain::Rules;
 use crate::os::monotonic_ns;
 use crate::run::Flow;
+use crate::run::heartbeat::Heartbeat;
 use crate::run::loss::Loss;
 use crate::run::output::Output;
 use crate::run::programs::Programs;
@@ -130,7 +131,10 @@ impl<M: MapCore> Why<'_, M> {
     }
 
     fn look_for_loss(&mut self) -> Result<()> {
-        self.gaps.look(monotonic_ns()?, self.programs.lost()?);
+        self.gaps.look(
+            monotonic_ns()?,
+            self.programs.lost()? + self.programs.unseen(),
+        );
         Ok(())
     }
 
@@ -187,6 +191,10 @@ impl<M: MapCore> Consumer for Why<'_, M> {
 }
 
 impl<M: MapCore> Tool for Why<'_, M> {
+    fn heartbeat(&mut self) -> Option<&mut Heartbeat> {
+        Some(&mut self.programs.heartbeat)
+    }
+
     fn pause(&mut self) -> Result<()> {
         if let Some(command) = &mut self.command {
             command.stop();
