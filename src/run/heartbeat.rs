@@ -96,7 +96,7 @@ impl Heartbeat {
         }
     }
 
-    /// The program runs no more, and pauses nothing.
+    /// The program runs no more, and pauses nothing; once more changes nothing.
     pub fn end(&mut self) {
         self.clock = None;
         self.ended = Some(self.gaps());

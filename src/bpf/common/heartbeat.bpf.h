@@ -33,7 +33,7 @@ static __always_inline void np_hold(bool held)
 	const __u32 at = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 3 : 0;
 	__u8 want = held ? NP_PAUSED >> 24 : 0;
 
-	if (bytes[at] != want)
+	if (bytes[at] != want && !np_ended())
 		bytes[at] = want;
 }
 #else
