@@ -11,16 +11,32 @@ use crate::run_ends::Offline;
 pub fn cases() -> Vec<Case> {
     vec![
         case("heartbeat_skb", || stops(&SKB)).trace(),
-        case("heartbeat_skb_tracked", || stops(&TRACKED)).trace(),
-        case("heartbeat_ringbuf", || stops(&RINGBUF)).trace(),
-        case("heartbeat_why", || stops(&WHY)).trace(),
-        case("heartbeat_icmp", || stops(&ICMP)).trace(),
-        case("heartbeat_latency", || stops(&LATENCY)).trace(),
-        case("heartbeat_tcp", || stops(&TCP)).trace(),
-        case("heartbeat_tcpconnect", || stops(&TCPCONNECT)).trace(),
-        case("heartbeat_drops", drops).trace(),
-        case("heartbeat_record", record).trace(),
-        case("heartbeat_clock_goes", clock_goes).trace(),
+        case("heartbeat_skb_tracked", || stops(&TRACKED))
+            .once_on("6.1")
+            .trace(),
+        case("heartbeat_ringbuf", || stops(&RINGBUF))
+            .once_on("newest")
+            .trace(),
+        case("heartbeat_why", || stops(&WHY))
+            .once_on("6.12")
+            .trace(),
+        case("heartbeat_icmp", || stops(&ICMP))
+            .once_on("6.1")
+            .trace(),
+        case("heartbeat_latency", || stops(&LATENCY))
+            .once_on("newest")
+            .trace(),
+        case("heartbeat_tcp", || stops(&TCP))
+            .once_on("6.12")
+            .trace(),
+        case("heartbeat_tcpconnect", || stops(&TCPCONNECT))
+            .once_on("6.1")
+            .trace(),
+        case("heartbeat_drops", drops).once_on("5.10").trace(),
+        case("heartbeat_record", record).once_on("5.10").trace(),
+        case("heartbeat_clock_goes", clock_goes)
+            .once_on("newest")
+            .trace(),
     ]
 }
 
