@@ -135,6 +135,22 @@ fn map_of(run: &Running, name: &str) -> Result<MapHandle> {
     anyhow::bail!("no map {name} in {folder}")
 }
 
+/// When the program of the heartbeat ran last; 0: never.
+fn looked(heartbeat: &MapHandle) -> Result<u64> {
+    let value = heartbeat.lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?;
+    let value = value.context("no heartbeat")?;
+    // struct np_heartbeat: drained, limit, looked
+    Ok(u64::from_ne_bytes(value[16..24].try_into()?))
+}
+
+/// netprobe is ready a moment before its heartbeat begins.
+fn wait_clock(run: &Running) -> Result<MapHandle> {
+    let heartbeat = map_of(run, ".data.heartbeat")?;
+    wait_for("the clock", || Ok((looked(&heartbeat)? > 0).then_some(())))
+        .with_context(|| run.stderr())?;
+    Ok(heartbeat)
+}
+
 /// Events that the programs have handed to the buffers, lost ones included: the first number of struct np_stats.
 fn sent(stats: &MapHandle) -> Result<u64> {
     let per_cpu = stats.lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)?;
@@ -186,6 +202,7 @@ fn stops(tool: &Tool) -> Result<()> {
         traffic()?;
         Ok((sent(&stats)? > 0).then_some(()))
     })?;
+    wait_clock(&run)?;
     stop_and_wait(&run, &stats, traffic)?;
     go_on(&run, &stats, traffic)?;
     // Once more.
@@ -226,6 +243,7 @@ fn drops() -> Result<()> {
         send(4000)?;
         Ok(run.stdout().contains("\"dport\":4000").then_some(()))
     })?;
+    wait_clock(&run)?;
     run.signal(Signal::SIGSTOP)?;
     let fields = || -> Result<u32> {
         let path = format!("/sys/fs/bpf/netprobe/drops-{}/config", run.pid());
@@ -270,6 +288,7 @@ fn record() -> Result<()> {
     let stats = map_of(&run, "stats")?;
     let traffic = || datagram(&net);
     traffic()?;
+    wait_clock(&run)?;
     stop_and_wait(&run, &stats, traffic)?;
     go_on(&run, &stats, traffic)?;
     run.stop()?.expect_success()?;
@@ -288,17 +307,12 @@ fn clock_goes() -> Result<()> {
         .netns(&net.client)
         .start()?;
     let stats = map_of(&run, "stats")?;
-    let heartbeat = map_of(&run, ".data.heartbeat")?;
-    let looked = || -> Result<u64> {
-        let value = heartbeat.lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?;
-        let value = value.context("no heartbeat")?;
-        // struct np_heartbeat: drained, limit, looked
-        Ok(u64::from_ne_bytes(value[16..24].try_into()?))
-    };
-    wait_for("the clock", || Ok((looked()? > 0).then_some(())))?;
+    let heartbeat = wait_clock(&run)?;
     let offline = Offline::take()?;
-    let last = looked()?;
-    wait_for("another clock", || Ok((looked()? > last).then_some(())))?;
+    let last = looked(&heartbeat)?;
+    wait_for("another clock", || {
+        Ok((looked(&heartbeat)? > last).then_some(()))
+    })?;
     let traffic = || datagram(&net);
     stop_and_wait(&run, &stats, traffic)?;
     go_on(&run, &stats, traffic)?;
