@@ -1,5 +1,5 @@
-//! What tells the programs that somebody reads: one word in the kernel's memory, mapped, so that saying so costs no system call
-//! (src/bpf/common/heartbeat.h).
+//! What tells the programs that somebody reads: one word in the kernel's memory, mapped, so that saying so costs no
+//! system call (src/bpf/common/heartbeat.h).
 
 use std::io;
 use std::mem::offset_of;

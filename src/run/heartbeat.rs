@@ -1,5 +1,6 @@
-//! A run's programs stand still while user space does: stopped (SIGSTOP, a debugger), hung, or without memory. What asks is a program
-//! of its own that a clock of the kernel runs (src/bpf/common/heartbeat.bpf.h); it goes with this process however that ends.
+//! A run's programs stand still while user space does: stopped (SIGSTOP, a debugger), hung, or without memory. What
+//! asks is a program of its own that a clock of the kernel runs (src/bpf/common/heartbeat.bpf.h); it goes with this
+//! process however that ends.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -42,7 +43,8 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// Of a loaded object: its program [`PROGRAM`] and its map `data_heartbeat`. The programs do not stand still before it has begun.
+    /// Of a loaded object: its program [`PROGRAM`] and its map `data_heartbeat`. The programs do not stand still before
+    /// it has begun.
     pub fn new(program: BorrowedFd<'_>, map: BorrowedFd<'_>, limit: Duration) -> Result<Self> {
         Ok(Self {
             program: program

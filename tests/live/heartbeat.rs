@@ -1,5 +1,5 @@
-//! netprobe is stopped, as by Ctrl-Z or a debugger: its programs stand still, go on when it does, and the gap is told. What the programs
-//! do is read from the kernel: how many events they have sent.
+//! netprobe is stopped, as by Ctrl-Z or a debugger: its programs stand still, go on when it does, and the gap is told.
+//! What the programs do is read from the kernel: how many events they have sent.
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
