@@ -28,7 +28,7 @@ const INT_SIGNED: u32 = 1 << 24;
 const SYSFS: &str = "/sys/kernel/btf";
 
 /// Names that are asked for at almost every start.
-const COMMON: [&str; 26] = [
+const COMMON: [&str; 27] = [
     "__kernel_sockaddr_storage",
     "__traceiter_devlink_trap_report",
     "__traceiter_qdisc_drop",
@@ -43,6 +43,7 @@ const COMMON: [&str; 26] = [
     "net",
     "net_device",
     "nft_chain",
+    "register_ftrace_direct",
     "register_ftrace_direct_cb",
     "rethook",
     "sk_buff",
@@ -70,6 +71,11 @@ pub struct Btf {
     /// first type id that is not the base's
     pub(super) first: u32,
     pub(super) module: Option<String>,
+}
+
+/// The kernel has types of its own, which it needs for programs whose arguments have types. A file tells us, not it.
+pub fn is_in_the_kernel() -> bool {
+    Path::new(SYSFS).join("vmlinux").exists()
 }
 
 impl Btf {

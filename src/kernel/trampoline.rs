@@ -15,7 +15,7 @@ use libbpf_rs::{AsRawLibbpf, OpenObject, ProgramMut};
 use libbpf_sys as sys;
 
 use super::bpf_object::owned;
-use super::btf::Btf;
+use super::btf::{self, Btf};
 
 /// BPF_ALU64 | BPF_MOV | BPF_K
 const MOVE_CONSTANT: u8 = 0xb7;
@@ -105,6 +105,12 @@ pub fn attach(program: BorrowedFd<'_>) -> Result<OwnedFd> {
     Ok(owned(link)?)
 }
 
+/// The kernel makes trampolines for its functions: they have types, and ftrace can call them directly, which arm64 has from
+/// 6.4 on (CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS).
+pub fn are_made(btf: &Btf) -> bool {
+    btf::is_in_the_kernel() && btf.has_function("register_ftrace_direct")
+}
+
 /// What the kernel's BTF calls the type of a tracepoint's arguments.
 const TRACEPOINT: &str = "btf_trace_";
 
@@ -114,15 +120,19 @@ const TRACEPOINT: &str = "btf_trace_";
 pub struct Targets(BTreeMap<String, Target<'static>>);
 
 impl Targets {
-    /// Those that vmlinux has.
+    /// Those that vmlinux has; none where the kernel makes no trampolines for its functions.
     pub fn new<'n>(btf: &Btf, names: impl Iterator<Item = &'n &'n str>) -> Self {
         let target = |name: &&str| Some(((*name).to_owned(), Target::kernel(btf, name)?));
-        Self(names.filter_map(target).collect())
+        match are_made(btf) {
+            true => Self(names.filter_map(target).collect()),
+            false => Self(BTreeMap::new()),
+        }
     }
 
-    /// And these tracepoints, as far as vmlinux has them.
+    /// And these tracepoints, as far as vmlinux has them; none where the kernel has no types of its own.
     pub fn with_tracepoints(mut self, btf: &Btf, names: &[&str]) -> Self {
-        for name in names.iter().map(|name| format!("{TRACEPOINT}{name}")) {
+        let names = names.iter().filter(|_| btf::is_in_the_kernel());
+        for name in names.map(|name| format!("{TRACEPOINT}{name}")) {
             if let Some(btf_id) = btf.typedef_id(&name) {
                 let target = Target {
                     program: None,
@@ -132,6 +142,11 @@ impl Targets {
             }
         }
         self
+    }
+
+    /// vmlinux has this tracepoint.
+    pub fn has_tracepoint(&self, name: &str) -> bool {
+        self.has(&format!("{TRACEPOINT}{name}"))
     }
 
     /// vmlinux has this one.
@@ -292,7 +307,7 @@ impl Ahead {
     /// Nothing where the kernel does not wait, or where there can be no trampolines.
     pub fn start(btf: &Btf) -> Option<Self> {
         // What came in the place of the waiting.
-        if btf.has_function("register_ftrace_direct_cb") {
+        if btf.has_function("register_ftrace_direct_cb") || !are_made(btf) {
             return None;
         }
         let target = Target::kernel(btf, "bpf_fentry_test1")?;

@@ -14,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tempfile::NamedTempFile;
 
 use super::schema::Schema;
 use super::{Netns, deadline, wait_for};
@@ -33,7 +34,8 @@ pub struct Netprobe<'a> {
     netns: Option<&'a Netns>,
     /// not root, but nobody with these capabilities
     caps: Option<u64>,
-    ready: bool,
+    /// the kernel's types, which it does not find in the kernel
+    types: Option<NamedTempFile>,
 }
 
 impl<'a> Netprobe<'a> {
@@ -44,8 +46,17 @@ impl<'a> Netprobe<'a> {
             env: Vec::new(),
             netns: None,
             caps: None,
-            ready: true,
+            types: None,
         }
+    }
+
+    /// As on a kernel that has no types of its own: they are in a file (--kernel-btf).
+    pub fn types_by_file(mut self) -> Result<Self> {
+        let file = NamedTempFile::new()?;
+        std::fs::copy("/sys/kernel/btf/vmlinux", file.path())?;
+        self = self.arg("--kernel-btf").arg(file.path());
+        self.types = Some(file);
+        Ok(self)
     }
 
     /// One more argument.
@@ -108,7 +119,15 @@ impl<'a> Netprobe<'a> {
 
     /// Starts it without `--ready-file` and does not wait.
     pub fn spawn(self) -> Result<Running> {
-        let mut command = Command::new(binary());
+        let mut command = match self.types {
+            None => Command::new(binary()),
+            Some(_) => {
+                let mut command = Command::new("unshare");
+                let hide = "mount -t tmpfs none /sys/kernel/btf && exec \"$0\" \"$@\"";
+                command.args(["-m", "sh", "-c", hide]).arg(binary());
+                command
+            }
+        };
         command
             .args(&self.args)
             .envs(self.env.iter().map(|(key, value)| (key, value)));
@@ -127,6 +146,7 @@ impl<'a> Netprobe<'a> {
             child.with_context(|| format!("failed to start {command:?}"))?,
             format!("{command:?}"),
             self.schema(),
+            self.types,
         )
     }
 
@@ -180,10 +200,16 @@ pub struct Running {
     readers: Vec<JoinHandle<()>>,
     /// the tool whose schema (docs/json) each line of stdout must fit
     schema: Option<String>,
+    _types: Option<NamedTempFile>,
 }
 
 impl Running {
-    fn new(mut child: Child, command: String, schema: Option<String>) -> Result<Self> {
+    fn new(
+        mut child: Child,
+        command: String,
+        schema: Option<String>,
+        types: Option<NamedTempFile>,
+    ) -> Result<Self> {
         remember(child.id());
         let (stdout, stderr) = (Arc::new(Text::default()), Arc::new(Text::default()));
         let readers = vec![
@@ -197,6 +223,7 @@ impl Running {
             stderr,
             readers,
             schema,
+            _types: types,
         })
     }
 

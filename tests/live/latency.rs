@@ -19,31 +19,29 @@ use crate::common::{Case, Finished, Netns, Netprobe, Pair, Running, case, wait_f
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("latency_stages", stages).trace().fentry(),
+        case("latency_stages", || stages(Netprobe::new("latency"))).trace(),
+        case("latency_stages_without_btf", || {
+            stages(Netprobe::new("latency").types_by_file()?)
+        })
+        .once_on("6.1")
+        .trace(),
         case("latency_tables_and_filters", tables)
             .once_on("5.10")
-            .trace()
-            .fentry(),
+            .trace(),
         case("latency_whose", whose)
             .once_on("5.10")
             .trace()
-            .fentry()
             .program("nc"),
-        case("latency_ways", ways).once_on("6.1").trace().fentry(),
+        case("latency_ways", ways).once_on("6.1").trace(),
         case("latency_culprits", culprits)
             .once_on("newest")
             .trace()
-            .fentry()
             .program("nc"),
-        case("latency_requests", requests)
-            .once_on("newest")
-            .trace()
-            .fentry(),
+        case("latency_requests", requests).once_on("newest").trace(),
         // An XDP program makes veth hand packets on by GRO.
         case("latency_gro", gro)
             .old_and_new()
             .trace()
-            .fentry()
             .xdp()
             .kernel(5, 18),
     ]
@@ -142,11 +140,14 @@ fn delayed_in(packet: &Value, stage: &str, since: Instant) -> Result<()> {
     Ok(())
 }
 
-fn stages() -> Result<()> {
+/// By trampolines; by kprobes, where the kernel makes none.
+fn stages(latency: Netprobe<'_>) -> Result<()> {
     let net = Pair::new()?;
     net.fix_neighbours()?;
     let device = Pair::IFACE;
-    let run = start(&["--min-us", &min_us()])?;
+    let run = latency
+        .args(["--output-json", "--min-us", &min_us()])
+        .start()?;
 
     for v6 in [false, true] {
         // Of its own, so that a packet of the other family is not taken for it.

@@ -25,17 +25,14 @@ pub fn cases() -> Vec<Case> {
         case("latency_requests_of_httpd", of_httpd)
             .once_on("5.10")
             .trace()
-            .fentry()
             .program("httpd"),
         case("latency_requests_by_port", by_port)
             .once_on("5.10")
-            .trace()
-            .fentry(),
+            .trace(),
         // A test run of a program gives the stamp of its context to the packet from 5.16 on.
         case("latency_nic_stamp", nic_stamp)
             .once_on("6.1")
             .trace()
-            .fentry()
             .kernel(5, 16),
     ]
 }

@@ -45,6 +45,7 @@ mod skb_owner;
 mod skb_programs;
 mod skb_track;
 mod tcp;
+mod tcp_beside;
 mod tcp_events;
 mod tcp_losses;
 mod tcp_network;
@@ -95,6 +96,7 @@ fn main() {
     cases.extend(record::cases());
     cases.extend(record_flight::cases());
     cases.extend(tcp::cases());
+    cases.extend(tcp_beside::cases());
     cases.extend(tcp_events::cases());
     cases.extend(tcp_losses::cases());
     cases.extend(tcp_network::cases());

@@ -15,10 +15,17 @@ use crate::common::{Case, Netns, Netprobe, Pair, Running, case, wait_for};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("tcp_endings", endings)
+        case("tcp_endings", || endings(Netprobe::new("tcp")))
             .trace()
             .program("nft")
             .program("nc"),
+        case("tcp_endings_without_btf", || {
+            endings(Netprobe::new("tcp").types_by_file()?)
+        })
+        .once_on("5.10")
+        .trace()
+        .program("nft")
+        .program("nc"),
         case("tcp_counters", counters).trace().program("nft"),
         case("tcp_burst_and_filters", burst).once_on("6.12").trace(),
         case("tcp_live", live).once_on("5.10"),
@@ -69,7 +76,7 @@ pub fn ends(run: &Running, role: &str, port: u16, end: &str) -> Result<Value> {
     Ok(row)
 }
 
-fn endings() -> Result<()> {
+fn endings(tcp: Netprobe<'_>) -> Result<()> {
     let net = Pair::new()?;
     net.client.sysctl("net/ipv4/tcp_syn_retries", "1")?;
     net.server.nft(
@@ -77,7 +84,7 @@ fn endings() -> Result<()> {
          add rule inet t in tcp dport 84 drop",
     )?;
     let (mut old, _old) = connected(&net, 79)?;
-    let run = start(&[])?;
+    let run = tcp.arg("--output-json").start()?;
 
     let before = (resent(&net.client)?, resent(&net.server)?);
     let (mut client, mut server) = connected(&net, 80)?;

@@ -57,6 +57,7 @@ fn events() -> Result<()> {
     lost_data(&net, &run)?;
     lost_ack(&net, &run)?;
     windows(&net, &run)?;
+    window_to_the_end(&net, &run)?;
     resets(&net, &run)?;
     why_slow(&slow.stop()?)?;
     let done = run.stop()?;
@@ -151,12 +152,20 @@ fn lost_ack(net: &Pair, run: &Running) -> Result<()> {
     Ok(())
 }
 
-fn windows(net: &Pair, run: &Running) -> Result<()> {
-    let (mut client, mut server) = connected(net, 93)?;
+/// A line that is there by now.
+fn event_of(run: &Running, is_it: impl Fn(&Value) -> bool) -> Option<Value> {
+    let text = run.stdout();
+    let mut all = text.lines().filter_map(|l| serde_json::from_str(l).ok());
+    all.find(is_it)
+}
+
+/// Writes until the peer's window is zero, and for 400 ms more; the event, and how much was written.
+fn shut_window(run: &Running, client: &mut TcpStream, port: u16) -> Result<(Value, usize)> {
     client.set_nonblocking(true)?;
     let mut written = 0;
+    let is_it = |e: &Value| e["happened"] == "peer-window-zero" && e["remote"]["port"] == port;
     // Until the peer has no room: the buffer here grows meanwhile.
-    wait_for("a window of zero", || {
+    let shut = wait_for("a window of zero", || {
         loop {
             match client.write(&[0; 65_536]) {
                 Ok(n) => written += n,
@@ -164,14 +173,19 @@ fn windows(net: &Pair, run: &Running) -> Result<()> {
                 Err(e) => return Err(e.into()),
             }
         }
-        Ok(run.stdout().contains("\"peer-window-zero\"").then_some(()))
+        Ok(event_of(run, is_it))
     })?;
-    let shut = event(run, 93, |e| e["happened"] == "peer-window-zero")?;
     ensure!(shut["role"] == "connect", "{shut}");
     // tcpi_rwnd_limited
     wait_for("400 ms of a closed window", || {
-        Ok((info(&client, 176)? >= 400_000).then_some(()))
+        Ok((info(client, 176)? >= 400_000).then_some(()))
     })?;
+    Ok((shut, written))
+}
+
+fn windows(net: &Pair, run: &Running) -> Result<()> {
+    let (mut client, mut server) = connected(net, 93)?;
+    let (_, written) = shut_window(run, &mut client, 93)?;
     let mut rest = written;
     let mut bytes = vec![0; 65_536];
     while rest > 0 {
@@ -201,6 +215,24 @@ fn windows(net: &Pair, run: &Running) -> Result<()> {
     ensure!(
         read["role"] == "accept" && read["waited_ns"].as_u64().is_some(),
         "{read}"
+    );
+    Ok(())
+}
+
+/// The peer goes with its window shut: what it has not read is answered by a RST, which opens no window.
+fn window_to_the_end(net: &Pair, run: &Running) -> Result<()> {
+    let (mut client, server) = connected(net, 97)?;
+    let (shut, _) = shut_window(run, &mut client, 97)?;
+    drop(server);
+    let done = ends(run, "connect", 97, "reset-by-peer")?;
+    let opened = event_of(run, |e| {
+        e["happened"] == "peer-window-open" && e["remote"]["port"] == 97
+    });
+    ensure!(opened.is_none(), "{opened:?}");
+    let ns = |row: &Value| row["ts_ns"].as_u64().unwrap_or_default();
+    ensure!(
+        done["zero_windows"] == 1 && done["zero_windows_ns"] == ns(&done) - ns(&shut),
+        "{shut} {done}"
     );
     Ok(())
 }

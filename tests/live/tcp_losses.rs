@@ -1,6 +1,5 @@
 //! `netprobe tcp --events`: each kind of what is sent again, made on purpose, and ends of connections that a peer, a
-//! firewall or an administrator makes; over IPv6, a tunnel and a bridge; the subflows of MPTCP; the same traffic beside
-//! libbpf-tools' tcplife.
+//! firewall or an administrator makes; over IPv6, a tunnel and a bridge; the subflows of MPTCP.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -32,10 +31,6 @@ pub fn cases() -> Vec<Case> {
         case("tcp_mptcp_subflows", subflows)
             .trace()
             .when(lacks_mptcp),
-        case("tcp_beside_tcplife", beside)
-            .once_on("newest")
-            .trace()
-            .program("peer-tcplife"),
     ]
 }
 
@@ -347,107 +342,4 @@ fn subflows() -> Result<()> {
         ensure!(plain["mptcp"] == false, "{plain}");
     }
     run.stop()?.expect_success()
-}
-
-/// A connection as both tools see it: both ends, and KB sent and received.
-type Seen = (SocketAddr, SocketAddr, u64, u64);
-
-/// The same traffic beside libbpf-tools' tcplife: its rows are ours, and its durations.
-fn beside() -> Result<()> {
-    let net = Pair::new()?;
-    net.fix_neighbours()?;
-    let me = std::process::id().to_string();
-    let run = start(&["--pid", &me])?;
-    // Into a pipe it would write nothing before its end.
-    let (ours, terminal) = terminal()?;
-    let mut peer = Command::new("peer-tcplife")
-        .stdout(terminal)
-        .stderr(Stdio::null())
-        .spawn()?;
-    let mut out = BufReader::new(std::fs::File::from(ours));
-    let mut line = String::new();
-    // Printed once it has attached.
-    out.read_line(&mut line)?;
-    // The first, and the last that ends.
-    let (held, accepted) = connected(&net, 82)?;
-    for to in [net.server.v4(80), net.server.v6(81)] {
-        let listener = listen_at(&net.server, to)?;
-        for kilobytes in [0, 1, 10, 70] {
-            let mut client = net.client.enter(|| TcpStream::connect(to))??;
-            let (mut server, _) = listener.accept()?;
-            let sends = std::thread::spawn(move || -> Result<()> {
-                client.write_all(&vec![1; kilobytes * 1024])?;
-                client.read_exact(&mut [0; 2048])?;
-                Ok(())
-            });
-            server.read_exact(&mut vec![0; kilobytes * 1024])?;
-            server.write_all(&[2; 2048])?;
-            sends.join().expect("the client ends")?;
-            ensure!(read_all(&mut server)? == 0);
-        }
-    }
-    finish(accepted, held)?;
-    const ROWS: usize = 18;
-    let mut theirs = BTreeSet::new();
-    let mut durations = Vec::new();
-    while theirs.len() < ROWS {
-        line.clear();
-        ensure!(out.read_line(&mut line)? > 0, "the peer ended");
-        let (seen, ms) = their_row(&line)?;
-        durations.push((seen, ms));
-        theirs.insert(seen);
-    }
-    peer.kill()?;
-    peer.wait()?;
-    run.wait_lines("all rows", |t| (t.lines().count() >= ROWS).then_some(()))?;
-    let done = run.stop()?;
-    done.expect_success()?;
-    let rows = done.json_of("connection")?;
-    let ours: Vec<(Seen, f64)> = rows.iter().map(our_row).collect::<Result<_>>()?;
-    let seen: BTreeSet<Seen> = ours.iter().map(|(seen, _)| *seen).collect();
-    ensure!(seen == theirs, "theirs: {theirs:?}\n{done}");
-    for (seen, ms) in durations {
-        let (_, ours) = ours.iter().find(|(s, _)| *s == seen).context("no row")?;
-        // Either program may be held up before it reads the clock.
-        ensure!(
-            (ours - ms).abs() < 20.0 + ms / 20.0,
-            "{ours} ms, theirs {ms}: {seen:?}"
-        );
-    }
-    Ok(())
-}
-
-fn our_row(row: &Value) -> Result<(Seen, f64)> {
-    let at = |end: &Value| -> Result<SocketAddr> {
-        let ip = end["ip"].as_str().context("no address")?.parse()?;
-        Ok(SocketAddr::new(
-            ip,
-            end["port"].as_u64().context("no port")? as u16,
-        ))
-    };
-    let kb = |key: &str| row[key].as_u64().unwrap_or(0) / 1024;
-    let seen = (
-        at(&row["local"])?,
-        at(&row["remote"])?,
-        kb("bytes_sent"),
-        kb("bytes_received"),
-    );
-    // It begins to count when the connection is established.
-    let ns = |key: &str| row[key].as_u64().with_context(|| format!("no {key}"));
-    Ok((
-        seen,
-        (ns("duration_ns")? - ns("handshake_ns")?) as f64 / 1e6,
-    ))
-}
-
-/// PID COMM LADDR LPORT RADDR RPORT TX_KB RX_KB MS
-fn their_row(line: &str) -> Result<(Seen, f64)> {
-    let words: Vec<&str> = line.split_whitespace().rev().collect();
-    ensure!(words.len() >= 9, "{line}");
-    let at = |ip: usize, port: usize| -> Result<SocketAddr> {
-        Ok(SocketAddr::new(words[ip].parse()?, words[port].parse()?))
-    };
-    let kb = |word: usize| words[word].parse::<f64>();
-    let seen = (at(6, 5)?, at(4, 3)?, kb(2)? as u64, kb(1)? as u64);
-    Ok((seen, words[0].parse()?))
 }

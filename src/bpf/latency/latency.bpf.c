@@ -15,6 +15,7 @@
 
 #include "common/cast.bpf.h"
 #include "common/compat.bpf.h"
+#include "common/entry.bpf.h"
 #include "common/event.h"
 #include "common/config.bpf.h"
 #include "common/heartbeat.bpf.h"

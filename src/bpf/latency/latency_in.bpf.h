@@ -107,16 +107,14 @@ static __always_inline int lat_local(__u64 skb)
 	return 0;
 }
 
-SEC("fentry/ip_local_deliver")
-int lat_local_4(__u64 *ctx)
+NP_ENTRY(lat_local_4, ip_local_deliver)
 {
-	return lat_local(ctx[0]);
+	return lat_local(args[0]);
 }
 
-SEC("fentry/ip6_input")
-int lat_local_6(__u64 *ctx)
+NP_ENTRY(lat_local_6, ip6_input)
 {
-	return lat_local(ctx[0]);
+	return lat_local(args[0]);
 }
 
 /* sk_filter_trim_cap(sk, skb, ...): a packet's socket is found. */
@@ -129,17 +127,15 @@ static __always_inline int lat_socket_found(__u64 skb)
 	return 0;
 }
 
-SEC("fentry/sk_filter_trim_cap")
-int lat_found(__u64 *ctx)
+NP_ENTRY(lat_found, sk_filter_trim_cap)
 {
-	return lat_socket_found(ctx[1]);
+	return lat_socket_found(args[1]);
 }
 
 /* Where a kernel has no sk_filter_trim_cap: its first call. */
-SEC("fentry/security_sock_rcv_skb")
-int lat_found_by_lsm(__u64 *ctx)
+NP_ENTRY(lat_found_by_lsm, security_sock_rcv_skb)
 {
-	return lat_socket_found(ctx[1]);
+	return lat_socket_found(args[1]);
 }
 
 /* The segment goes on as one that is not read yet. */
@@ -167,11 +163,10 @@ __hidden __noinline int lat_wait_for_reader(__u64 sk, struct lat_packet *p)
 }
 
 /* tcp_rcv_established(sk, skb): the socket has it. */
-SEC("fentry/tcp_rcv_established")
-int lat_tcp_queue(__u64 *ctx)
+NP_ENTRY(lat_tcp_queue, tcp_rcv_established)
 {
-	struct tcp_sock *tp = (void *)ctx[0];
-	struct sk_buff *skb = (void *)ctx[1];
+	struct tcp_sock *tp = (void *)args[0];
+	struct sk_buff *skb = (void *)args[1];
 	struct tcp_skb_cb *cb = (void *)skb->cb;
 	struct lat_packet *p = lat_find((__u64)skb);
 	__u32 seq, end, next;
@@ -299,10 +294,9 @@ int lat_tcp_gone(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* __udp_enqueue_schedule_skb(sk, skb) */
-SEC("fentry/__udp_enqueue_schedule_skb")
-int lat_udp_queue(__u64 *ctx)
+NP_ENTRY(lat_udp_queue, __udp_enqueue_schedule_skb)
 {
-	struct lat_packet *p = lat_find(ctx[1]);
+	struct lat_packet *p = lat_find(args[1]);
 
 	if (p && lat_is_inside(p))
 		lat_pass(p, LAT_QUEUE, LAT_AT_QUEUE);
@@ -310,10 +304,9 @@ int lat_udp_queue(__u64 *ctx)
 }
 
 /* skb_consume_udp(sk, skb, len): a process has read it. */
-SEC("fentry/skb_consume_udp")
-int lat_udp_read(__u64 *ctx)
+NP_ENTRY(lat_udp_read, skb_consume_udp)
 {
-	__u64 skb = ctx[1];
+	__u64 skb = args[1];
 	struct lat_packet *p = lat_find(skb);
 
 	if (!p || p->place != LAT_AT_QUEUE)

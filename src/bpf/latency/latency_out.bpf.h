@@ -107,37 +107,35 @@ __hidden __noinline int lat_tcp_write(__u64 sk, __u64 size)
 }
 
 /* inet_sendmsg(sock, msg, size) */
-static __always_inline int lat_sendmsg(__u64 *ctx)
+static __always_inline int lat_sendmsg(const __u64 *args)
 {
-	struct socket *sock = (void *)ctx[0];
+	struct socket *sock = (void *)args[0];
 	struct sock *sk = BPF_CORE_READ(sock, sk);
 	__u64 thread = bpf_get_current_pid_tgid();
 	struct lat_call call = {}, *known;
 
 	if (BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP)
-		return lat_tcp_write((__u64)sk, ctx[2]);
+		return lat_tcp_write((__u64)sk, args[2]);
 	known = bpf_map_lookup_elem(&writing, &thread);
 	if (known) {
-		lat_write_now(&known->write, ctx[2]);
+		lat_write_now(&known->write, args[2]);
 		known->sk = (__u64)sk;
 		return 0;
 	}
-	lat_write_now(&call.write, ctx[2]);
+	lat_write_now(&call.write, args[2]);
 	call.sk = (__u64)sk;
 	bpf_map_update_elem(&writing, &thread, &call, BPF_ANY);
 	return 0;
 }
 
-SEC("fentry/inet_sendmsg")
-int lat_sendmsg_4(__u64 *ctx)
+NP_ENTRY(lat_sendmsg_4, inet_sendmsg)
 {
-	return lat_sendmsg(ctx);
+	return lat_sendmsg(args);
 }
 
-SEC("fentry/inet6_sendmsg")
-int lat_sendmsg_6(__u64 *ctx)
+NP_ENTRY(lat_sendmsg_6, inet6_sendmsg)
 {
-	return lat_sendmsg(ctx);
+	return lat_sendmsg(args);
 }
 
 /* The packet was written by this call. */
@@ -210,21 +208,19 @@ __hidden __noinline int lat_tcp_out(__u64 sk, __u64 skb_ptr)
 	return 0;
 }
 
-SEC("fentry/ip_queue_xmit")
-int lat_tcp_out_4(__u64 *ctx)
+NP_ENTRY(lat_tcp_out_4, ip_queue_xmit)
 {
-	struct sock *sk = (void *)ctx[0];
+	struct sock *sk = (void *)args[0];
 
 	/* SCTP and L2TP call it too. */
 	if (BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP)
-		lat_tcp_out((__u64)sk, ctx[1]);
+		lat_tcp_out((__u64)sk, args[1]);
 	return 0;
 }
 
-SEC("fentry/inet6_csk_xmit")
-int lat_tcp_out_6(__u64 *ctx)
+NP_ENTRY(lat_tcp_out_6, inet6_csk_xmit)
 {
-	return lat_tcp_out(ctx[0], ctx[1]);
+	return lat_tcp_out(args[0], args[1]);
 }
 
 /* ip_send_skb(net, skb), ip6_send_skb(skb): a datagram is complete. */
@@ -247,16 +243,14 @@ __hidden __noinline int lat_datagram_out(__u64 skb_ptr)
 	return 0;
 }
 
-SEC("fentry/ip_send_skb")
-int lat_datagram_4(__u64 *ctx)
+NP_ENTRY(lat_datagram_4, ip_send_skb)
 {
-	return lat_datagram_out(ctx[1]);
+	return lat_datagram_out(args[1]);
 }
 
-SEC("fentry/ip6_send_skb")
-int lat_datagram_6(__u64 *ctx)
+NP_ENTRY(lat_datagram_6, ip6_send_skb)
 {
-	return lat_datagram_out(ctx[0]);
+	return lat_datagram_out(args[0]);
 }
 
 /*

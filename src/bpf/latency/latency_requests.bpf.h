@@ -183,39 +183,36 @@ __hidden __noinline int lat_talk_writes(void *ctx, __u64 sk)
 	return 0;
 }
 
-static __always_inline int lat_talk_sendmsg(__u64 *ctx)
+static __always_inline int lat_talk_sendmsg(void *ctx, const __u64 *args)
 {
-	struct socket *sock = (void *)ctx[0];
+	struct socket *sock = (void *)args[0];
 	struct sock *sk = BPF_CORE_READ(sock, sk);
 
-	if (ctx[2] && BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP)
+	if (args[2] && BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP)
 		lat_talk_writes(ctx, (__u64)sk);
 	return 0;
 }
 
-SEC("fentry/inet_sendmsg")
-int lat_talk_sendmsg_4(__u64 *ctx)
+NP_ENTRY(lat_talk_sendmsg_4, inet_sendmsg)
 {
-	return lat_talk_sendmsg(ctx);
+	return lat_talk_sendmsg(ctx, args);
 }
 
-SEC("fentry/inet6_sendmsg")
-int lat_talk_sendmsg_6(__u64 *ctx)
+NP_ENTRY(lat_talk_sendmsg_6, inet6_sendmsg)
 {
-	return lat_talk_sendmsg(ctx);
+	return lat_talk_sendmsg(ctx, args);
 }
 
 /* tcp_rcv_established(sk, skb): data comes. */
-SEC("fentry/tcp_rcv_established")
-int lat_talk_arrives(__u64 *ctx)
+NP_ENTRY(lat_talk_arrives, tcp_rcv_established)
 {
-	struct sk_buff *skb = (void *)ctx[1];
+	struct sk_buff *skb = (void *)args[1];
 	struct tcp_skb_cb *cb = (void *)skb->cb;
 	struct lat_talk *t;
 
 	if (BPF_CORE_READ(cb, seq) == BPF_CORE_READ(cb, end_seq))
 		return 0;
-	t = lat_talk_of(ctx[0]);
+	t = lat_talk_of(args[0]);
 	/* Of a request the last byte counts, of an answer the first. */
 	if (t && (t->p.way == LAT_SERVES || !t->arrived))
 		t->arrived = bpf_ktime_get_ns();

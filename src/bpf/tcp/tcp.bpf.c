@@ -50,13 +50,13 @@ static __always_inline void claim(struct conn_owner *owner)
 	np_read_comm(owner->comm);
 }
 
-static __always_inline bool is_exiting(void)
+static __always_inline bool is_exiting(const bool typed)
 {
 	struct task_struct *task;
 
 	/* A typed pointer: kernels from 5.11. */
-	if (bpf_core_enum_value_exists(enum bpf_func_id,
-				       BPF_FUNC_get_current_task_btf))
+	if (typed && bpf_core_enum_value_exists(enum bpf_func_id,
+						BPF_FUNC_get_current_task_btf))
 		return bpf_get_current_task_btf()->flags & PF_EXITING;
 	task = (void *)bpf_get_current_task();
 	return BPF_CORE_READ(task, flags) & PF_EXITING;
@@ -67,13 +67,12 @@ static __always_inline bool is_exiting(void)
 /* Rows that wait for what follows their end. */
 __u32 waiting = 0;
 
-/* Writes the row of a connection. `typed`: see tcp_read.bpf.h. */
+/* Writes the row of a connection. `typed`: see tcp_read.bpf.h; `ts`: its end, or when it has waited long enough. */
 static __always_inline void fill(struct conn_event *e, struct tcp_sock *tp,
 				 __u64 key, const struct conn_life *life,
-				 const bool typed)
+				 __u64 ts, const bool typed)
 {
-	/* The moment of the end, where the row does not wait. */
-	e->head.ts = typed ? life->end : bpf_ktime_get_ns();
+	e->head.ts = ts;
 	e->head.len = sizeof(*e);
 	e->head.kind = CONN_KIND_END;
 	e->head.cpu = bpf_get_smp_processor_id();
@@ -86,7 +85,8 @@ static __always_inline void fill(struct conn_event *e, struct tcp_sock *tp,
 
 /* Sends the row of a connection and forgets it. */
 static __always_inline void end(void *ctx, struct tcp_sock *tp, __u64 key,
-				struct conn_life *life, const bool typed)
+				struct conn_life *life, __u64 ts,
+				const bool typed)
 {
 	struct conn_event *e, row;
 	__u64 flags;
@@ -98,11 +98,11 @@ static __always_inline void end(void *ctx, struct tcp_sock *tp, __u64 key,
 	if (np_ring_wakeup) {
 		e = np_ring_reserve(sizeof(*e), &flags);
 		if (e) {
-			fill(e, tp, key, life, typed);
+			fill(e, tp, key, life, ts, typed);
 			bpf_ringbuf_submit(e, flags);
 		}
 	} else {
-		fill(&row, tp, key, life, typed);
+		fill(&row, tp, key, life, ts, typed);
 		np_output(ctx, &row.head, sizeof(row));
 	}
 	bpf_map_delete_elem(&lives, &key);
@@ -129,11 +129,12 @@ static __always_inline struct conn_life *life_of(__u64 key)
 }
 
 /* A connection is closed in a process, its own, or by the end of that. */
-static __always_inline void closed_by_process(struct conn_life *life)
+static __always_inline void closed_by_process(struct conn_life *life,
+					      const bool typed)
 {
 	if (!life->owner.tgid)
 		claim(&life->owner);
-	if (is_exiting())
+	if (is_exiting(typed))
 		life->flags |= CONN_FLAG_EXITING;
 }
 
@@ -157,7 +158,15 @@ static __always_inline bool waits(const struct conn_life *life, __u32 error)
 	return false;
 }
 
-static __always_inline void closed(void *ctx, struct sock *sk, int from)
+/* The kernel's word for the type of what it hands over; else the caller's. NULL: it is none. */
+static __always_inline struct tcp_sock *tcp_of(struct sock *sk,
+					       const bool typed)
+{
+	return typed ? bpf_skc_to_tcp_sock(sk) : (struct tcp_sock *)sk;
+}
+
+static __always_inline void closed(void *ctx, struct sock *sk, int from,
+				   const bool typed)
 {
 	struct conn_life *life;
 	struct tcp_sock *tp;
@@ -174,8 +183,8 @@ static __always_inline void closed(void *ctx, struct sock *sk, int from)
 	 * is thrown away, and is no connection. With TCP Fast Open it is one by now.
 	 */
 	if (from == TCP_SYN_RECV && life->role == CONN_ROLE_ACCEPT) {
-		tp = bpf_skc_to_tcp_sock(sk);
-		if (tp && !tp->fastopen_rsk) {
+		tp = tcp_of(sk, typed);
+		if (tp && !READ(typed, tp, fastopen_rsk)) {
 			bpf_map_delete_elem(&lives, &key);
 			return;
 		}
@@ -183,30 +192,31 @@ static __always_inline void closed(void *ctx, struct sock *sk, int from)
 	life->end = bpf_ktime_get_ns();
 	life->last = from;
 	/* tcp_fin() sets it. */
-	if (sk->__sk_common.skc_flags &
+	if (READ(typed, sk, __sk_common.skc_flags) &
 	    (1UL << bpf_core_enum_value(enum sock_flags, SOCK_DONE)))
 		life->flags |= CONN_FLAG_FIN_IN;
-	if (!waits(life, sk->sk_err)) {
-		tp = bpf_skc_to_tcp_sock(sk);
+	if (!waits(life, READ(typed, sk, sk_err))) {
+		tp = tcp_of(sk, typed);
 		if (tp)
-			end(ctx, tp, key, life, true);
+			end(ctx, tp, key, life, life->end, typed);
 		return;
 	}
 	__sync_fetch_and_add(&waiting, 1);
 	/* Others are closed by the kernel, in whatever process its CPU runs. */
 	if (from == TCP_ESTABLISHED || from == TCP_CLOSE_WAIT)
-		closed_by_process(life);
+		closed_by_process(life, typed);
 }
 
 #include "tcp/tcp_notes.bpf.h"
 
-SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(conn_state, struct sock *sk, int from, int to)
+/* The tracepoint inet_sock_set_state. */
+static __always_inline int changed(void *ctx, struct sock *sk, int from, int to,
+				   const bool typed)
 {
 	struct conn_life *life, new = {};
 	__u64 key = (__u64)sk;
 
-	if (sk->sk_protocol != IPPROTO_TCP)
+	if (READ(typed, sk, sk_protocol) != IPPROTO_TCP)
 		return 0;
 	/* The end of a connection forgets it; a connect begins it. */
 	if (wants_notes(CONN_WHAT_STATE) && to != TCP_SYN_SENT)
@@ -236,15 +246,29 @@ int BPF_PROG(conn_state, struct sock *sk, int from, int to)
 	case TCP_LAST_ACK:
 		life = life_of(key);
 		if (life)
-			closed_by_process(life);
+			closed_by_process(life, typed);
 		break;
 	case TCP_CLOSE:
-		closed(ctx, sk, from);
+		closed(ctx, sk, from, typed);
 		break;
 	}
 	if (wants_notes(CONN_WHAT_STATE) && to == TCP_SYN_SENT)
 		note_state(ctx, sk, from, to);
 	return 0;
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(conn_state, struct sock *sk, int from, int to)
+{
+	return changed(ctx, sk, from, to, true);
+}
+
+/* Where the kernel has no types of its own (CONFIG_DEBUG_INFO_BTF). */
+SEC("raw_tp/inet_sock_set_state")
+int conn_state_raw(struct bpf_raw_tracepoint_args *ctx)
+{
+	return changed(ctx, (struct sock *)ctx->args[0], ctx->args[1],
+		       ctx->args[2], false);
 }
 
 /* accept(): the connection belongs to a process. */
@@ -276,7 +300,8 @@ static __always_inline void end_waiting(void *ctx, struct sock *sk,
 					struct conn_life *life)
 {
 	__sync_fetch_and_add(&waiting, -1);
-	end(ctx, (struct tcp_sock *)sk, (__u64)sk, life, false);
+	end(ctx, (struct tcp_sock *)sk, (__u64)sk, life, bpf_ktime_get_ns(),
+	    false);
 }
 
 static __always_inline void reset(void *ctx, struct sock *sk, __u32 flag)
@@ -315,6 +340,8 @@ int conn_destroyed(struct bpf_raw_tracepoint_args *ctx)
 	/* Its memory may be another socket's from now on. */
 	if (wants_notes(CONN_WHAT_RETRANSMIT))
 		bpf_map_delete_elem(&resent, &key);
+	if (wants_notes(CONN_WHAT_PEER_SHUT))
+		bpf_map_delete_elem(&windows, &key);
 	if (!waiting)
 		return 0;
 	life = bpf_map_lookup_elem(&lives, &key);

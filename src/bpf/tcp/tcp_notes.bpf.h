@@ -336,7 +336,10 @@ int note_segment(struct bpf_raw_tracepoint_args *ctx)
 	bpf_probe_read_kernel(&words, sizeof(words),
 			      BPF_CORE_READ(skb, head) +
 				      BPF_CORE_READ(skb, transport_header) + 8);
-	shut = !words.window && !(bpf_ntohs(words.flags) & TCP_RST);
+	/* It has no window. */
+	if (bpf_ntohs(words.flags) & TCP_RST)
+		return 0;
+	shut = !words.window;
 	known = bpf_map_lookup_elem(&windows, &key);
 	if (!known) {
 		if (!shut)

@@ -1,6 +1,7 @@
 //! Loads the programs of `netprobe latency` and attaches them.
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -174,7 +175,7 @@ const BETWEEN: &[Probe] = &[
     ("lat_from", From, "packets"),
 ];
 
-fn probes(args: &Args) -> impl Iterator<Item = &'static Probe> {
+fn probes(args: &Args) -> impl Iterator<Item = &'static Probe> + Clone {
     let main = match args.mode() {
         Mode::Packets => PACKETS,
         Mode::Requests => REQUESTS,
@@ -234,27 +235,60 @@ pub fn names(args: &Args) -> String {
         Instead(name, other) => vec![*name, *other],
         _ => Vec::new(),
     });
-    let of_trampolines = ["bpf_fentry_test1", "register_ftrace_direct_cb"];
+    let of_trampolines = [
+        "bpf_fentry_test1",
+        "register_ftrace_direct",
+        "register_ftrace_direct_cb",
+    ];
     functions
         .chain(of_trampolines)
         .collect::<Vec<_>>()
         .join("\n")
 }
 
-/// The functions of this run's probes that this kernel has.
-pub fn targets(args: &Args, btf: &Btf) -> Targets {
-    let names = probes(args).filter_map(|(_, place, _)| match place {
-        Function(name) => Some(name),
-        Instead(name, other) => (!btf.has_function(other)).then_some(name),
-        _ => None,
-    });
-    Targets::new(btf, names)
+/// The functions of this run's probes that this kernel has, and how their programs get there.
+pub struct Functions {
+    trampolines: Targets,
+    /// where the kernel makes no trampolines (src/bpf/common/entry.bpf.h)
+    kprobes: BTreeSet<&'static str>,
+}
+
+impl Functions {
+    pub fn new(args: &Args, btf: &Btf) -> Self {
+        let names = probes(args).filter_map(|(_, place, _)| match place {
+            Function(name) => Some(name),
+            Instead(name, other) => (!btf.has_function(other)).then_some(name),
+            _ => None,
+        });
+        let kprobes = match trampoline::are_made(btf) {
+            true => BTreeSet::new(),
+            false => {
+                let there = names.clone().filter(|name| btf.has_function(name));
+                there.copied().collect()
+            }
+        };
+        Self {
+            trampolines: Targets::new(btf, names),
+            kprobes,
+        }
+    }
+
+    /// The name of the program `name` for a place, if this kernel has that.
+    fn program(&self, name: &str, place: Place) -> Option<String> {
+        match place {
+            Function(f) | Instead(f, _) if self.kprobes.contains(f) => {
+                Some(format!("{name}_probe"))
+            }
+            Function(f) | Instead(f, _) if !self.trampolines.has(f) => None,
+            _ => Some(name.to_owned()),
+        }
+    }
 }
 
 pub fn load<'a>(
     args: &Args,
     features: &Features,
-    (filters, whose, targets, between): (&Filters, &Whose, &Targets, Option<&Between>),
+    (filters, whose, functions, between): (&Filters, &Whose, &Functions, Option<&Between>),
     core: &CoreBtf,
     storage: &'a mut MaybeUninit<OpenObject>,
 ) -> Result<LatencySkel<'a>> {
@@ -304,17 +338,14 @@ pub fn load<'a>(
     ] {
         map.set_autocreate(wanted)?;
     }
+    let wanted = probes(args).filter_map(|(name, place, _)| functions.program(name, *place));
+    let wanted: BTreeSet<String> = wanted.collect();
     for mut program in open.open_object_mut().progs_mut() {
-        let wanted = probes(args).any(|(name, place, _)| {
-            let function = match place {
-                Function(function) | Instead(function, _) => targets.has(function),
-                _ => true,
-            };
-            program.name() == *name && function
-        });
-        program.set_autoload(wanted || program.name() == heartbeat::PROGRAM);
+        let name = program.name().to_string_lossy().into_owned();
+        program.set_autoload(wanted.contains(&name) || name == heartbeat::PROGRAM);
     }
-    targets.prepare(open.open_object_mut(), |object| {
+    let trampolines = &functions.trampolines;
+    trampolines.prepare(open.open_object_mut(), |object| {
         filters.put_into(object, features)
     })?;
     object::load(open)
@@ -331,7 +362,7 @@ fn rows() -> Result<u32> {
 pub fn attach(
     args: &Args,
     skel: &LatencySkel<'_>,
-    targets: &Targets,
+    functions: &Functions,
     between: Option<&Between>,
 ) -> Result<Attached> {
     let mut attached = Attached {
@@ -359,15 +390,19 @@ pub fn attach(
                 let link = attached.libbpf(skel, name, |p| p.attach_kprobe(false, function));
                 link.with_context(|| format!("failed to attach to {function}"))?;
             }
-            Function(function) | Instead(function, _) if targets.has(function) => {
-                if let Err(e) = attached.trampoline(skel, targets, name) {
-                    eprintln!("netprobe: {function} cannot be watched ({e:#}): not seen: {blank}");
+            Function(function) | Instead(function, _) => match functions.program(name, *place) {
+                Some(program) => {
+                    if let Err(e) = attached.function(skel, functions, (&program, function)) {
+                        eprintln!(
+                            "netprobe: {function} cannot be watched ({e:#}): not seen: {blank}"
+                        );
+                    }
                 }
-            }
-            Function(function) if *function != TRIM => {
-                eprintln!("netprobe: this kernel has no {function}: not seen: {blank}");
-            }
-            Function(_) | Instead(..) => {}
+                None if matches!(place, Function(_)) && *function != TRIM => {
+                    eprintln!("netprobe: this kernel has no {function}: not seen: {blank}");
+                }
+                None => {}
+            },
         }
     }
     Ok(attached)
@@ -401,11 +436,20 @@ impl Attached {
         Ok(())
     }
 
-    fn trampoline(&mut self, skel: &LatencySkel<'_>, targets: &Targets, name: &str) -> Result<()> {
+    /// A program at a kernel function.
+    fn function(
+        &mut self,
+        skel: &LatencySkel<'_>,
+        functions: &Functions,
+        (name, function): (&str, &str),
+    ) -> Result<()> {
+        if functions.kprobes.contains(function) {
+            return self.libbpf(skel, name, |p| p.attach());
+        }
         let mut programs = skel.object().progs_mut();
         let program = programs.find(|p| p.name() == name);
         let program = program.with_context(|| format!("the BPF object has no program {name}"))?;
-        let Some(loaded) = targets.load(skel.object(), &program)? else {
+        let Some(loaded) = functions.trampolines.load(skel.object(), &program)? else {
             return Ok(());
         };
         self.links

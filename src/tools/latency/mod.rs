@@ -31,7 +31,7 @@ use crate::run::{Flow, log, signals};
 
 use args::{Args, Mode};
 use culprit::Culprit;
-use kernel::Attached;
+use kernel::{Attached, Functions};
 use metrics::Metrics;
 use packet::{Message, Packet};
 use present::Presenter;
@@ -51,7 +51,7 @@ pub fn run(args: &Args) -> Result<()> {
     log::lacking();
     let btf = btf?;
     let ahead = Ahead::start(&btf);
-    let targets = kernel::targets(args, &btf);
+    let functions = Functions::new(args, &btf);
     let between = kernel::between(args, &btf)?;
     let between = between.as_ref();
     let core = CoreBtf::new(&btf, bpf::LATENCY_TYPES)?;
@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut skel = kernel::load(
         args,
         &features,
-        (&filters, &whose, &targets, between),
+        (&filters, &whose, &functions, between),
         &core,
         &mut storage,
     )?;
@@ -75,7 +75,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let engine = engine!(skel, "latency", config, args.transport, buffer);
     let (drain, programs) =
-        Programs::start(engine, || kernel::attach(args, &skel, &targets, between))?;
+        Programs::start(engine, || kernel::attach(args, &skel, &functions, between))?;
     drop(ahead);
     let mut latency = Latency {
         args,

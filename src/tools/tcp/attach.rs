@@ -23,9 +23,11 @@ use super::args::Args;
 
 /// What [`Kernel::new`] asks the BTF for.
 pub const NAMES: &str = "sk_rst_reason\ntcp_undo_cwnd_reduction\ntcp_ack\nsecurity_sock_graft\nbtf_trace_inet_sock_set_state\n\
-     bpf_fentry_test1\nregister_ftrace_direct_cb";
+     bpf_fentry_test1\nregister_ftrace_direct\nregister_ftrace_direct_cb";
 /// accept()
 const GRAFT: &str = "security_sock_graft";
+/// the tracepoint of changes of state
+const STATE: &str = "inet_sock_set_state";
 /// an acknowledgement comes
 const ACK: &str = "tcp_ack";
 
@@ -44,8 +46,7 @@ pub struct Kernel {
 impl Kernel {
     pub fn new(features: &Features, btf: &Btf) -> Self {
         Self {
-            targets: Targets::new(btf, [&GRAFT, &ACK].into_iter())
-                .with_tracepoints(btf, &["inet_sock_set_state"]),
+            targets: Targets::new(btf, [&GRAFT, &ACK].into_iter()).with_tracepoints(btf, &[STATE]),
             has_drop_reason: features.drop_reasons,
             has_reset_reason: btf.has_enum("sk_rst_reason"),
             tells_undone: btf.has_function("tcp_undo_cwnd_reduction"),
@@ -110,6 +111,9 @@ pub fn load<'a>(
     open.maps.lives.set_max_entries(args.max_connections)?;
     let targets = &kernel.targets;
     open.progs.conn_accepted.set_autoload(targets.has(GRAFT));
+    let typed = targets.has_tracepoint(STATE);
+    open.progs.conn_state.set_autoload(typed);
+    open.progs.conn_state_raw.set_autoload(!typed);
     let prepared = targets.prepare(open.open_object_mut(), |object| {
         filter::prune_with_casts(object, features)
     });
@@ -157,7 +161,11 @@ pub fn start(args: &Args, kernel: &Kernel, skel: &TcpSkel<'_>) -> Result<(Drain,
     if attached.typed(kernel, skel, &p.conn_accepted).is_err() {
         attached.add(&p.conn_accepted_probe, GRAFT)?;
     }
-    attached.typed(kernel, skel, &p.conn_state)?;
+    if p.conn_state_raw.autoload() {
+        attached.add(&p.conn_state_raw, "the tracepoint inet_sock_set_state")?;
+    } else {
+        attached.typed(kernel, skel, &p.conn_state)?;
+    }
     Ok((drain, attached))
 }
 

@@ -130,7 +130,7 @@ pub struct Connection {
     /// it exists
     pub open: bool,
     pub counters: Counters,
-    /// times that the peer's window was zero, and ns until it was open again; `None`: not looked at
+    /// times that the peer's window was zero, and ns until it was open again, or to the end; `None`: not looked at
     pub zero_windows: Option<(u32, u64)>,
 }
 

@@ -32,8 +32,19 @@ pub struct Presenter {
     words: Words,
     /// why connections take long (--min-ms)
     stories: Option<Stories>,
-    /// windows of zero of connections that are open, where they are looked at: times, and ns
-    windows: Option<HashMap<End, (u32, u64)>>,
+    /// windows of zero of connections that are open, where they are looked at
+    windows: Option<HashMap<End, Windows>>,
+}
+
+/// Of a connection's peer.
+#[derive(Debug, Clone, Copy, Default)]
+struct Windows {
+    /// that its window was zero
+    times: u32,
+    /// until it was open again
+    ns: u64,
+    /// since when it is zero, ns of CLOCK_MONOTONIC
+    shut: Option<u64>,
 }
 
 impl Presenter {
@@ -96,7 +107,9 @@ impl Presenter {
         let windows = self.windows.as_mut()?;
         let full = windows.len() >= STORIES;
         let known = windows.remove(&(c.netns, c.local, c.remote));
-        known.or((!full).then_some((0, 0)))
+        let known = known.or((!full).then_some(Windows::default()))?;
+        let rest = known.shut.map_or(0, |since| c.end.saturating_sub(since));
+        Some((known.times, known.ns + rest))
     }
 
     fn count_windows(&mut self, n: &Note) {
@@ -106,11 +119,14 @@ impl Presenter {
         let end = (n.netns, n.local, n.remote);
         match n.what {
             What::PeerShut { .. } if windows.len() < STORIES || windows.contains_key(&end) => {
-                windows.entry(end).or_default().0 += 1;
+                let known = windows.entry(end).or_default();
+                known.times += 1;
+                known.shut = Some(n.ts);
             }
             What::PeerOpen(ns) => {
-                if let Some((_, all)) = windows.get_mut(&end) {
-                    *all += ns;
+                if let Some(known) = windows.get_mut(&end) {
+                    known.ns += ns;
+                    known.shut = None;
                 }
             }
             _ => {}
@@ -361,10 +377,23 @@ mod tests {
         };
         let mut presenter = Presenter::new(false).unwrap();
         assert_eq!(presenter.zero_windows(&of(0)), None);
-        let all = (0..STORIES as u32).map(|netns| ((netns, any, any), (1, 7)));
+        let seven = Windows {
+            times: 1,
+            ns: 7,
+            shut: None,
+        };
+        let all = (0..STORIES as u32).map(|netns| ((netns, any, any), seven));
         presenter.windows = Some(all.collect());
         assert_eq!(presenter.zero_windows(&of(u32::MAX)), None);
         assert_eq!(presenter.zero_windows(&of(3)), Some((1, 7)));
         assert_eq!(presenter.zero_windows(&of(3)), Some((0, 0)));
+        // Shut still when the connection ends.
+        let shut = Windows {
+            shut: Some(90),
+            ..seven
+        };
+        presenter.windows = Some([((4, any, any), shut)].into());
+        let ended = Connection { end: 100, ..of(4) };
+        assert_eq!(presenter.zero_windows(&ended), Some((1, 17)));
     }
 }

@@ -13,7 +13,7 @@ use crate::kernel::btf::Btf;
 use crate::kernel::btf_core::CoreBtf;
 use crate::kernel::drop_reason::DropReasons;
 use crate::kernel::features::Features;
-use crate::kernel::trampoline::Targets;
+use crate::kernel::trampoline::{self, Targets};
 use crate::run::object;
 use crate::usage::usage;
 
@@ -63,10 +63,12 @@ fn pairs(args: &Args, features: &Features, btf: &Btf) -> Vec<Pair> {
     if features.kprobe_multi && !pool {
         pairs.push(Pair::Multi);
     }
-    pairs.push(match args.outcome || args.output_stack {
-        true => Pair::Fentry,
-        false => Pair::Fexit,
-    });
+    if trampoline::are_made(btf) {
+        pairs.push(match args.outcome || args.output_stack {
+            true => Pair::Fentry,
+            false => Pair::Fexit,
+        });
+    }
     pairs.push(Pair::Kprobe);
     pairs
 }
