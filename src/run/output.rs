@@ -199,11 +199,8 @@ impl Output {
 
 /// The tool of this run, as the command line names it.
 fn subcommand() -> String {
-    let words = std::env::args().skip(1);
-    words
-        .into_iter()
-        .find(|w| !w.starts_with('-'))
-        .unwrap_or_default()
+    let mut words = std::env::args().skip(1);
+    words.find(|w| !w.starts_with('-')).unwrap_or_default()
 }
 
 fn lines(bytes: &[u8]) -> u64 {

@@ -10,7 +10,9 @@ use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequ
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
 use opentelemetry_proto::tonic::logs::v1::LogRecord;
-use opentelemetry_proto::tonic::metrics::v1::{AggregationTemporality, metric, number_data_point};
+use opentelemetry_proto::tonic::metrics::v1::{
+    AggregationTemporality, HistogramDataPoint, metric, number_data_point,
+};
 use opentelemetry_proto::tonic::trace::v1::{Span, status::StatusCode};
 use prost::Message;
 
@@ -37,6 +39,7 @@ struct Got {
     logs: Vec<LogRecord>,
     /// name, attributes, count of each point
     points: Vec<(String, Vec<KeyValue>, i64)>,
+    histograms: Vec<HistogramDataPoint>,
     spans: Vec<Span>,
     /// service.name and the scopes' names
     names: Vec<String>,
@@ -145,8 +148,13 @@ fn take(head: &str, body: &[u8], got: &mut Got) -> Result<()> {
                 .flat_map(|r| r.scope_metrics)
                 .flat_map(|s| s.metrics)
             {
-                let Some(metric::Data::Sum(sum)) = metric.data else {
-                    anyhow::bail!("{} is no sum", metric.name);
+                let sum = match metric.data {
+                    Some(metric::Data::Sum(sum)) => sum,
+                    Some(metric::Data::Histogram(all)) => {
+                        got.histograms.extend(all.data_points);
+                        continue;
+                    }
+                    _ => anyhow::bail!("{} is neither a sum nor a histogram", metric.name),
                 };
                 // What a run counts of its own losses is since its start.
                 let wanted = match metric.name.contains(".loss.") {
@@ -341,12 +349,10 @@ fn other_tools() -> Result<()> {
     let port = server.address().port().to_string();
     let collector = Collector::new(loopback(), &[])?;
     let mut runs = Vec::new();
-    for tool in ["tcp", "tcpconnect", "icmp"] {
-        runs.push(
-            Netprobe::new(tool)
-                .args(["--otlp", &collector.url()])
-                .start()?,
-        );
+    for tool in ["tcp", "tcpconnect", "icmp", "icmp --histogram"] {
+        let mut words = tool.split(' ');
+        let run = Netprobe::new(words.next().unwrap_or_default()).args(words);
+        runs.push(run.args(["--otlp", &collector.url()]).start()?);
     }
     let connect = net
         .client
@@ -368,6 +374,12 @@ fn other_tools() -> Result<()> {
         done.expect_success()?;
         ensure!(done.stdout.is_empty(), "{done}");
     }
+    // At its end: the one echo, in the histogram of each stage.
+    let stages = collector.got(|got| got.histograms.clone())?;
+    ensure!(
+        !stages.is_empty() && stages.iter().all(|p| p.count == 1),
+        "{stages:#?}"
+    );
     Ok(())
 }
 

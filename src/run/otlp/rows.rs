@@ -1,13 +1,16 @@
 //! From a row of JSON to records of OpenTelemetry: a log record for an event, data points for a row of counts, a trace for
 //! what became of a packet. Names are those of the semantic conventions where these have one, else `netprobe.FIELD`.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 use opentelemetry_proto::tonic::common::v1::{
     AnyValue, ArrayValue, KeyValue, KeyValueList, any_value,
 };
 use opentelemetry_proto::tonic::logs::v1::{LogRecord, SeverityNumber};
 use opentelemetry_proto::tonic::metrics::v1::{
-    AggregationTemporality, Metric, NumberDataPoint, Sum, metric, number_data_point,
+    AggregationTemporality, Histogram, HistogramDataPoint, Metric, NumberDataPoint, Sum, metric,
+    number_data_point,
 };
 use opentelemetry_proto::tonic::trace::v1::{Span, Status, span, status};
 use serde_json::{Map, Value};
@@ -133,6 +136,8 @@ pub struct Rows {
     start: u64,
     /// of the counts that come next
     since: u64,
+    /// of the histogram of a stage and a CPU that comes next, where there was one
+    histograms: HashMap<(String, u64), u64>,
     /// of the last trace
     trace: u128,
     span: u64,
@@ -152,6 +157,7 @@ impl Rows {
             clock,
             start: 0,
             since: 0,
+            histograms: HashMap::new(),
             trace: u128::from_ne_bytes(trace.try_into()?),
             span: u64::from_ne_bytes(span.try_into()?),
         };
@@ -184,6 +190,8 @@ impl Rows {
         let kind = row.get("type").and_then(Value::as_str).unwrap_or("row");
         if let Some(counts) = COUNTS.iter().find(|c| c.kind == kind) {
             self.counts(counts, &row, now, to);
+        } else if kind == "histogram" {
+            self.histogram(&row, now, to);
         } else if row.contains_key("stages") && row.contains_key("end") {
             self.journey(&row, now, to);
         } else {
@@ -270,6 +278,55 @@ impl Rows {
         if counts.kind == "table" {
             self.since = now;
         }
+    }
+
+    /// What a stage took, on a CPU, since the row before: buckets of `low` to `high`, both in them.
+    fn histogram(&mut self, row: &Row, now: u64, to: &mut Records) {
+        let number = |of: &Value, name: &str| of.get(name).and_then(Value::as_u64).unwrap_or(0);
+        let text = |name: &str| row.get(name).and_then(Value::as_str).unwrap_or_default();
+        let cpu = row.get("cpu").and_then(Value::as_u64).unwrap_or(0);
+        let series = (text("stage").to_owned(), cpu);
+        let since = self.histograms.insert(series, now).unwrap_or(self.start);
+        let (mut bounds, mut counts) = (Vec::new(), Vec::new());
+        for bucket in row
+            .get("buckets")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+        {
+            bounds.push(number(bucket, "high") as f64);
+            counts.push(number(bucket, "count"));
+        }
+        // Above the last bound.
+        counts.push(0);
+        let point = HistogramDataPoint {
+            attributes: attributes(row, &["unit", "count", "buckets"]),
+            start_time_unix_nano: since,
+            time_unix_nano: now,
+            count: counts.iter().sum(),
+            bucket_counts: counts,
+            explicit_bounds: bounds,
+            ..HistogramDataPoint::default()
+        };
+        let name = format!("netprobe.{}.stage.duration", self.tool);
+        let same = to.metrics.iter_mut().find(|m| m.name == name);
+        if let Some(Metric {
+            data: Some(metric::Data::Histogram(all)),
+            ..
+        }) = same
+        {
+            all.data_points.push(point);
+            return;
+        }
+        to.metrics.push(Metric {
+            name,
+            unit: text("unit").to_owned(),
+            data: Some(metric::Data::Histogram(Histogram {
+                data_points: vec![point],
+                aggregation_temporality: AggregationTemporality::Delta as i32,
+            })),
+            ..Metric::default()
+        });
     }
 
     /// Packets that are alike as a trace: a span for their way, one in it for each stage until the next.
@@ -475,5 +532,41 @@ mod tests {
         let drops = sum("netprobe.test.drops.packets");
         assert_eq!(drops.aggregation_temporality, delta);
         assert!(drops.data_points[0].start_time_unix_nano > rows.start);
+    }
+    #[test]
+    fn histograms_begin_where_the_last_one_ended() {
+        let mut rows = Rows::new("icmp", WallClock::new().unwrap()).unwrap();
+        let mut to = Records::default();
+        let row = |cpu: u32| {
+            format!(
+                r#"{{"type":"histogram","stage":"WAIT","cpu":{cpu},"unit":"us","count":3,
+                "buckets":[{{"low":2,"high":3,"count":1}},{{"low":4,"high":7,"count":2}}]}}"#
+            )
+        };
+        for line in [row(0), row(1), row(0)] {
+            rows.add(line.as_bytes(), &mut to);
+        }
+        let [metric] = &to.metrics[..] else {
+            panic!("{:?}", to.metrics);
+        };
+        let Some(metric::Data::Histogram(all)) = &metric.data else {
+            panic!("{metric:?}");
+        };
+        assert_eq!(
+            (&*metric.name, &*metric.unit),
+            ("netprobe.icmp.stage.duration", "us")
+        );
+        let points = &all.data_points;
+        assert!(points.iter().all(|p| p.count == 3));
+        assert_eq!(points[0].explicit_bounds, [3.0, 7.0]);
+        assert_eq!(points[0].bucket_counts, [1, 2, 0]);
+        let [first, other, next] = [0, 1, 2].map(|i| points[i].start_time_unix_nano);
+        assert_eq!((first, other), (rows.start, rows.start));
+        assert_eq!(next, points[0].time_unix_nano);
+        let names = points[1].attributes.iter().map(|a| &*a.key);
+        assert_eq!(
+            names.collect::<Vec<_>>(),
+            ["netprobe.cpu", "netprobe.stage"]
+        );
     }
 }

@@ -56,9 +56,10 @@ pub fn endpoint(text: &str) -> Result<Endpoint, String> {
                 .into(),
         );
     }
-    let uri = ureq::http::Uri::try_from(text).map_err(|e| e.to_string())?;
+    const FORM: &str = "give http://HOST:PORT (an OpenTelemetry collector listens at 4318)";
+    let uri = ureq::http::Uri::try_from(text).map_err(|e| format!("{e}: {FORM}"))?;
     if uri.scheme_str() != Some("http") || uri.host().is_none_or(str::is_empty) {
-        return Err("give http://HOST:PORT (an OpenTelemetry collector listens at 4318)".into());
+        return Err(FORM.into());
     }
     if uri.query().is_some() {
         return Err(
