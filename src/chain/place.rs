@@ -22,7 +22,7 @@ use crate::kernel::bpf_object;
 use crate::kernel::netdev;
 use crate::kernel::netns::Netns;
 use crate::kernel::xdp::{self, Attached};
-use crate::run::pins::ROOT;
+use crate::run::pins::{ROOT, make_root};
 
 /// Slots of the program array; the last one is for the program that was there before.
 const SLOTS: u32 = np_chain_limit::NP_CHAIN_SLOTS.0;
@@ -82,17 +82,15 @@ pub struct Lock {
 
 impl Lock {
     pub fn take() -> Result<Self> {
+        let hint =
+            "is bpffs mounted at /sys/fs/bpf? `ip netns exec` hides it: take --netns NAME instead";
+        make_root().with_context(|| format!("chains have their pins there ({hint})"))?;
         let dir = Path::new(ROOT).join("xdp");
         DirBuilder::new()
             .mode(0o700)
             .recursive(true)
             .create(&dir)
-            .with_context(|| {
-                format!(
-                    "failed to make {} (is bpffs mounted at /sys/fs/bpf? `ip netns exec` hides it: take --netns NAME instead)",
-                    dir.display()
-                )
-            })?;
+            .with_context(|| format!("failed to make {} ({hint})", dir.display()))?;
         let file = File::open(&dir).with_context(|| format!("failed to open {}", dir.display()))?;
         let file = Flock::lock(file, FlockArg::LockExclusive)
             .map_err(|(_, error)| anyhow!("failed to lock {}: {error}", dir.display()))?;

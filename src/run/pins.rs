@@ -2,7 +2,7 @@
 //! where a `kill -9` left them.
 
 use std::fs;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -12,6 +12,34 @@ use libbpf_rs::MapMut;
 pub const BPFFS: &str = "/sys/fs/bpf";
 /// The parent of all sessions' folders.
 pub const ROOT: &str = "/sys/fs/bpf/netprobe";
+
+/// Makes the parent of all sessions' folders; an error where somebody else could change what is in it.
+pub fn make_root() -> Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.mode(0o700).recursive(true);
+    builder
+        .create(ROOT)
+        .with_context(|| format!("failed to make {ROOT}"))?;
+    is_ours(Path::new(ROOT))
+}
+
+/// Programs that are pinned there run, and what is left there is removed: it must be a folder of root or of this user, which
+/// nobody else may write to. (bpffs may be open to all, as /tmp is.)
+fn is_ours(root: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(root)
+        .with_context(|| format!("failed to look at {}", root.display()))?;
+    let us = nix::unistd::geteuid().as_raw();
+    let problem = match (meta.uid(), meta.mode() & 0o022) {
+        _ if !meta.is_dir() => "is no folder".to_owned(),
+        (uid, _) if uid != 0 && uid != us => format!("belongs to the user {uid}"),
+        (_, 0) => return Ok(()),
+        (_, _) => "may be written to by others".to_owned(),
+    };
+    anyhow::bail!(
+        "{} {problem}; look at it, and remove it: netprobe makes its own",
+        root.display()
+    );
+}
 
 /// The folder of this session's pins; dropping it removes them.
 #[derive(Debug)]
@@ -38,17 +66,13 @@ impl Pins {
         if !is_bpffs(Path::new(BPFFS)) {
             anyhow::bail!("bpffs is not mounted at {BPFFS}: mount -t bpf bpf {BPFFS}");
         }
-        let mut builder = fs::DirBuilder::new();
-        builder.mode(0o700).recursive(true);
-        builder
-            .create(ROOT)
-            .with_context(|| format!("failed to make {ROOT}"))?;
+        make_root()?;
         clean_dead(Path::new(ROOT));
         let dir = Path::new(ROOT).join(format!("{tool}-{}", std::process::id()));
         // Left by a dead process of the same number; whether it could be removed is seen at the next step.
         let _ = fs::remove_dir_all(&dir);
-        builder
-            .recursive(false)
+        fs::DirBuilder::new()
+            .mode(0o700)
             .create(&dir)
             .with_context(|| format!("failed to make {}", dir.display()))?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
@@ -157,5 +181,33 @@ mod tests {
         clean_dead(root.path());
         assert!(!root.path().join("skb-4294967295").exists());
         assert!(root.path().join("xdp").exists(), "other folders stay");
+    }
+    #[test]
+    fn a_root_of_somebody_else_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("netprobe");
+        let mode = |mode| fs::set_permissions(&root, fs::Permissions::from_mode(mode)).unwrap();
+        fs::create_dir(&root).unwrap();
+        mode(0o700);
+        is_ours(&root).unwrap();
+        mode(0o755);
+        is_ours(&root).unwrap();
+        mode(0o770);
+        let refused = is_ours(&root).unwrap_err().to_string();
+        assert!(refused.contains("written to by others"), "{refused}");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&root, &link).unwrap();
+        assert!(
+            is_ours(&link)
+                .unwrap_err()
+                .to_string()
+                .contains("no folder")
+        );
+        mode(0o700);
+        // Only root may give it away.
+        if std::os::unix::fs::chown(&root, Some(65_534), None).is_ok() {
+            let refused = is_ours(&root).unwrap_err().to_string();
+            assert!(refused.contains("the user 65534"), "{refused}");
+        }
     }
 }
