@@ -530,6 +530,10 @@ pub fn modules() -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
+    use crate::kernel::btf_data::{encode, tail};
+
     use super::*;
 
     /// What is not among them costs each start one more look through all types: 11 million instructions on 6.12.
@@ -547,5 +551,50 @@ mod tests {
     fn a_file_without_btf_is_named() {
         let e = Btf::vmlinux(Some(Path::new("/dev/null"))).unwrap_err();
         assert!(format!("{e:#}").contains("/dev/null"), "{e:#}");
+    }
+
+    /// What a file says of its types may be anything: each question ends, and without harm.
+    fn ask(types: &[u32]) {
+        let strings = b"\0sk_buff\0sock\0len\0typedef_of\0";
+        let Ok(data) = Data::parse(&encode(types, strings)) else {
+            return;
+        };
+        let btf = Btf::of(data);
+        for name in ["sk_buff", "sock", "len", "typedef_of"] {
+            let _ = (
+                btf.struct_named(name),
+                btf.has_function(name),
+                btf.has_enum(name),
+            );
+            let _ = (btf.enum_values(name), btf.argument_count(name));
+            let _ = (btf.typedef_id(name), btf.constant(None, name));
+            let _ = btf.functions_taking(name, &[]);
+        }
+        let _ = (btf.constants(), btf.functions_like_hooks(&[]));
+        for id in 0..20 {
+            let _ = (btf.shape(id), btf.size(id), btf.members(id));
+            let _ = btf.constant(Some(id), "len");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_types(all in prop::collection::vec(
+            (0u32..30, 0u32..20, 0u32..4, any::<bool>(), 0u32..20, prop::collection::vec(0u32..40, 16)),
+            0..16,
+        )) {
+            let mut types = Vec::new();
+            for (name, kind, entries, flag, refers, words) in all {
+                types.extend([name, u32::from(flag) << 31 | kind << 24 | entries, refers]);
+                let info = types[types.len() - 2];
+                types.extend(&words[..tail(info).unwrap_or(0)]);
+            }
+            ask(&types);
+        }
+
+        #[test]
+        fn any_words(words in prop::collection::vec(any::<u32>(), 0..40)) {
+            ask(&words);
+        }
     }
 }

@@ -421,7 +421,7 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// 32-bit words behind a type with this `info`.
-fn tail(info: u32) -> Result<usize> {
+pub(super) fn tail(info: u32) -> Result<usize> {
     let kind = (info >> 24) & 0x1f;
     match TAILS[kind as usize] {
         Some((words, per_entry)) => Ok(words + per_entry * (info & 0xffff) as usize),

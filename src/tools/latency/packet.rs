@@ -203,6 +203,8 @@ fn tuple(t: &np_tuple) -> Option<Tuple> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::bpf::bytes_of;
     use crate::bpf::latency::types::lat_stage;
@@ -253,5 +255,17 @@ mod tests {
             panic!("no reader")
         };
         assert_eq!(reader.stack.len(), 24);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0u16..12) {
+            let mut bytes = bytes;
+            let at = std::mem::offset_of!(np_head, kind);
+            if let Some(place) = bytes.get_mut(at..at + 2) {
+                place.copy_from_slice(&kind.to_ne_bytes());
+            }
+            let _ = decode(&bytes);
+        }
     }
 }

@@ -351,6 +351,10 @@ pub(super) fn hz(jiffies: u64, ns: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
+    use crate::bpf::tcp::types::np_head;
+
     use super::*;
 
     #[test]
@@ -388,5 +392,17 @@ mod tests {
         let bytes = crate::bpf::bytes_of(&event).to_vec();
         assert_eq!(decode(&bytes).unwrap().counters.received, 10);
         assert_eq!(decode(&bytes[..bytes.len() - 1]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0u16..12) {
+            let mut bytes = bytes;
+            let at = std::mem::offset_of!(np_head, kind);
+            if let Some(place) = bytes.get_mut(at..at + 2) {
+                place.copy_from_slice(&kind.to_ne_bytes());
+            }
+            let _ = decode(&bytes);
+        }
     }
 }

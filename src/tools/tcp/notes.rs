@@ -192,6 +192,10 @@ fn dropped(n: &conn_note) -> Option<Dropped> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
+    use crate::bpf::tcp::types::np_head;
+
     use super::*;
 
     #[test]
@@ -218,5 +222,17 @@ mod tests {
         assert_eq!(decode(&bytes[..bytes.len() - 1]), None);
         n.what = 200;
         assert_eq!(decode(crate::bpf::bytes_of(&n)), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0u16..12) {
+            let mut bytes = bytes;
+            let at = std::mem::offset_of!(np_head, kind);
+            if let Some(place) = bytes.get_mut(at..at + 2) {
+                place.copy_from_slice(&kind.to_ne_bytes());
+            }
+            let _ = decode(&bytes);
+        }
     }
 }
