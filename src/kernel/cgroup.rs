@@ -24,6 +24,35 @@ pub enum Place {
     Processes(HashSet<u32>),
 }
 
+impl Place {
+    /// The id of its cgroup; an error that names `of` where it has none.
+    pub fn cgroup_id(&self, of: &str) -> Result<u64> {
+        match self {
+            Self::Cgroup(folder) => {
+                id_of(folder).with_context(|| format!("failed to look at the cgroup of {of}"))
+            }
+            Self::Processes(_) => Err(usage(format!(
+                "{of}: a container is known by its cgroup (v2) here, which is not mounted at {}; give a process",
+                MOUNTS[0]
+            ))),
+        }
+    }
+
+    /// The network namespace of its processes, of which the first one stands for all: `/proc/PID/ns/net`.
+    pub fn netns(&self, of: &str) -> Result<String> {
+        let pids = match self {
+            Self::Cgroup(folder) => members(folder),
+            Self::Processes(pids) => pids.clone(),
+        };
+        let first = pids.iter().min().ok_or_else(|| {
+            usage(format!(
+                "{of}: no process runs in it, which would tell its network namespace"
+            ))
+        })?;
+        Ok(format!("/proc/{first}/ns/net"))
+    }
+}
+
 /// The id of the cgroup at a path, whole or from the mount on.
 pub fn id(text: &str) -> Result<u64> {
     let path = folder(text)?;

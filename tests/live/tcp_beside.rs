@@ -145,9 +145,15 @@ fn beside_tcpretrans() -> Result<()> {
     )?;
     let run = start(&["--events=retransmits"])?;
     let output = tempfile::NamedTempFile::new()?;
-    let script = "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec peer-bpftrace -B line /usr/local/bin/peer-tcpretrans.bt";
+    // All that it takes from the C library.
+    let headers = tempfile::tempdir()?;
+    std::fs::create_dir(headers.path().join("sys"))?;
+    let families = "#define AF_INET 2\n#define AF_INET6 10\n";
+    std::fs::write(headers.path().join("sys/socket.h"), families)?;
+    let script = "mount -t debugfs none /sys/kernel/debug 2>/dev/null; exec peer-bpftrace -B line -I \"$1\" /usr/local/bin/peer-tcpretrans.bt";
     let mut peer = Command::new("sh")
-        .args(["-c", script])
+        .args(["-c", script, "sh"])
+        .arg(headers.path())
         .stdout(output.reopen()?)
         .stderr(Stdio::null())
         .spawn()?;

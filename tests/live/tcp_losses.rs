@@ -1,19 +1,16 @@
 //! `netprobe tcp --events`: each kind of what is sent again, made on purpose, and ends of connections that a peer, a
 //! firewall or an administrator makes; over IPv6, a tunnel and a bridge; the subflows of MPTCP.
 
-use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sys::socket::{Backlog, SockaddrStorage, bind, connect, listen, setsockopt, sockopt};
 use serde_json::Value;
 
 use super::tcp::{connected, ends, listen as listen_at, read_all, row, start};
 use super::tcp_events::event;
-use super::tcpconnect_beside::terminal;
 use crate::common::{Case, Env, Pair, Running, case, deadline};
 
 pub fn cases() -> Vec<Case> {

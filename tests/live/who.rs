@@ -25,6 +25,14 @@ pub fn cases() -> Vec<Case> {
             .once_on("6.1")
             .trace()
             .program("ping"),
+        case(
+            "who_container_of_connects_and_echoes",
+            of_connects_and_echoes,
+        )
+        .once_on("newest")
+        .trace()
+        .program("busybox")
+        .program("ping"),
         case("who_command_skb_and_drops", commands)
             .once_on("6.12")
             .trace()
@@ -330,6 +338,67 @@ impl Drop for Pod {
         let _ = self.slice.parent().map(fs::remove_dir);
         let _ = fs::remove_dir_all(&self.logs);
     }
+}
+
+/// tcpconnect knows a container and a pod by their cgroups, icmp by the network namespace of what runs there.
+fn of_connects_and_echoes() -> Result<()> {
+    let net = Pair::new()?;
+    let web = Container::new("npt-both", "a5")?;
+    let pod = Pod::new("npt", "both-1", "4c0f5d7e-93a1-4d0b-8a52-6a1b9c3d7e10")?;
+    let flags = [["--container", "npt-both"], ["--pod", "npt/both-1"]];
+    let start = |tool: &str, flag: &[&str; 2]| {
+        let run = Netprobe::new(tool).args(flag);
+        run.arg("--output-json").start()
+    };
+    let empty = Netprobe::new("icmp").args(flags[0]).run()?;
+    empty.expect_code(2)?;
+    empty.expect_stderr("npt-both: no process runs in it")?;
+
+    let mut held = Vec::new();
+    for cgroup in [&web.cgroup, &pod.container] {
+        let script = format!(
+            "echo 0 > {}/cgroup.procs && echo in && exec cat",
+            cgroup.display()
+        );
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = net.server.enter(|| command.spawn())??;
+        child
+            .stdout
+            .as_mut()
+            .context("no stdout")?
+            .read_exact(&mut [0; 3])?;
+        held.push(child);
+    }
+    let icmp = flags.iter().map(|flag| start("icmp", flag));
+    let icmp: Vec<_> = icmp.collect::<Result<_>>()?;
+    let connects = flags.iter().map(|flag| start("tcpconnect", flag));
+    let connects: Vec<_> = connects.collect::<Result<_>>()?;
+    ensure!(net.client.ping(net.server.v4(0), 1)?, "ping");
+    ensure!(net.server.ping(net.client.v4(0), 1)?, "ping back");
+    let to = net.server.v4(0).ip();
+    for (cgroup, port) in [(&web.cgroup, 71), (&pod.container, 72)] {
+        // Nobody listens: it was a connect all the same.
+        let nc = format!("busybox nc {to} {port}");
+        ensure!(run_in(cgroup, &net.client, &nc).is_err());
+    }
+    for run in icmp {
+        let done = run.stop()?;
+        let rows = done.json_of("echo")?;
+        ensure!(rows.len() == 1, "{done}");
+        ensure!(rows[0]["netns"] == net.server.inode()?, "{done}");
+    }
+    for (run, port) in connects.into_iter().zip([71, 72]) {
+        let done = run.stop()?;
+        let rows = done.json_of("connect")?;
+        ensure!(rows.len() == 1 && rows[0]["dport"] == port, "{done}");
+    }
+    for mut child in held {
+        drop(child.stdin.take());
+        child.wait()?;
+    }
+    Ok(())
 }
 
 /// The form with a command of the other two tools.

@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::bpf::skb::types::np_config;
+use crate::kernel::{containers, pods};
 use crate::run::output::OutputArgs;
 use crate::tools::expression::ExpressionArgs;
 use crate::tools::fields::{FieldArgs, PacketFieldArgs};
@@ -130,6 +131,14 @@ pub struct IcmpFilterArgs {
     #[arg(long, value_name = "NETNS")]
     pub filter_netns: Option<String>,
 
+    /// In the network namespace of this container: its name, or the beginning of its id
+    #[arg(long, value_name = "NAME|ID", conflicts_with_all = ["filter_netns", "pod"])]
+    pub container: Option<String>,
+
+    /// In the network namespace of this pod of Kubernetes on this node
+    #[arg(long, value_name = "NAMESPACE/NAME", conflicts_with = "filter_netns")]
+    pub pod: Option<String>,
+
     /// Handled on this CPU (--sent: sent on it)
     #[arg(long, value_name = "CPU")]
     pub filter_cpu: Option<u16>,
@@ -146,6 +155,11 @@ pub struct IcmpFilterArgs {
 impl IcmpFilterArgs {
     /// The value of the config map. Looks up namespaces and interfaces.
     pub fn config(&self) -> Result<np_config> {
+        let filter_netns = match (&self.container, &self.pod) {
+            (Some(name), _) => Some(containers::find(name)?.netns(name)?),
+            (None, Some(name)) => Some(pods::find(name)?.netns(name)?),
+            (None, None) => self.filter_netns.clone(),
+        };
         FieldArgs {
             packet: PacketFieldArgs {
                 filter_mark: self.filter_mark.clone(),
@@ -154,7 +168,7 @@ impl IcmpFilterArgs {
                 filter_dst_ip: self.filter_dst_ip.clone(),
                 ..PacketFieldArgs::default()
             },
-            filter_netns: self.filter_netns.clone(),
+            filter_netns,
             filter_ifname: self.filter_ifname.clone(),
         }
         .config()

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::bpf::tcpconnect::types::{tcp_filter_bit, tcp_mode};
-use crate::kernel::cgroup;
 use crate::kernel::netns::Netns;
+use crate::kernel::{cgroup, containers, pods};
 use crate::run::output::OutputArgs;
 use crate::tools::fields;
 use crate::tools::{EngineArgs, TransportArgs, TypesArgs};
@@ -147,6 +147,14 @@ pub struct FilterArgs {
     #[arg(long, value_name = "[!]PATH")]
     pub cgroup: Option<String>,
 
+    /// Processes of this container: its name, or the beginning of its id
+    #[arg(long, value_name = "[!]NAME|ID", conflicts_with_all = ["cgroup", "pod"])]
+    pub container: Option<String>,
+
+    /// Processes of this pod of Kubernetes on this node
+    #[arg(long, value_name = "[!]NAMESPACE/NAME", conflicts_with = "cgroup")]
+    pub pod: Option<String>,
+
     /// In this network namespace: /proc/PID/ns/net, a name under /run/netns, or inode:N
     #[arg(long, value_name = "[!]NETNS")]
     pub netns: Option<String>,
@@ -238,6 +246,12 @@ impl FilterArgs {
         }
         if let Some(text) = &self.cgroup {
             f.cgroup = cgroup::id(f.take(CGROUP, text))?;
+        }
+        if let Some(text) = &self.container {
+            f.cgroup = containers::find(f.take(CGROUP, text))?.cgroup_id(text)?;
+        }
+        if let Some(text) = &self.pod {
+            f.cgroup = pods::find(f.take(CGROUP, text))?.cgroup_id(text)?;
         }
         if let Some(text) = &self.netns {
             f.netns = Netns::parse(f.take(NETNS, text))?.inode;
