@@ -24,3 +24,18 @@ impl Head {
         push_dec(out, self.tgid.into());
     }
 }
+
+/// For property tests of decoders: any bytes, with one of the first kinds in the head.
+#[cfg(test)]
+pub fn any_event() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
+    use proptest::prelude::*;
+    // struct np_head: kind
+    const KIND: std::ops::Range<usize> = 12..14;
+    let bytes = prop::collection::vec(any::<u8>(), 0..600);
+    (bytes, 0u16..12).prop_map(|(mut bytes, kind)| {
+        if let Some(place) = bytes.get_mut(KIND) {
+            place.copy_from_slice(&kind.to_ne_bytes());
+        }
+        bytes
+    })
+}

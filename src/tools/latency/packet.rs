@@ -205,6 +205,8 @@ fn tuple(t: &np_tuple) -> Option<Tuple> {
 mod tests {
     use proptest::prelude::*;
 
+    use crate::event::head::any_event;
+
     use super::*;
     use crate::bpf::bytes_of;
     use crate::bpf::latency::types::lat_stage;
@@ -259,12 +261,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0u16..12) {
-            let mut bytes = bytes;
-            let at = std::mem::offset_of!(np_head, kind);
-            if let Some(place) = bytes.get_mut(at..at + 2) {
-                place.copy_from_slice(&kind.to_ne_bytes());
-            }
+        fn any_bytes(bytes in any_event()) {
             let _ = decode(&bytes);
         }
     }
