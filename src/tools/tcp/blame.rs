@@ -397,6 +397,7 @@ mod tests {
         let mut story = Story::default();
         let again = |kind| What::Retransmit {
             kind,
+            state: 1,
             seq: (1, 2),
             fin: false,
             rto: Some(S),

@@ -175,11 +175,15 @@ impl Words {
         match note.what {
             What::Retransmit {
                 kind,
+                state,
                 seq,
                 fin,
                 rto,
                 dropped,
-            } => self.again(note, kind, (seq, fin), rto, dropped),
+            } => Happening {
+                state: (state != 0).then(|| state_name(state)),
+                ..self.again(note, kind, (seq, fin), rto, dropped)
+            },
             What::Undone => Happening {
                 happened: "spurious",
                 text: "nothing was lost: what was sent again had arrived; the kernel takes its reaction back".into(),

@@ -40,6 +40,8 @@ pub struct Dropped {
 pub enum What {
     Retransmit {
         kind: Kind,
+        /// of the connection then, TCP_*; 0: it is a request still
+        state: u8,
         /// sequence numbers: the first, and the one after the last
         seq: (u32, u32),
         /// the last one is a FIN, which is no byte
@@ -129,6 +131,7 @@ fn what(n: &conn_note) -> Option<What> {
         () if is(conn_what::CONN_WHAT_RETRANSMIT) => retransmit(n),
         () if is(conn_what::CONN_WHAT_RETRANSMIT_SYNACK) => What::Retransmit {
             kind: Kind::SynAck,
+            state: 0,
             seq: (n.seq, n.end_seq),
             fin: false,
             rto: None,
@@ -167,6 +170,7 @@ fn retransmit(n: &conn_note) -> What {
     let timed = matches!(kind, Kind::Syn | Kind::Rto);
     What::Retransmit {
         kind,
+        state: n.from,
         seq: (n.seq, n.end_seq),
         fin: n.fin != 0,
         rto: timed.then(|| jiffies(n)),
@@ -213,10 +217,16 @@ mod tests {
         ] {
             (n.from, n.ca_state) = (state, ca_state);
             let note = decode(crate::bpf::bytes_of(&n)).unwrap();
-            let What::Retransmit { kind, dropped, .. } = note.what else {
+            let What::Retransmit {
+                kind,
+                dropped,
+                state: told,
+                ..
+            } = note.what
+            else {
                 panic!("{note:?}");
             };
-            assert_eq!((kind, dropped), (wanted, None));
+            assert_eq!((kind, dropped, told), (wanted, None, state));
         }
         let bytes = crate::bpf::bytes_of(&n).to_vec();
         assert_eq!(decode(&bytes[..bytes.len() - 1]), None);
