@@ -105,10 +105,11 @@ pub fn attach(program: BorrowedFd<'_>) -> Result<OwnedFd> {
     Ok(owned(link)?)
 }
 
-/// The kernel makes trampolines for its functions: they have types, and ftrace can call them directly, which arm64 has from
-/// 6.4 on (CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS).
+/// The kernel makes trampolines for its functions: they have types, and ftrace can call them directly, which x86 always
+/// could, and arm64 from 6.4 on (CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS; 5.10's BTF has no function of ftrace.c).
 pub fn are_made(btf: &Btf) -> bool {
-    btf::is_in_the_kernel() && btf.has_function("register_ftrace_direct")
+    let direct = cfg!(target_arch = "x86_64") || btf.has_function("register_ftrace_direct");
+    btf::is_in_the_kernel() && direct
 }
 
 /// What the kernel's BTF calls the type of a tracepoint's arguments.

@@ -282,10 +282,13 @@ static __always_inline int dns_leave(void *ctx, int got, __u32 room)
  */
 static __always_inline int dns_entry(struct pt_regs *ctx, bool stream)
 {
-	__u64 flags = recv_args == 6 ? PT_REGS_PARM5(ctx) : PT_REGS_PARM4(ctx);
+	__u64 fourth = PT_REGS_PARM4(ctx), fifth = PT_REGS_PARM5(ctx);
 
+	/* Two loads: 5.10 refuses one from a place that is chosen first. */
+	barrier_var(fourth);
+	barrier_var(fifth);
 	return dns_enter((void *)PT_REGS_PARM1(ctx), (void *)PT_REGS_PARM2(ctx),
-			 flags, stream);
+			 recv_args == 6 ? fifth : fourth, stream);
 }
 
 SEC("kprobe.multi")
