@@ -29,11 +29,10 @@ impl Head {
 #[cfg(test)]
 pub fn any_event() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
     use proptest::prelude::*;
-    // struct np_head: kind
-    const KIND: std::ops::Range<usize> = 12..14;
+    let at = std::mem::offset_of!(crate::bpf::skb::types::np_head, kind);
     let bytes = prop::collection::vec(any::<u8>(), 0..600);
-    (bytes, 0u16..12).prop_map(|(mut bytes, kind)| {
-        if let Some(place) = bytes.get_mut(KIND) {
+    (bytes, 0u16..12).prop_map(move |(mut bytes, kind)| {
+        if let Some(place) = bytes.get_mut(at..at + size_of_val(&kind)) {
             place.copy_from_slice(&kind.to_ne_bytes());
         }
         bytes

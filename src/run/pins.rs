@@ -20,12 +20,12 @@ pub fn make_root() -> Result<()> {
     builder
         .create(ROOT)
         .with_context(|| format!("failed to make {ROOT}"))?;
-    is_ours(Path::new(ROOT))
+    must_be_ours(Path::new(ROOT))
 }
 
 /// Programs that are pinned there run, and what is left there is removed: it must be a folder of root or of this user, which
 /// nobody else may write to. (bpffs may be open to all, as /tmp is.)
-fn is_ours(root: &Path) -> Result<()> {
+fn must_be_ours(root: &Path) -> Result<()> {
     let meta = fs::symlink_metadata(root)
         .with_context(|| format!("failed to look at {}", root.display()))?;
     let us = nix::unistd::geteuid().as_raw();
@@ -182,6 +182,7 @@ mod tests {
         assert!(!root.path().join("skb-4294967295").exists());
         assert!(root.path().join("xdp").exists(), "other folders stay");
     }
+
     #[test]
     fn a_root_of_somebody_else_is_refused() {
         let dir = tempfile::tempdir().unwrap();
@@ -189,16 +190,16 @@ mod tests {
         let mode = |mode| fs::set_permissions(&root, fs::Permissions::from_mode(mode)).unwrap();
         fs::create_dir(&root).unwrap();
         mode(0o700);
-        is_ours(&root).unwrap();
+        must_be_ours(&root).unwrap();
         mode(0o755);
-        is_ours(&root).unwrap();
+        must_be_ours(&root).unwrap();
         mode(0o770);
-        let refused = is_ours(&root).unwrap_err().to_string();
+        let refused = must_be_ours(&root).unwrap_err().to_string();
         assert!(refused.contains("written to by others"), "{refused}");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&root, &link).unwrap();
         assert!(
-            is_ours(&link)
+            must_be_ours(&link)
                 .unwrap_err()
                 .to_string()
                 .contains("no folder")
@@ -206,7 +207,7 @@ mod tests {
         mode(0o700);
         // Only root may give it away.
         if std::os::unix::fs::chown(&root, Some(65_534), None).is_ok() {
-            let refused = is_ours(&root).unwrap_err().to_string();
+            let refused = must_be_ours(&root).unwrap_err().to_string();
             assert!(refused.contains("the user 65534"), "{refused}");
         }
     }

@@ -586,22 +586,7 @@ fn run(form: &Form) -> Result<()> {
         let why = fault.lacks(&env).unwrap_or_default();
         eprintln!("why_faults: {}: {why}", fault.name);
     }
-    let (mut wrong, stderr) = look(form, &all, &env)?;
-    // Of a machine that is slow the kernel skips a probe now and then: what is wrong must be right in another run then.
-    if stderr.contains("the kernel skips a probe") && (1..=2).contains(&wrong.len()) {
-        eprintln!("why_faults: probes were skipped, once more: {wrong:?}");
-        let (again, _) = look(form, &all, &env)?;
-        wrong.retain(|port, _| again.contains_key(port));
-    }
-    let lines = Vec::from_iter(wrong.values().cloned()).join("\n");
-    let (bad, of) = (wrong.len(), all.len());
-    ensure!(bad == 0, "{bad} of {of}:\n{lines}\n{stderr}");
-    Ok(())
-}
-
-/// Those of which a run said something else, and what; and its stderr.
-fn look(form: &Form, all: &[(u16, Fault)], env: &Env) -> Result<(BTreeMap<u16, String>, String)> {
-    let network = Network::new(all)?;
+    let network = Network::new(&all)?;
     let first = all.iter().flat_map(|(_, f)| &f.traffic);
     let last = all.iter().flat_map(|(_, f)| &f.last);
     let lines: Vec<&str> = first.chain(last).map(String::as_str).collect();
@@ -617,22 +602,30 @@ fn look(form: &Form, all: &[(u16, Fault)], env: &Env) -> Result<(BTreeMap<u16, S
     let done = done?;
     done.expect_success()?;
     let rows = done.json()?;
-    let mut wrong = BTreeMap::new();
-    for (port, fault) in all {
+    let mut wrong = Vec::new();
+    for (port, fault) in &all {
         if std::env::var_os("NETPROBE_LIVE_FAULTS_SHOW").is_some() {
             fault.show(*port, &rows);
         }
-        if let Err(what) = fault.check(*port, &rows, env) {
-            wrong.insert(*port, format!("  {} ({port}): {what}", fault.name));
+        if let Err(what) = fault.check(*port, &rows, &env) {
+            wrong.push(format!("  {} ({port}): {what}", fault.name));
         }
     }
+    ensure!(
+        wrong.is_empty(),
+        "{} of {}:\n{}\n{}",
+        wrong.len(),
+        all.len(),
+        wrong.join("\n"),
+        done.stderr
+    );
     // A probe that is hit while another one runs is skipped, which netprobe says; no event may be lost.
     let loss = rows.iter().find(|r| r["type"] == "loss");
     ensure!(
         loss.is_none_or(|l| l["lost"] == 0 && l["undecodable"] == 0),
         "{loss:?}"
     );
-    Ok((wrong, done.stderr))
+    Ok(())
 }
 
 fn by_expression(network: &Network, lines: &str) -> Result<Finished> {

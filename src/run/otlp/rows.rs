@@ -27,6 +27,22 @@ pub struct Records {
     pub spans: Vec<Span>,
 }
 
+impl Records {
+    /// The data of the metric of this name; `empty`, where there is none yet.
+    fn metric(&mut self, name: String, unit: &str, empty: metric::Data) -> &mut metric::Data {
+        let known = self.metrics.iter().position(|m| m.name == name);
+        let at = known.unwrap_or_else(|| {
+            self.metrics.push(Metric {
+                name,
+                unit: unit.to_owned(),
+                ..Metric::default()
+            });
+            self.metrics.len() - 1
+        });
+        self.metrics[at].data.get_or_insert(empty)
+    }
+}
+
 /// A kind of row that counts: its `type`, its counts, and fields that are no attributes, since they differ from row to row
 /// or are counts in another form.
 struct Counts {
@@ -247,32 +263,20 @@ impl Rows {
                 ..NumberDataPoint::default()
             };
             let name = format!("netprobe.{}.{}.{field}", self.tool, counts.kind);
-            let same = to.metrics.iter_mut().find(|m| m.name == name);
-            if let Some(Metric {
-                data: Some(metric::Data::Sum(sum)),
-                ..
-            }) = same
-            {
-                sum.data_points.push(point);
-                continue;
-            }
             let unit = match *field {
                 "bytes" => "By",
                 "connects" => "{connection}",
                 _ if counts.kind == "loss" => "{event}",
                 _ => "{packet}",
             };
-            let sum = Sum {
-                data_points: vec![point],
+            let empty = metric::Data::Sum(Sum {
+                data_points: Vec::new(),
                 aggregation_temporality: temporality as i32,
                 is_monotonic: true,
-            };
-            to.metrics.push(Metric {
-                name,
-                unit: unit.to_owned(),
-                data: Some(metric::Data::Sum(sum)),
-                ..Metric::default()
             });
+            if let metric::Data::Sum(sum) = to.metric(name, unit, empty) {
+                sum.data_points.push(point);
+            }
         }
         // A table of drops ends with this row.
         if counts.kind == "table" {
@@ -309,24 +313,13 @@ impl Rows {
             ..HistogramDataPoint::default()
         };
         let name = format!("netprobe.{}.stage.duration", self.tool);
-        let same = to.metrics.iter_mut().find(|m| m.name == name);
-        if let Some(Metric {
-            data: Some(metric::Data::Histogram(all)),
-            ..
-        }) = same
-        {
-            all.data_points.push(point);
-            return;
-        }
-        to.metrics.push(Metric {
-            name,
-            unit: text("unit").to_owned(),
-            data: Some(metric::Data::Histogram(Histogram {
-                data_points: vec![point],
-                aggregation_temporality: AggregationTemporality::Delta as i32,
-            })),
-            ..Metric::default()
+        let empty = metric::Data::Histogram(Histogram {
+            data_points: Vec::new(),
+            aggregation_temporality: AggregationTemporality::Delta as i32,
         });
+        if let metric::Data::Histogram(all) = to.metric(name, text("unit"), empty) {
+            all.data_points.push(point);
+        }
     }
 
     /// Packets that are alike as a trace: a span for their way, one in it for each stage until the next.

@@ -261,7 +261,6 @@ impl<M: MapCore> Tool for Drops<'_, M> {
             ledger.settle();
             std::thread::sleep(IN_FLIGHT);
         }
-        self.heartbeat.end();
         self.config.pause()?;
         if let Some(ledger) = &mut self.ledger {
             ledger.read();

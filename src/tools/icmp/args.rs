@@ -131,11 +131,11 @@ pub struct IcmpFilterArgs {
     #[arg(long, value_name = "NETNS")]
     pub filter_netns: Option<String>,
 
-    /// In the network namespace of this container: its name, or the beginning of its id
+    /// In the network namespace of this container (its name, or the beginning of its id): the host's, where it has none of its own
     #[arg(long, value_name = "NAME|ID", conflicts_with_all = ["filter_netns", "pod"])]
     pub container: Option<String>,
 
-    /// In the network namespace of this pod of Kubernetes on this node
+    /// In the network namespace of this pod of Kubernetes on this node: the node's, where it has none of its own (hostNetwork)
     #[arg(long, value_name = "NAMESPACE/NAME", conflicts_with = "filter_netns")]
     pub pod: Option<String>,
 

@@ -248,10 +248,12 @@ impl FilterArgs {
             f.cgroup = cgroup::id(f.take(CGROUP, text))?;
         }
         if let Some(text) = &self.container {
-            f.cgroup = containers::find(f.take(CGROUP, text))?.cgroup_id(text)?;
+            let name = f.take(CGROUP, text);
+            f.cgroup = containers::find(name)?.cgroup_id(name)?;
         }
         if let Some(text) = &self.pod {
-            f.cgroup = pods::find(f.take(CGROUP, text))?.cgroup_id(text)?;
+            let name = f.take(CGROUP, text);
+            f.cgroup = pods::find(name)?.cgroup_id(name)?;
         }
         if let Some(text) = &self.netns {
             f.netns = Netns::parse(f.take(NETNS, text))?.inode;
